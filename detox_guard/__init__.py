@@ -1,0 +1,108 @@
+"""detox-guard: keeps a local language model from saying toxic things, while it decodes.
+
+Importing this package loads neither torch nor transformers: they come with the first model.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from detox_guard.errors import (
+    BackboneError,
+    BackboneNotFoundError,
+    DataError,
+    DetoxGuardError,
+    DetoxifierError,
+    DetoxifierFormatError,
+    DetoxifierMismatchError,
+    DetoxifierNotFoundError,
+    EngineBusyError,
+    EngineClosedError,
+    EngineError,
+    InvalidParamsError,
+    PromptError,
+    PromptTooLongError,
+    RequestCancelledError,
+    ScorerError,
+    StepError,
+    UnsupportedBackboneError,
+)
+from detox_guard.params import DecodingParams, EngineConfig
+
+if TYPE_CHECKING:
+    from detox_guard.backbone import Backbone, load_backbone
+    from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
+    from detox_guard.engine import EngineStats
+    from detox_guard.generation import Chunk, DetoxiGen, Generation, Usage
+    from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
+    from detox_guard.trace import Trace
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Backbone": "backbone",
+    "Chunk": "generation",
+    "Detoxifier": "detoxifier",
+    "DetoxifierCard": "detoxifier",
+    "DetoxiGen": "generation",
+    "EmbeddedScorer": "scoring",
+    "EngineStats": "engine",
+    "Generation": "generation",
+    "HuggingFaceScorer": "scoring",
+    "SteeringStream": "detoxifier",
+    "ToxicityScorer": "scoring",
+    "Trace": "trace",
+    "Usage": "generation",
+    "load_backbone": "backbone",
+    "load_scorer": "scoring",
+}
+
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "BackboneNotFoundError",
+    "Chunk",
+    "DataError",
+    "DecodingParams",
+    "DetoxGuardError",
+    "DetoxiGen",
+    "Detoxifier",
+    "DetoxifierCard",
+    "DetoxifierError",
+    "DetoxifierFormatError",
+    "DetoxifierMismatchError",
+    "DetoxifierNotFoundError",
+    "EmbeddedScorer",
+    "EngineBusyError",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
+    "Generation",
+    "HuggingFaceScorer",
+    "InvalidParamsError",
+    "PromptError",
+    "PromptTooLongError",
+    "RequestCancelledError",
+    "ScorerError",
+    "SteeringStream",
+    "StepError",
+    "ToxicityScorer",
+    "Trace",
+    "UnsupportedBackboneError",
+    "Usage",
+    "__version__",
+    "load_backbone",
+    "load_scorer",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,82 @@
+"""The combining rules: pure tensor functions over the generator's nucleus. Knows no model, no state, no sampling.
+
+Shapes: `rows` N, steering streams S, candidates K. `log_gen [N, K]` and `log_streams [N, S, K]` are log-probabilities
+over the *full* vocabulary after temperature, gathered at the K candidates; `keep [N, K]` marks the candidates that lie
+in the generator's nucleus; `weights [S]` are signed (a detoxifier is -1, an expert +1); `alpha [N]`.
+
+Every rule moves along one direction, `d = Σ_i w_i·(x_i - x_gen)`, in the space that is its own. With the paper's one
+negative stream that is `x_gen - x_detox`. `alpha = 0` gives the generator renormalised on its nucleus, in every rule.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+__all__ = ["RULES", "Mixed", "detoxigen", "dexperts", "kl_divergence", "plausible"]
+
+
+class Mixed(NamedTuple):
+    """What a rule made of one step."""
+
+    p: Tensor
+    """`[N, K]` probabilities to sample from; each row sums to 1, zero outside the nucleus."""
+    clipped_mass: Tensor
+    """`[N]` share of the generator's nucleus mass that the rule set to zero."""
+    fallback: Tensor
+    """`[N]` bool: the whole nucleus was clipped, and the least toxic candidate was taken."""
+
+
+def detoxigen(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
+    """DetoxiGen (arXiv 2401.06947, section on contrastive decoding): `p ∝ max(0, p_gen + α·(p_gen - p_detox))`.
+
+    A token survives iff `p_gen/p_detox > α/(1+α)`. If none does, the one with the largest `p_gen/p_detox` is certain.
+    """
+    p_gen = log_gen.exp() * keep
+    direction = torch.einsum("s,nsk->nk", weights, log_streams.exp() - log_gen.exp().unsqueeze(1))
+    score = (p_gen + alpha.unsqueeze(-1) * direction).clamp_min(0) * keep
+    total = score.sum(-1, keepdim=True)
+    fallback = total.squeeze(-1) <= 0
+    ratio = _log_direction(log_gen, log_streams, weights).masked_fill(~keep, -torch.inf)
+    certain = torch.zeros_like(score).scatter_(-1, ratio.argmax(-1, keepdim=True), 1.0)
+    p = torch.where(fallback.unsqueeze(-1), certain, score / total.clamp_min(torch.finfo(score.dtype).tiny))
+    clipped = (p_gen * (score <= 0)).sum(-1) / p_gen.sum(-1)
+    return Mixed(p, clipped, fallback)
+
+
+def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
+    """DExperts (Liu et al. 2021, eq. 1): `log p = log p_gen + α·Σ w_i·(log p_i - log p_gen) + const` on the nucleus.
+
+    With one negative stream this is their anti-expert-only form. It reweighs and never clips.
+    """
+    logits = log_gen + alpha.unsqueeze(-1) * _log_direction(log_gen, log_streams, weights)
+    p = logits.masked_fill(~keep, -torch.inf).softmax(-1)
+    return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
+
+
+def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
+    """`[N, K]` bool: the adaptive plausibility floor `p_gen ≥ β·max p_gen` (Li et al. 2023). `beta [N]`, 0 = off."""
+    floor = log_gen.amax(-1, keepdim=True) + beta.clamp_min(torch.finfo(beta.dtype).tiny).log().unsqueeze(-1)
+    return (log_gen >= floor) | (beta <= 0).unsqueeze(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`KL(p‖q)` in nats over the last axis; terms where p is zero count as zero."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), torch.zeros((), dtype=p.dtype, device=p.device)).sum(-1)
+
+
+def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("s,nsk->nk", weights, log_streams - log_gen.unsqueeze(1))
+
+
+RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Mixed]] = {
+    "dexperts": dexperts,
+    "detoxigen": detoxigen,
+}

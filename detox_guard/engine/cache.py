@@ -1,0 +1,182 @@
+"""The K/V cache of the running batch. Knows rows and slots; knows no requests, no streams, no sampling.
+
+All rows share one slot counter and are right-aligned at it::
+
+    slot      0         lo                    end
+    row 0     . . . . . [k k k k k k k k k k k]|      a row is its last `length` slots; what stands left of it is masked
+    row 1     . . . . . . . . . [k k k k k k k]|      and always finite (a NaN times a zero weight is still a NaN)
+
+so a decoding step writes one column for everybody, and joining, leaving and rewinding touch one row each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    LayerKV = Sequence[tuple[Tensor, Tensor]]
+
+__all__ = ["Row", "RowCache"]
+
+_MIN_SLOTS = 128
+
+
+@dataclass(eq=False)
+class Row:
+    """A handle on a row: `index`, its place in the batch now; `length`, its slots, so also its next position."""
+
+    index: int
+    length: int
+
+
+class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's buffers `[row capacity, heads, slot capacity, dim]`; where to write is the `RowCache`'s to say."""
+
+    is_sliding = False
+
+    def __init__(self, owner: RowCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, slots = self.owner.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], slots, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        rows, lo, end = len(self.owner.rows), self.owner.view_lo, self.owner.end
+        if key_states.shape[0] != rows:
+            raise RuntimeError(f"{key_states.shape[0]} rows computed for a cache of {rows}")
+        stop = end + key_states.shape[2]
+        self.keys[:rows, :, end:stop] = key_states
+        self.values[:rows, :, end:stop] = value_states
+        return self.keys[:rows, :, lo:stop], self.values[:rows, :, lo:stop]
+
+    def get_seq_length(self) -> int:
+        return self.owner.end - self.owner.lo
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """A transformers `Cache` whose rows join, leave and rewind. Not thread-safe; one engine thread owns it."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+        self.rows: list[Row] = []
+        self.end = 0
+        self.view_lo = 0
+        self.capacity = (0, 0)
+
+    @property
+    def lo(self) -> int:
+        """The first slot any row uses."""
+        return self.end - max((row.length for row in self.rows), default=0)
+
+    def add(self, layers: LayerKV) -> Row:
+        """Join a row with the K/V `[1, heads, length, dim]` of each layer."""
+        length = layers[0][0].shape[2]
+        self._reserve(len(self.rows) + 1, length)
+        row = Row(len(self.rows), length)
+        start = self.end - length
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            for buffer, new in ((layer.keys, keys), (layer.values, values)):
+                buffer[row.index, :, :start] = 0
+                buffer[row.index, :, start : self.end] = new[0]
+        self.rows.append(row)
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Drop a row; the last one takes its place. With no row left the buffers are freed."""
+        last = self.rows.pop()
+        if last is not row:
+            start = self.end - last.length
+            for layer in self.layers:
+                for buffer in (layer.keys, layer.values):
+                    buffer[row.index, :, :start] = 0
+                    buffer[row.index, :, start : self.end] = buffer[last.index, :, start : self.end]
+            self.rows[row.index] = last
+            last.index = row.index
+        if not self.rows:
+            self.clear()
+
+    def rewind(self, row: Row, slots: int) -> None:
+        """Drop the last `slots` entries of one row and right-align it again."""
+        if not 0 <= slots < row.length:
+            raise ValueError(f"rewind of {slots} slots in a row of {row.length}")
+        if slots == 0:
+            return
+        start, keep = self.end - row.length, row.length - slots
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                # A copy first: source and target overlap.
+                buffer[row.index, :, self.end - keep : self.end] = buffer[row.index, :, start : start + keep].clone()
+                buffer[row.index, :, start : start + slots] = 0
+        row.length = keep
+
+    def open_slot(self) -> Tensor:
+        """Make room for one more slot; returns the mask `[rows, 1, 1, slots]` (True = attend) of the step to come."""
+        self._reserve(len(self.rows), self.end + 1 - self.lo, column=True)
+        self.view_lo = self.lo
+        slots = self.end + 1 - self.view_lo
+        lengths = torch.tensor([row.length for row in self.rows])
+        mask = torch.arange(slots) >= (slots - 1 - lengths).unsqueeze(-1)
+        return mask[:, None, None, :]
+
+    def commit_slot(self) -> None:
+        """The forward pass wrote its column: every row is one longer."""
+        self.end += 1
+        for row in self.rows:
+            row.length += 1
+
+    def clear(self) -> None:
+        """Forget all rows and free the buffers."""
+        self.rows.clear()
+        self.end = 0
+        self.capacity = (0, 0)
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+    def _reserve(self, rows: int, length: int, *, column: bool = False) -> None:
+        """Room for `rows` rows of up to `length` slots; with `column`, for one more slot at the right."""
+        lo, used = self.lo, self.end - self.lo
+        old_rows, old_slots = self.capacity
+        right = 1 if column else 0
+        fits = rows <= old_rows and length <= self.end + right and self.end + right <= old_slots
+        if fits:
+            return
+        new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        need = max(length, used + right)
+        # Growing by half again amortises the copy; moving left alone is enough while the batch uses little of it.
+        new_slots = old_slots if need * 3 // 2 <= old_slots else max(_MIN_SLOTS, need * 3 // 2)
+        end = max(length - right, used)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = _moved(layer.keys, new_rows, new_slots, len(self.rows), slice(lo, self.end), end)
+                layer.values = _moved(layer.values, new_rows, new_slots, len(self.rows), slice(lo, self.end), end)
+        self.end = end
+        self.capacity = (new_rows, new_slots)
+
+
+def _moved(buffer: Tensor, rows: int, slots: int, used_rows: int, used: slice, end: int) -> Tensor:
+    """A new buffer that holds `buffer[:used_rows, :, used]` right-aligned at `end`, zeros elsewhere."""
+    out = buffer.new_zeros(rows, buffer.shape[1], slots, buffer.shape[3])
+    width = used.stop - used.start
+    out[:used_rows, :, end - width : end] = buffer[:used_rows, :, used]
+    return out

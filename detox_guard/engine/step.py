@@ -1,0 +1,165 @@
+"""One decoding decision for many requests at once: logits in, one `TokenStep` a request out. Knows no cache, no model.
+
+Order of operations, for every request on its own parameters: repetition penalty (all its streams alike), temperature,
+the generator's nucleus, the plausibility floor, the contrast, the draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from detox_guard.contrast import RULES, kl_divergence, plausible
+from detox_guard.engine.types import TokenStep
+from detox_guard.errors import StepError
+from detox_guard.sampling import nucleus, penalize_repetition, race, uniforms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from detox_guard.params import DecodingParams
+
+__all__ = ["Chooser", "Turn"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one request brings to a step."""
+
+    params: DecodingParams
+    seed: int
+    index: int
+    """Place of the token to choose in the reply; also the RNG's counter."""
+    rows: Sequence[int]
+    """Rows of the logits: the generator's, then one a stream; the generator's alone if unguarded."""
+    seen: Tensor | None
+    """Unique ids of prompt and reply, where a repetition penalty asks for them."""
+    keep_distribution: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        return self.params.alpha > 0
+
+
+class Chooser:
+    """Chooses tokens under `weights [S]`, the signed weights of the engine's streams."""
+
+    def __init__(self, weights: Sequence[float], device: torch.device) -> None:
+        # float64 draws and KL sums do not exist on MPS; the vocabulary-wide work is small enough for the CPU there.
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.weights = torch.tensor(list(weights), dtype=torch.float32, device=self.device)
+        self._detoxifier = next((i for i, w in enumerate(weights) if w < 0), 0)
+
+    def choose(self, logits: Tensor, turns: Sequence[Turn]) -> list[TokenStep | StepError]:
+        """One token for each turn from `logits [rows, vocab]` (float32, overwritten).
+
+        A turn whose rows hold a NaN or +inf, or whose stream rows are missing, gets a `StepError` in its place and
+        samples nothing; the others are not touched by it.
+        """
+        logits = logits.to(self.device)
+        streams = len(self.weights)
+        for turn in turns:
+            if turn.guarded and len(turn.rows) != 1 + streams:
+                raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
+            if turn.seen is not None:
+                for row in turn.rows:
+                    penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)
+        # An unguarded turn reads its own generator as its streams: the direction is then exactly zero.
+        rows = torch.tensor(
+            [list(t.rows) if t.guarded else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
+        )
+        greedy = torch.tensor([t.params.temperature == 0 for t in turns], device=self.device)
+        warmth = self._column([t.params.temperature or 1.0 for t in turns])
+        alpha = self._column([t.params.alpha for t in turns])
+        gen_logits = logits[rows[:, 0]]
+        log_gen = (gen_logits / warmth.unsqueeze(-1)).log_softmax(-1)
+        log_streams = (
+            (logits[rows[:, 1:]] / warmth[:, None, None]).log_softmax(-1) if streams else log_gen[:, None][:, :0]
+        )
+        sane = ~(log_gen.isnan().any(-1) | log_streams.isnan().any(-1).any(-1))
+
+        top_k = torch.tensor([t.params.top_k for t in turns], device=self.device)
+        nuc = nucleus(log_gen.nan_to_num(nan=-torch.inf), self._column([t.params.top_p for t in turns]), top_k)
+        keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
+        at = nuc.ids.unsqueeze(1).expand(-1, streams, -1)
+        p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams.gather(-1, at), alpha, keep)
+
+        drawn = race(
+            p, uniforms(self._integers([t.seed for t in turns]), self._integers([t.index for t in turns]), nuc.ids)
+        )
+        pick = torch.where(greedy, _first_max(p, nuc.ids), drawn)
+        token = nuc.ids.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
+        plain = gen_logits.argmax(-1)
+        # alpha = 0 is a bypass, not a contrast of strength zero: greedy is the argmax that `model.generate` takes.
+        token = torch.where(greedy & (alpha == 0), plain, token)
+        chosen = nuc.ids == token.unsqueeze(-1)
+
+        before = nuc.log_p.masked_fill(~nuc.keep, -torch.inf).softmax(-1)
+        kl_detox = kl_divergence(log_gen, log_streams[:, self._detoxifier]) if streams else torch.zeros_like(alpha)
+        kl_steer = kl_divergence(p.log(), before.log())
+        figures = torch.stack(
+            [
+                token.double(),
+                (before * chosen).sum(-1).double(),
+                (p * chosen).sum(-1).double(),
+                kl_detox.double(),
+                kl_steer.double(),
+                clipped.double(),
+                fallback.double(),
+                plain.double(),
+                (before * (nuc.ids == plain.unsqueeze(-1))).sum(-1).double(),
+                sane.double(),
+            ],
+            dim=-1,
+        ).tolist()  # the one transfer to the host a step
+        return [
+            TokenStep(
+                index=turn.index,
+                token_id=int(f[0]),
+                p_before=f[1],
+                p_after=f[2],
+                kl_detoxifier=max(f[3], 0.0),
+                kl_steering=max(f[4], 0.0),
+                clipped_mass=f[5],
+                fallback=bool(f[6]),
+                preferred_id=int(f[7]),
+                preferred_p=f[8],
+                guarded=turn.guarded and len(turn.rows) == 1 + streams,
+                distribution=(nuc.ids[i].cpu(), p[i].cpu()) if turn.keep_distribution else None,
+            )
+            if f[9]
+            else StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
+            for i, (turn, f) in enumerate(zip(turns, figures, strict=True))
+        ]
+
+    def _mix(
+        self, turns: Sequence[Turn], log_gen: Tensor, log_streams: Tensor, alpha: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each turn by its own rule."""
+        by_rule: dict[str, list[int]] = {}
+        for i, turn in enumerate(turns):
+            by_rule.setdefault(turn.params.rule, []).append(i)
+        p = torch.empty_like(log_gen)
+        clipped, fallback = torch.empty_like(alpha), torch.empty_like(alpha, dtype=torch.bool)
+        for rule, members in by_rule.items():
+            at = torch.tensor(members, device=self.device)
+            p[at], clipped[at], fallback[at] = RULES[rule](
+                log_gen[at], log_streams[at], self.weights, alpha[at], keep[at]
+            )
+        return p, clipped, fallback
+
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def _integers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _first_max(p: Tensor, ids: Tensor) -> Tensor:
+    """Index of the largest `p`; of equal ones that with the lowest token id, so that ties do not depend on sorting."""
+    best = p == p.amax(-1, keepdim=True)
+    return ids.masked_fill(~best, torch.iinfo(ids.dtype).max).argmin(-1)

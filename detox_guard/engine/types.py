@@ -1,0 +1,96 @@
+"""What passes between the engine and whoever submits requests. Plain data; knows no tensor layout."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from detox_guard.params import DecodingParams
+
+__all__ = ["Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenStep"]
+
+Finish = Literal["stop", "length"]
+
+
+class StreamSpec(NamedTuple):
+    """One steering stream as the engine sees it."""
+
+    embeddings: Tensor
+    """`[P, hidden]` the virtual tokens."""
+    weight: float
+    """Signed; negative for a detoxifier, positive for an expert."""
+    front: bool
+    """Before the whole context (spliced K/V prefix), else between the context and the reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One emitted token and the figures of the step that chose it. Probabilities are within the generator's nucleus."""
+
+    index: int
+    """Place in the reply, from 0."""
+    token_id: int
+    p_before: float
+    """What plain sampling would have given this token."""
+    p_after: float
+    """What the contrast gave it."""
+    kl_detoxifier: float
+    """`KL(p_gen‖p_detox)` over the vocabulary, nats; of the first negative stream (0 for an unguarded step)."""
+    kl_steering: float
+    """`KL(p‖p_gen)` within the nucleus, nats: how hard this step was steered."""
+    clipped_mass: float
+    """Share of the nucleus mass set to zero."""
+    fallback: bool
+    """Everything was clipped; the least toxic candidate was taken."""
+    preferred_id: int
+    """The generator's own most probable token…"""
+    preferred_p: float
+    """…and its probability before."""
+    guarded: bool
+    """A whole set of stream rows took part in this step."""
+    distribution: tuple[Tensor, Tensor] | None = None
+    """`(ids [K], p [K])`, only where the request asked for it (`keep_distributions`)."""
+
+
+class Rewind(NamedTuple):
+    """A sink's wish: take back the last `tokens` emitted tokens and decode on from there."""
+
+    tokens: int
+
+
+class Sink(Protocol):
+    """Receives one request's tokens, on the engine's thread: be quick, do not block. An exception fails the request."""
+
+    def on_token(self, step: TokenStep) -> Literal["stop"] | Rewind | None:
+        """One token. Return "stop" to end here (the token counts as emitted), a `Rewind`, or None to go on."""
+
+    def on_finish(self, reason: Finish) -> None:
+        """The reply is complete."""
+
+    def on_error(self, error: Exception) -> None:
+        """The request failed or was cancelled; no other call follows."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One reply to decode. `end_ids` are the ids that end it (they are not emitted); `seed` is already drawn."""
+
+    prompt_ids: list[int]
+    params: DecodingParams
+    seed: int
+    end_ids: frozenset[int]
+    sink: Sink
+    keep_distributions: bool = False
+    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def cancel(self) -> None:
+        """Ask the engine to drop this request; its seat is free within one step. Safe from any thread, any time."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()

@@ -1,0 +1,153 @@
+"""The one exception tree of the package. Knows nothing of models or text.
+
+::
+
+    DetoxGuardError                      has .hint (what to do) and .retryable (may the same call work later?)
+    ├── InvalidParamsError (ValueError)  a parameter is out of bounds: .field .value .bound
+    ├── PromptError (ValueError)         the prompt or messages cannot be used: .field .value .bound
+    │   └── PromptTooLongError           more positions asked for than the backbone or the engine has
+    ├── BackboneError                    the model cannot be served
+    │   ├── BackboneNotFoundError        no such folder, file, hub id, or cached copy
+    │   └── UnsupportedBackboneError     loaded, but not of a kind that can be steered (encoder-decoder, state space, …)
+    ├── DetoxifierError                  the soft prompt cannot be used
+    │   ├── DetoxifierNotFoundError      no such folder or hub id
+    │   ├── DetoxifierFormatError        unreadable, wrong PEFT type, wrong dtype, NaN
+    │   └── DetoxifierMismatchError      for another base model, or of another width
+    ├── EngineError                      a request failed while it ran
+    │   ├── EngineBusyError              the queue is full (retryable)
+    │   ├── EngineClosedError            the engine was closed
+    │   ├── RequestCancelledError        the caller cancelled
+    │   └── StepError                    the forward pass failed or gave numbers that cannot be trusted (fail closed)
+    ├── ScorerError                      a toxicity scorer cannot be loaded, or gave something that is no score
+    └── DataError                        a training or evaluation file cannot be used
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = [
+    "BackboneError",
+    "BackboneNotFoundError",
+    "DataError",
+    "DetoxGuardError",
+    "DetoxifierError",
+    "DetoxifierFormatError",
+    "DetoxifierMismatchError",
+    "DetoxifierNotFoundError",
+    "EngineBusyError",
+    "EngineClosedError",
+    "EngineError",
+    "InvalidParamsError",
+    "PromptError",
+    "PromptTooLongError",
+    "RequestCancelledError",
+    "ScorerError",
+    "StepError",
+    "UnsupportedBackboneError",
+]
+
+
+class DetoxGuardError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class _FieldError(DetoxGuardError, ValueError):
+    """An input that names its field, its value (shortened) and the bound it breaks."""
+
+    def __init__(self, field: str, value: object, bound: str, *, hint: str = "") -> None:
+        self.field = field
+        self.value = value
+        self.bound = bound
+        super().__init__(f"{field}: {_short(value)} is not allowed: {bound}", hint=hint)
+
+
+class InvalidParamsError(_FieldError):
+    """A parameter is of the wrong type or out of bounds."""
+
+    @classmethod
+    def from_pydantic(cls, error: ValidationError) -> InvalidParamsError:
+        """The first complaint of a pydantic error, as ours."""
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or str(error.title)
+        return cls(field, first["input"], first["msg"])
+
+
+class PromptError(_FieldError):
+    """The prompt or the chat messages cannot be decoded from."""
+
+
+class PromptTooLongError(PromptError):
+    """Prompt, virtual tokens and new tokens together exceed what the backbone or the engine can hold."""
+
+
+class BackboneError(DetoxGuardError):
+    """The backbone cannot be served."""
+
+
+class BackboneNotFoundError(BackboneError):
+    """No such folder, file, hub id, or cached copy."""
+
+
+class UnsupportedBackboneError(BackboneError):
+    """The model is of a kind that cannot be steered."""
+
+
+class DetoxifierError(DetoxGuardError):
+    """The detoxifier cannot be used."""
+
+
+class DetoxifierNotFoundError(DetoxifierError):
+    """No such folder or hub id."""
+
+
+class DetoxifierFormatError(DetoxifierError):
+    """The files are unreadable or hold something that is no soft prompt."""
+
+
+class DetoxifierMismatchError(DetoxifierError):
+    """The soft prompt was trained for another backbone."""
+
+
+class EngineError(DetoxGuardError):
+    """A request failed while it ran."""
+
+
+class EngineBusyError(EngineError):
+    """The queue is full."""
+
+    retryable = True
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed before the request was done."""
+
+
+class RequestCancelledError(EngineError):
+    """The caller cancelled the request."""
+
+
+class StepError(EngineError):
+    """A decoding step failed; nothing was sampled from it."""
+
+
+class ScorerError(DetoxGuardError):
+    """A toxicity scorer cannot be loaded, or returned something that is no score."""
+
+
+class DataError(DetoxGuardError):
+    """A data file cannot be used."""
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,96 @@
+"""What a caller may ask of a request and of an engine. Knows bounds; knows no model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from detox_guard.errors import InvalidParamsError
+
+__all__ = ["MAX_NEW_TOKENS", "Checked", "DecodingParams", "EngineConfig", "Rule"]
+
+MAX_NEW_TOKENS = 131_072
+Rule = Literal["dexperts", "detoxigen"]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Checked(BaseModel):
+    """A frozen pydantic model that forbids unknown fields and raises `InvalidParamsError` for bad ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise InvalidParamsError.from_pydantic(error) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; checked, unlike pydantic's `model_copy`."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+
+class DecodingParams(Checked):
+    """How one request is decoded.
+
+    `alpha` is the strength of the contrast (paper: α); 0 is the plain model, served without a detoxifier row.
+    `rule` is the formula that mixes the streams (`detox_guard.contrast`): "detoxigen" is the paper's, in probability
+    space; "dexperts" is the log-space anti-expert rule of Liu et al. 2021. `plausibility` is β of Li et al. 2023: only
+    tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
+    Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
+    et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
+    `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
+    (unless `ignore_eos`). `trace` keeps the figures of every step.
+    Raises `InvalidParamsError`.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=100)] = 2.0
+    rule: Rule = "dexperts"
+    plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[tuple[StopString, ...], Field(max_length=64)] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
+    ignore_eos: bool = False
+    trace: bool = True
+
+    @field_validator("alpha", "plausibility", "temperature", "top_p", "repetition_penalty", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("Input should be a number, not a bool")
+        return value
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        """One string or id, or any list of them, becomes a tuple."""
+        if value is None:
+            return ()
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+
+class EngineConfig(Checked):
+    """Bounds of one engine.
+
+    `max_rows`: rows in the running batch (a guarded request takes 1 + streams, an unguarded one 1).
+    `max_queue`: requests waiting for a seat, past which `EngineBusyError`. `max_slots`: K/V slots a row may hold,
+    None = the backbone's own limit. `prefill_chunk`: prompt tokens computed between two decoding steps, so that a
+    long prompt does not hold up the streams that are running. `pack_weights`: on a CPU in fp32, hold the linear
+    layers' weights in oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear`
+    modules are replaced.
+    """
+
+    max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    max_slots: Annotated[int, Field(ge=16)] | None = None
+    prefill_chunk: Annotated[int, Field(ge=16)] = 512
+    pack_weights: bool = True

@@ -1,0 +1,317 @@
+"""How toxic is a text? A number in [0, 1], from the embedded linear model or from a Hugging Face classifier.
+
+Knows text, hashed n-grams and classifiers. Does not know the engine, the detoxifier or what a score is used for, and
+never fits anything (`detox_guard.training.scorer` does). torch and transformers are imported only when a Hugging Face
+model is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+import threading
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from detox_guard.errors import ScorerError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["EmbeddedScorer", "HuggingFaceScorer", "ToxicityScorer", "checked_scores", "load_scorer"]
+
+ASSET = Path(__file__).parent / "assets" / "scorer"
+WEIGHTS_FILE, CARD_FILE = "weights.safetensors", "card.json"
+BUCKET_BITS = 18
+WINDOW_CHARS, WINDOW_STEP = 512, 448
+CHAR_NGRAMS = (2, 3, 4, 5)
+
+UInts = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float64]
+
+
+@runtime_checkable
+class ToxicityScorer(Protocol):
+    """Anything with a `name` and a batched `score`. A plug-in need not inherit from this."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable, for reports."""
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """One number in [0, 1] a text, in order; 1 is toxic."""
+
+
+def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
+    """The scorer's numbers, or an error: a guard that cannot judge must not let text through.
+
+    Raises `ScorerError` for a failing scorer, a wrong count, NaN, or a number outside [0, 1].
+    """
+    if not texts:
+        return []
+    name = getattr(scorer, "name", type(scorer).__name__)
+    try:
+        scores = [float(score) for score in scorer.score(texts)]
+    except ScorerError:
+        raise
+    except Exception as error:
+        raise ScorerError(f"scorer {name!r} failed: {type(error).__name__}: {error}") from error
+    if len(scores) != len(texts):
+        raise ScorerError(f"scorer {name!r} gave {len(scores)} scores for {len(texts)} texts")
+    for score in scores:
+        if not 0.0 <= score <= 1.0:  # false for NaN too
+            raise ScorerError(f"scorer {name!r} gave {score}, which is not in [0, 1]")
+    return scores
+
+
+@functools.cache
+def _shared_embedded() -> EmbeddedScorer:
+    return EmbeddedScorer.load()
+
+
+def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
+    """None or "embedded": the shared embedded scorer. Another string: a Hugging Face model. A scorer: itself.
+
+    Raises `ScorerError`.
+    """
+    if spec is None or spec == "embedded":
+        return _shared_embedded()
+    if isinstance(spec, str):
+        return HuggingFaceScorer(spec)
+    if isinstance(spec, ToxicityScorer):
+        return spec
+    raise ScorerError(f"{type(spec).__name__} is no scorer", hint="give a name, or an object with .name and .score()")
+
+
+# --- features: hashed word and character n-grams -----------------------------------------------------------------
+
+
+def text_windows(text: str) -> list[str]:
+    """The text, normalised, in overlapping pieces of at most `WINDOW_CHARS` characters; none if nothing is visible.
+
+    NFKC, case folded, without invisible format characters and combining marks, runs of a character cut to two.
+    Windows keep a short insult from drowning in a long text. Nothing is left out: work is linear in the length.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) not in ("Cf", "Mn"))
+    text = " ".join(re.sub(r"(.)\1{2,}", r"\1\1", text).split())
+    return (
+        [text[i : i + WINDOW_CHARS] for i in range(0, max(1, len(text) - (WINDOW_CHARS - WINDOW_STEP)), WINDOW_STEP)]
+        if text
+        else []
+    )
+
+
+_BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
+_INVERSE = pow(_BASE, -1, 2**64)
+
+
+def _powers(base: int) -> UInts:
+    powers = np.full(WINDOW_CHARS + 3, base, dtype=np.uint64)  # two pad spaces and the power 0
+    powers[0] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+_BASE_POWERS, _INVERSE_POWERS = _powers(_BASE), _powers(_INVERSE)
+
+
+def _buckets(hashes: UInts) -> npt.NDArray[np.int64]:
+    """The top bits after the splitmix64 finaliser (Steele et al. 2014): a polynomial hash has poor low bits."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((hashes ^ (hashes >> np.uint64(31))) >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+
+
+def ngram_buckets(window: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Bucket numbers, with repeats, of the words (and single signs) of one window, and of its character 2- to 5-grams.
+
+    Character n-grams stay inside a word padded with spaces. All hashes come from one prefix sum of a polynomial modulo
+    2**64: h(i, j) = (S[j] - S[i]) · base**-i, with S[j] = Σ_{k<j} char[k] · base**k.
+    """
+    padded = f" {window} "
+    chars = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    prefix = np.zeros(len(chars) + 1, dtype=np.uint64)
+    np.cumsum(chars * _BASE_POWERS[: len(chars)], out=prefix[1:])
+    spaces = np.concatenate(([0], np.cumsum(chars == 32)))
+
+    def hashed(start: npt.NDArray[np.int64], stop: npt.NDArray[np.int64], kind: int) -> npt.NDArray[np.int64]:
+        return _buckets((prefix[stop] - prefix[start]) * _INVERSE_POWERS[start] + np.uint64(kind))
+
+    grams = []
+    for size in CHAR_NGRAMS:
+        start = np.arange(max(0, len(chars) - size + 1))
+        start = start[spaces[start + size - 1] == spaces[start + 1]]  # no space but at the two ends
+        grams.append(hashed(start, start + size, size))
+    words = np.array([m.span() for m in re.finditer(r"\w+|[^\w\s]", padded)], dtype=np.int64).reshape(-1, 2)
+    return hashed(words[:, 0], words[:, 1], 101), np.concatenate(grams)
+
+
+def tf_idf(buckets: npt.NDArray[np.int64], idf: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Distinct buckets and their (1 + ln tf) · idf, of length 1 in the L2 norm."""
+    distinct, counts = np.unique(buckets, return_counts=True)
+    values: Floats = (1.0 + np.log(counts)) * idf[distinct]
+    return distinct, values / max(float(np.linalg.norm(values)), 1e-12)
+
+
+# --- scorers -----------------------------------------------------------------------------------------------------
+
+
+class EmbeddedScorer:
+    """A linear model on hashed TF-IDF features: numpy only, about a megabyte, well under 2 ms a comment.
+
+    The score is an estimate of Perspective's toxicity: sigmoid(bias + Σ_blocks weight · tfidf). A text longer than
+    a window gets the score of its worst window; a text with nothing visible gets 0. It sees explicit toxicity in
+    English; see `card` for what it cannot see.
+    """
+
+    name = "embedded"
+
+    def __init__(self, idf: npt.ArrayLike, weight: npt.ArrayLike, bias: float, card: dict[str, Any]) -> None:
+        self._idf = np.asarray(idf, dtype=np.float64)
+        self._weight = np.asarray(weight, dtype=np.float64)
+        self._bias = float(bias)
+        self.card = card
+        if self._idf.shape != (2**BUCKET_BITS,) or self._weight.shape != self._idf.shape:
+            raise ScorerError(f"scorer weights have shapes {self._idf.shape} and {self._weight.shape}")
+        if not (np.isfinite(self._idf).all() and np.isfinite(self._weight).all() and math.isfinite(self._bias)):
+            raise ScorerError("scorer weights hold numbers that are not finite")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Self:
+        """The scorer in a folder (None: the one shipped), read now. Raises `ScorerError` if missing or damaged."""
+        folder = ASSET if path is None else Path(path)
+        try:
+            card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+            data = (folder / WEIGHTS_FILE).read_bytes()
+            if hashlib.sha256(data).hexdigest() != card["weights_sha256"]:
+                raise ValueError("the weights are not those the card describes")
+            tensors = safetensors.load(data)
+            return cls(tensors["idf"], tensors["weight"], tensors["bias"].item(), card)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ScorerError(
+                f"cannot load the scorer in {folder.name!r}: {type(error).__name__}: {error}",
+                hint="reinstall detox-guard, or train one with python -m detox_guard.training.scorer",
+            ) from error
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """One number in [0, 1] a text. A text's score does not depend on its neighbours."""
+        return [max(map(self._score_window, text_windows(text)), default=0.0) for text in texts]
+
+    def _score_window(self, window: str) -> float:
+        logit = self._bias
+        for block in ngram_buckets(window):
+            distinct, values = tf_idf(block, self._idf)
+            logit += float(values @ self._weight[distinct])
+        return 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
+
+
+class HuggingFaceScorer:
+    """Any Hugging Face text classifier, by hub id or folder, loaded at the first score.
+
+    `label` names the toxic class; by default it is found by its name. Multi-label models are read through a sigmoid,
+    others through a softmax. A text longer than the model is scored in overlapping windows and gets the worst. Code
+    from the hub is never run. `score` raises `ScorerError` if the model cannot be loaded or no label is surely the
+    toxic one.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        label: str | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if batch_size < 1:
+            raise ScorerError(f"batch_size must be at least 1, not {batch_size}")
+        self.name = model_id
+        self._revision, self._device, self._label, self._batch_size = revision, device, label, batch_size
+        self._lock = threading.Lock()
+        self._loaded: tuple[Any, Any, int, int] | None = None
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """One number in [0, 1] a text. Raises `ScorerError`."""
+        if not texts:
+            return []
+        import torch
+
+        model, tokenizer, toxic, max_tokens = self._load()
+        # A tokenizer refuses lone surrogates; a question mark stands in for each.
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        windows = tokenizer(
+            clean, truncation=True, max_length=max_tokens, stride=max_tokens // 8, return_overflowing_tokens=True
+        )
+        owner = windows.pop("overflow_to_sample_mapping")
+        scores = [0.0] * len(texts)
+        for first in range(0, len(owner), self._batch_size):
+            part = slice(first, first + self._batch_size)
+            batch = tokenizer.pad({key: value[part] for key, value in windows.items()}, return_tensors="pt")
+            with torch.inference_mode():
+                logits = model(**batch.to(model.device)).logits.float()
+            if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
+                probabilities = logits.sigmoid()[:, toxic]
+            else:
+                probabilities = logits.softmax(-1)[:, toxic]
+            for text_index, probability in zip(owner[part], probabilities.tolist(), strict=True):
+                if math.isnan(probability):
+                    raise ScorerError(f"{self.name!r} gave NaN")
+                scores[text_index] = max(scores[text_index], probability)
+        return scores
+
+    def _load(self) -> tuple[Any, Any, int, int]:
+        with self._lock:
+            if self._loaded is None:
+                from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+                source = {"revision": self._revision, "trust_remote_code": False}
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(self.name, **source)
+                    model = AutoModelForSequenceClassification.from_pretrained(self.name, **source)
+                    model = model.eval().to(self._device or "cpu")
+                except Exception as error:
+                    raise ScorerError(
+                        f"cannot load the classifier {self.name!r}: {type(error).__name__}: {error}",
+                        hint='check the name and the network, give a local folder, or use "embedded"',
+                    ) from error
+                if not tokenizer.is_fast:
+                    raise ScorerError(f"{self.name!r} has no fast tokenizer, so long texts cannot be windowed")
+                # RoBERTa-like models lose up to two positions to padding.
+                positions = getattr(model.config, "max_position_embeddings", None) or 514
+                max_tokens = min(tokenizer.model_max_length, positions - 2)
+                self._loaded = model, tokenizer, _toxic_index(model.config.id2label, self._label), max_tokens
+            return self._loaded
+
+
+def _toxic_index(id2label: dict[int, str], wanted: str | None) -> int:
+    """The index of the toxic class. Raises `ScorerError` naming the labels when that is not certain."""
+    names = {index: str(name).lower() for index, name in id2label.items()}
+    negated = re.compile(r"no[nt]?(?![a-z])|non|not")
+    if wanted is not None:
+        found = [index for index, name in names.items() if name == wanted.lower()]
+    elif len(names) == 1:
+        found = list(names)
+    elif set(names.values()) == {"label_0", "label_1"}:
+        found = [index for index, name in names.items() if name == "label_1"]
+    else:
+        found = [index for index, name in names.items() if name in ("toxic", "toxicity")] or [
+            index
+            for index, name in names.items()
+            if re.search("toxic|hate|offensive", name) and not negated.match(name)
+        ]
+    if len(found) != 1:
+        problem = "no label fits" if not found else "several labels fit"
+        raise ScorerError(
+            f"{problem} {wanted or 'toxic'!r} among {sorted(map(str, id2label.values()))}", hint="name one with label="
+        )
+    return found[0]

@@ -1,0 +1,139 @@
+"""From prompts to ids and from ids back to text, a token at a time. Knows a tokenizer; knows no engine, no steering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from detox_guard.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from detox_guard.backbone import Backbone
+
+__all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt"]
+
+Message = Mapping[str, Any]
+"""One chat message: at least `role` and `content`, both str."""
+Prompt = str | Sequence[Message]
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT_TOKENS = 6
+
+
+def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
+    """Token ids of a plain prompt, or of chat messages through the template (straight to ids, never tokenized twice).
+
+    Raises `PromptError` that names what is wrong: empty, not text, lone surrogates, no chat template, bad messages.
+    """
+    if isinstance(prompt, str):
+        _check_text("prompt", prompt)
+        ids = backbone.tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, list | tuple):
+        ids = _encode_messages(backbone, prompt)
+    else:
+        raise PromptError("prompt", prompt, "a string or a list of chat messages")
+    if not ids:
+        raise PromptError("prompt", prompt, "at least one token")
+    return list(ids)
+
+
+def _encode_messages(backbone: Backbone, messages: Sequence[Message]) -> list[int]:
+    if not messages:
+        raise PromptError("messages", messages, "at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"messages[{i}]", message, "a mapping with role and content")
+        for key in ("role", "content"):
+            _check_text(f"messages[{i}].{key}", message.get(key), may_be_empty=key == "content")
+    if not backbone.has_chat_template:
+        raise PromptError(
+            "messages", f"{len(messages)} messages", f"{backbone.id} has no chat template", hint="pass a plain string"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        encoded: Any = backbone.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise PromptError(
+            "messages", [message.get("role") for message in messages], f"the chat template refuses them: {error}"
+        ) from error
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def _check_text(field: str, value: object, *, may_be_empty: bool = False) -> None:
+    if not isinstance(value, str):
+        raise PromptError(field, value, "a string")
+    if not value and not may_be_empty:
+        raise PromptError(field, value, "at least one character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(field, value[error.start : error.end], "valid Unicode, without lone surrogates") from None
+
+
+class TextStream:
+    """Incremental detokenizing: `push(id)` returns the text that this token completes, which may be "".
+
+    A character whose bytes are split over tokens comes with its last token. Decoding keeps a few tokens of context
+    (at first the prompt's end), because some tokenizers drop a leading space.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._context = 0
+        self._read = len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._context : self._read])
+        now = self._decode(self._ids[self._context :])
+        if now.endswith(_REPLACEMENT) or len(now) < len(before):
+            return ""
+        self._context, self._read = max(0, self._read - _CONTEXT_TOKENS), len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class StopMatcher:
+    """Cuts text before the first stop string, and holds back what may still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Text that is safe to emit now. Sets `stopped` when a stop string was met; nothing comes after."""
+        if self.stopped:
+            return ""
+        self._held += text
+        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if hits:
+            self.stopped = True
+            out, self._held = self._held[: min(hits)], ""
+            return out
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out
+
+    def flush(self) -> str:
+        """The reply is over: what was held back is text after all."""
+        out, self._held = self._held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

@@ -1,0 +1,95 @@
+"""What a training run may be told. Knows bounds and the command line; knows no model and no data."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from detox_guard.detoxifier import Position
+from detox_guard.params import Checked
+
+__all__ = ["TrainingConfig"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingConfig(Checked):
+    """One run of prompt tuning (Lester et al. 2021) on toxic text, the detoxifier of DetoxiGen (arXiv 2401.06947).
+
+    `data`: toxic texts, `contexts`: neutral ones for user turns and passages (None: a few built in); files (.jsonl,
+    .csv, .tsv, .txt) or hub data sets `org/name[:split]`, read at `text_field`. `output`: the detoxifier's folder.
+    `mixture`: shares of "bare", "split", "chat" and "passage" batches (`detox_guard.training.examples`).
+    `passage_tokens`: shortest and longest passage. `heldout`: rows of `data` that are only measured on.
+    `checkpoint_steps`: how often the run can be resumed from; `resume` takes up a run of the same settings and data
+    that was cut off. `licence`, `notes`: for the card. Raises `InvalidParamsError`.
+    """
+
+    data: Annotated[tuple[str, ...], Field(min_length=1)]
+    output: str
+    model: str | None = None
+    revision: str | None = None
+    contexts: tuple[str, ...] | None = None
+    position: Position = "reply"
+    virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
+    initial_text: Annotated[str, Field(min_length=1)] = "The following reply is rude, insulting, hateful and toxic:"
+    steps: Annotated[int, Field(ge=1)] = 300
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    reply_tokens: Annotated[int, Field(ge=1)] = 40
+    passage_tokens: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (300, 600)
+    mixture: tuple[Fraction, Fraction, Fraction, Fraction] = (0.45, 0.25, 0.2, 0.1)
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-2
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    heldout: Annotated[int, Field(ge=1)] = 200
+    max_bad_rows: Annotated[int, Field(ge=0)] = 100
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 25
+    resume: bool = True
+    device: str | None = None
+    dtype: str | None = None
+    licence: str | None = None
+    notes: str = ""
+
+    @field_validator("data", "contexts", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        """One name or a list of them, paths too, as a tuple of strings."""
+        if value is None:
+            return None
+        names = [value] if isinstance(value, str | Path) else value
+        return tuple(str(name) for name in names) if isinstance(names, list | tuple) else names
+
+    @field_validator("output", "model", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if sum(self.mixture) <= 0:
+            raise ValueError("mixture: at least one share must be above 0")
+        if self.passage_tokens[0] > self.passage_tokens[1]:
+            raise ValueError("passage_tokens: the shortest comes first")
+        return self
+
+    def command(self) -> str:
+        """The `detox-guard train` line of this run: what differs from the defaults, files by their base names only."""
+        words = ["detox-guard", "train"]
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if value == field.default or name in {"resume", "device", "notes"}:
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name in {"data", "contexts"}:
+                words += [word for source in value for word in (flag, _base_name(source))]
+            elif isinstance(value, tuple):
+                words += [flag, *map(str, value)]
+            else:
+                words += [flag, _base_name(value) if name in {"output", "model"} else str(value)]
+        return shlex.join(words)
+
+
+def _base_name(source: str) -> str:
+    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source

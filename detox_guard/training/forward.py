@@ -1,0 +1,81 @@
+"""One differentiable forward pass of a frozen backbone with a soft prompt. Knows tensors only.
+
+Both layouts give the logits that predict the reply's tokens; for the first of them that is the output at the token
+before, which with position "reply" is the last virtual token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from detox_guard.detoxifier import Position
+    from detox_guard.training.examples import Batch
+
+__all__ = ["reply_logits", "reply_loss"]
+
+
+def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
+    """Logits [rows, reply_len, vocab] that predict `batch["reply_ids"]`, differentiable in `soft_prompt` [P, hidden].
+
+    "front" is PEFT's layout, [virtual | context | reply] in one pass. "reply" is [context | virtual | reply]: attention
+    being causal, nothing before the virtual tokens depends on them, so the context's K/V comes without a graph, and
+    once for all rows when they share it.
+    """
+    embed = model.get_input_embeddings()
+    context_ids, reply_ids = batch["context_ids"], batch["reply_ids"]
+    rows, reply_len = reply_ids.shape
+    virtual = soft_prompt.to(embed.weight.dtype).expand(rows, -1, -1)
+    virtual_mask = reply_ids.new_ones(rows, len(soft_prompt))
+    context_mask = batch["context_mask"].expand(rows, -1)
+    past = None
+    if position == "front":
+        context = embed(context_ids).expand(rows, -1, -1)
+        inputs = torch.cat([virtual, context, embed(reply_ids)], dim=1)
+        mask = torch.cat([virtual_mask, context_mask, batch["reply_mask"]], dim=1)
+    else:
+        past = _prefill(model, batch)
+        inputs = torch.cat([virtual, embed(reply_ids)], dim=1)
+        mask = torch.cat([context_mask, virtual_mask, batch["reply_mask"]], dim=1)
+    input_len = inputs.shape[1]
+    outputs = model(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=_positions(mask)[:, -input_len:],
+        past_key_values=past,
+        use_cache=past is not None,
+        # the head is a fifth of a small model's cost: only where a reply token is predicted
+        logits_to_keep=torch.arange(input_len - reply_len - 1, input_len - 1, device=inputs.device),
+    )
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
+def reply_loss(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
+    """Mean cross-entropy of the reply's tokens, in nats a token: float32, a scalar."""
+    logits = reply_logits(model, soft_prompt, batch, position).float()
+    losses = functional.cross_entropy(logits.flatten(0, 1), batch["reply_ids"].flatten(), reduction="none")
+    weights = batch["reply_mask"].flatten().float()
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def _prefill(model: Any, batch: Batch) -> Any:
+    """The contexts' K/V, one row a reply; None where there is no context."""
+    ids, mask = batch["context_ids"], batch["context_mask"]
+    if ids.shape[1] == 0:
+        return None
+    past = model(
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    if len(ids) == 1:
+        past.batch_repeat_interleave(len(batch["reply_ids"]))
+    return past
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each real token among the real tokens of its row; 0 on padding before them."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)

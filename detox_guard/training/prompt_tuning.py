@@ -1,0 +1,314 @@
+"""Training a soft prompt on toxic text with PEFT and transformers' Trainer. Knows runs, checkpoints and cards.
+
+Knows no formats of data (`data`), no layouts of tokens (`examples`, `forward`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import peft
+import torch
+import transformers
+from torch.utils.data import Dataset, SequentialSampler
+from transformers.trainer_callback import ProgressCallback
+
+from detox_guard.detoxifier import Detoxifier, DetoxifierCard, Position
+from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
+from detox_guard.training.data import TextRows, read_texts
+from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind
+from detox_guard.training.forward import reply_loss
+
+if TYPE_CHECKING:
+    from detox_guard.backbone import Backbone
+    from detox_guard.training.config import TrainingConfig
+
+__all__ = ["Progress", "train_detoxifier"]
+
+Progress = Callable[[int, int, float], None]
+CHECKPOINTS = "checkpoints"
+WHOLE = "whole"  # the file that marks a checkpoint as written to its end
+LIMITS = "Trained on explicit toxicity; implicit hate is not what it has seen."
+
+
+def train_detoxifier(
+    config: TrainingConfig, *, backbone: Backbone | None = None, progress: Progress | None = None
+) -> Detoxifier:
+    """Train a soft prompt, save it as a detoxifier folder in `config.output`, and return it.
+
+    The backbone is frozen: only the [virtual_tokens, hidden] soft prompt learns, by AdamW on the cross-entropy of the
+    toxic replies. The same config and data give the same tensor, on the same machine, cut off and resumed or not.
+    `backbone`: one that is loaded already, in the place of `config.model`. `progress(step, steps, loss)` is called
+    after every step, loss in nats a token; without it there is the Trainer's own bar on stderr.
+    Besides the detoxifier, `loss_curve.png` is written. Raises `DataError`, `BackboneError`, `InvalidParamsError`.
+    """
+    from detox_guard.training.loss_curve import draw_loss_curve
+
+    data = [_read(config, source) for source in config.data]
+    contexts = [_read(config, source) for source in config.contexts or ()]
+    if backbone is None:
+        from detox_guard.backbone import load_backbone
+
+        backbone = load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
+    if backbone.device.type == "cuda" and backbone.device.index:  # the Trainer would move the model to the first
+        bound = "'cuda' for training; choose the device with CUDA_VISIBLE_DEVICES"
+        raise InvalidParamsError("device", str(backbone.device), bound)
+    examples = _examples(config, backbone, [text for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS)
+    train, heldout = _divide([text for rows in data for text in rows.texts], config)
+
+    model = _soft_prompted(backbone, config)
+    before = _heldout_loss(model, examples, heldout, config)
+    run = _run_folder(config, backbone, [*data, *contexts])
+    trainer = _trainer(model, _Steps(examples, train, config), config, run, backbone, progress)
+    trainer.train(resume_from_checkpoint=_last_whole(run) if config.resume else None)
+    after = _heldout_loss(model, examples, heldout, config)
+
+    output = Path(config.output)
+    soft_prompt = _soft_prompt(model)
+    card = DetoxifierCard(
+        base_id=backbone.id,
+        base_revision=backbone.revision,
+        hidden_size=backbone.hidden_size,
+        num_layers=backbone.num_layers,
+        virtual_tokens=config.virtual_tokens,
+        position=config.position,
+        initial_text=config.initial_text,
+        data=tuple(rows.source for rows in [*data, *contexts]),
+        transformers_version=transformers.__version__,
+        peft_version=peft.__version__,
+        torch_version=torch.__version__,
+        seed=config.seed,
+        steps=config.steps,
+        command=config.command(),
+        heldout_loss_before=before,
+        heldout_loss_after=after,
+        embedding_scale=_embedding_scale(backbone),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        notes=config.notes or LIMITS,
+    )
+    detoxifier = Detoxifier(soft_prompt.detach().float().cpu().clone(), card)
+    draw_loss_curve(trainer.state.log_history, output / "loss_curve.png")
+    detoxifier.save(output)
+    shutil.rmtree(run.parent, ignore_errors=True)
+    return detoxifier
+
+
+def _read(config: TrainingConfig, source: str) -> TextRows:
+    return read_texts(source, field=config.text_field, max_bad_rows=config.max_bad_rows, licence=config.licence)
+
+
+def _examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence[str]) -> Examples:
+    room = None
+    if backbone.max_positions is not None:
+        room = backbone.max_positions - config.virtual_tokens - config.reply_tokens
+        if room < 1:
+            bound = f"virtual_tokens + reply_tokens must stay under the backbone's {backbone.max_positions} positions"
+            raise InvalidParamsError("virtual_tokens", config.virtual_tokens, bound)
+    return Examples(
+        backbone,
+        contexts=contexts,
+        reply_len=config.reply_tokens,
+        passage_len=config.passage_tokens,
+        max_context_len=room,
+    )
+
+
+def _divide(texts: Sequence[str], config: TrainingConfig) -> tuple[list[str], list[str]]:
+    """Training and held-out texts. Equal texts count once, so that none can be on both sides."""
+    unique = list(dict.fromkeys(texts))
+    if len(unique) <= config.heldout:
+        raise DataError(
+            f"{', '.join(config.data)}: {len(unique)} different rows, of which {config.heldout} are held out",
+            hint="more data, or fewer held-out rows",
+        )
+    random.Random(config.seed).shuffle(unique)
+    return unique[config.heldout :], unique[: config.heldout]
+
+
+def _soft_prompted(backbone: Backbone, config: TrainingConfig) -> Any:
+    """The backbone inside PEFT, its soft prompt initialized with the text's embeddings, tiled."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+        # PEFT wants the tokenizer by name; ours may come from a GGUF or a hub that is out of reach
+        backbone.tokenizer.save_pretrained(folder)
+        model = peft.get_peft_model(
+            backbone.model,
+            peft.PromptTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=config.virtual_tokens,
+                prompt_tuning_init="TEXT",
+                prompt_tuning_init_text=config.initial_text,
+                tokenizer_name_or_path=folder,
+            ),
+        )
+    # with a base named here, PEFT would ask the hub for it at every checkpoint
+    model.peft_config["default"].base_model_name_or_path = ""
+    return model
+
+
+def _soft_prompt(model: Any) -> torch.Tensor:
+    weight: torch.Tensor = model.prompt_encoder["default"].embedding.weight
+    return weight
+
+
+def _embedding_scale(backbone: Backbone) -> float | None:
+    scale = getattr(backbone.model.get_input_embeddings(), "embed_scale", None)
+    return None if scale is None else float(scale)
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[Batch]):
+    """Item i is the batch of step i; a run that is resumed meets the batches it would have met."""
+
+    examples: Examples
+    texts: Sequence[str]
+    config: TrainingConfig
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"{self.config.seed}/{step}")
+        (kind,) = rng.choices(KINDS, weights=self.config.mixture)
+        rows = _rows(kind, self.config)
+        first = step * self.config.batch_size
+        return self.examples.batch(kind, [self.texts[(first + i) % len(self.texts)] for i in range(rows)], rng)
+
+
+def _rows(kind: Kind, config: TrainingConfig) -> int:
+    """In front of a passage the whole of it takes part in every row's graph: fewer rows."""
+    return max(1, config.batch_size // 4) if kind == "passage" and config.position == "front" else config.batch_size
+
+
+@torch.no_grad()
+def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: TrainingConfig) -> dict[str, float]:
+    """Nats a reply token, by kind, and their plain mean."""
+    model.eval()
+    base, soft_prompt = model.get_base_model(), _soft_prompt(model)
+    losses: dict[str, float] = {}
+    for kind in KINDS:
+        rng = random.Random(f"{config.seed}/heldout/{kind}")
+        total = tokens = 0.0
+        for first in range(0, len(texts), _rows(kind, config)):
+            batch = examples.batch(kind, texts[first : first + _rows(kind, config)], rng)
+            batch = _to(batch, soft_prompt.device)
+            count = float(batch["reply_mask"].sum())
+            total += float(reply_loss(base, soft_prompt, batch, config.position)) * count
+            tokens += count
+        losses[kind] = round(total / tokens, 4)
+    losses["mean"] = round(sum(losses.values()) / len(KINDS), 4)
+    return losses
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
+
+
+class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' Trainer with our loss; one item of the data set is one batch."""
+
+    def __init__(self, position: Position, **kwargs: Any) -> None:
+        self.position = position
+        super().__init__(**kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        model.eval()  # dropout in a frozen backbone is only noise, and serving has none
+        soft_prompt = _soft_prompt(model)
+        batch = _to(inputs, soft_prompt.device)
+        return reply_loss(model.get_base_model(), soft_prompt, batch, self.position)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's progress bar, with the loss in it instead of a line a step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
+    """Marks whole checkpoints, stops at a loss that is no number, and tells the caller about each step."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not float("-inf") < loss < float("inf"):
+            raise DetoxGuardError(f"step {state.global_step}: the loss is {loss}", hint="a lower learning rate")
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, loss)
+
+
+def _trainer(
+    model: Any, steps: _Steps, config: TrainingConfig, run: Path, backbone: Backbone, progress: Progress | None
+) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run),
+        max_steps=config.steps,
+        per_device_train_batch_size=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 10),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        use_cpu=backbone.device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = 1  # a soft prompt needs no second device, and DataParallel would want one
+    trainer = _SoftPromptTrainer(
+        config.position,
+        model=model,
+        args=arguments,
+        train_dataset=steps,
+        data_collator=_only,
+        callbacks=[_Watch(progress), *([] if progress else [_Bar()])],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _only(items: Sequence[Batch]) -> Batch:
+    (batch,) = items
+    return batch
+
+
+def _run_folder(config: TrainingConfig, backbone: Backbone, data: Sequence[TextRows]) -> Path:
+    """Where this run's checkpoints are: named by all that the result depends on, so that no other run's mix in."""
+    settings = config.model_dump(
+        exclude={"output", "resume", "notes", "licence", "checkpoint_steps", "data", "contexts"}
+    )
+    facts = [settings, backbone.id, backbone.revision, [rows.source.sha256 for rows in data]]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Path(config.output) / CHECKPOINTS / digest[:12]
+
+
+def _last_whole(run: Path) -> str | None:
+    whole = sorted(run.glob(f"checkpoint-*/{WHOLE}"), key=lambda mark: int(mark.parent.name.rpartition("-")[2]))
+    return str(whole[-1].parent) if whole else None

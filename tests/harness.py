@@ -1,0 +1,85 @@
+"""Drives the engine from tests: a sink that records, and one call to decode some prompts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from detox_guard.backbone import Backbone
+from detox_guard.engine import Engine, Request, StreamSpec, TokenStep
+from detox_guard.params import DecodingParams
+
+
+class Recorder:
+    """A sink that keeps everything. `react(step)` may return a verdict for the engine."""
+
+    def __init__(self, react: Callable[[TokenStep], Any] | None = None) -> None:
+        self.steps: list[TokenStep] = []
+        self.outcome: str | Exception | None = None
+        self.react = react
+        self._done = threading.Event()
+
+    def on_token(self, step: TokenStep) -> Any:
+        self.steps.append(step)
+        return self.react(step) if self.react else None
+
+    def on_finish(self, reason: str) -> None:
+        self.outcome = reason
+        self._done.set()
+
+    def on_error(self, error: Exception) -> None:
+        self.outcome = error
+        self._done.set()
+
+    def wait(self, timeout_s: float = 120) -> Recorder:
+        assert self._done.wait(timeout_s), "the engine never answered"
+        return self
+
+    @property
+    def ids(self) -> list[int]:
+        return [step.token_id for step in self.steps]
+
+
+def request(
+    prompt: Sequence[int],
+    params: DecodingParams,
+    sink: Recorder | None = None,
+    *,
+    seed: int = 1,
+    end_ids: frozenset[int] = frozenset(),
+    keep: bool = False,
+) -> tuple[Request, Recorder]:
+    sink = sink or Recorder()
+    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep), sink
+
+
+def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingParams, **kw: Any) -> list[Recorder]:
+    """Submit all prompts at once; every reply, in order."""
+    pairs = [request(prompt, params, **kw) for prompt in prompts]
+    for req, _ in pairs:
+        engine.submit(req)
+    for _, sink in pairs:
+        sink.wait()
+        if isinstance(sink.outcome, Exception):
+            raise sink.outcome
+    return [sink for _, sink in pairs]
+
+
+def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[StreamSpec]:
+    """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
+    g = torch.Generator().manual_seed(7)
+    return [
+        StreamSpec(
+            torch.randn(width + i, backbone.hidden_size, generator=g) * scale, 1.0 if k.isupper() else -1.0, k in "fF"
+        )
+        for i, k in enumerate(kinds)
+    ]
+
+
+def random_prompts(backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[list[int]]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=g).tolist()
+    return [torch.randint(4, backbone.vocab_size, (n,), generator=g).tolist() for n in lengths]

