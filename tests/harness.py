@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_guard.backbone import Backbone
+from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.engine import Engine, Request, StreamSpec, TokenStep
-from detox_guard.params import DecodingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from detox_guard.backbone import Backbone
+    from detox_guard.params import DecodingParams
 
 
 class Recorder:
@@ -79,7 +83,22 @@ def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: flo
     ]
 
 
-def random_prompts(backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[list[int]]:
+def random_prompts(
+    backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0
+) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=g).tolist()
     return [torch.randint(4, backbone.vocab_size, (n,), generator=g).tolist() for n in lengths]
+
+
+def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int = 5, seed: int = 7) -> Detoxifier:
+    """A soft prompt of noise for this backbone: it steers, though not away from anything."""
+    card = DetoxifierCard(
+        base_id=backbone.id,
+        hidden_size=backbone.hidden_size,
+        num_layers=backbone.num_layers,
+        virtual_tokens=width,
+        position=position,
+    )
+    g = torch.Generator().manual_seed(seed)
+    return Detoxifier(torch.randn(width, backbone.hidden_size, generator=g), card)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from detox_guard.engine import StreamSpec
-from detox_guard.params import DecodingParams
+if TYPE_CHECKING:
+    from detox_guard.engine import StreamSpec
+    from detox_guard.params import DecodingParams
 
 
 @dataclass
@@ -43,14 +45,12 @@ class Reference:
             for i in range(len(reply)):
                 for token in {*prompt, *reply[:i]}:
                     x = steps[i, token]
-                    steps[i, token] = (
-                        x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
-                    )
+                    steps[i, token] = x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
             out.append((steps / (params.temperature or 1.0)).log_softmax(-1))
         return out[0], out[1:]
 
     def distributions(self, prompt: list[int], reply: list[int], params: DecodingParams) -> tuple[Tensor, list[bool]]:
-        """`p [len(reply), vocab]` to sample each reply token from; and whether the nucleus' edge was too close to call."""
+        """`p [len(reply), vocab]` to sample each reply token from; whether its nucleus' edge is unsure."""
         gen, streams = self.log_probs(prompt, reply, params)
         out = torch.zeros_like(gen)
         unsure = []
@@ -78,9 +78,7 @@ class Reference:
                 pull = sum(spec.weight * (s[token].exp() - g) for spec, s in zip(self.streams, streams, strict=True))
                 p[token] = max(0.0, float(g + params.alpha * pull))
             else:
-                pull = sum(
-                    spec.weight * (s[token] - gen[token]) for spec, s in zip(self.streams, streams, strict=True)
-                )
+                pull = sum(spec.weight * (s[token] - gen[token]) for spec, s in zip(self.streams, streams, strict=True))
                 p[token] = torch.exp(gen[token] + params.alpha * pull)
         if p.sum() == 0:
             best = max(inside, key=lambda t: float(sum(

@@ -134,7 +134,7 @@ def test_save_that_is_cut_off_leaves_nothing_to_load(
         monkeypatch.setattr(module.os, "replace", cut_off)
         with pytest.raises(KeyboardInterrupt):
             new.save(folder)
-        with pytest.raises(DetoxifierFormatError, match="no adapter_config.json"):
+        with pytest.raises(DetoxifierFormatError, match="no adapter_config"):
             Detoxifier.load(folder)
     monkeypatch.setattr(module.os, "replace", replace)
     new.save(folder)
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "not readable as safetensors"),
     "empty": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""), "not readable as safetensors"),
     "other key": (weights(prompts=GOOD), r"\['prompts'\]"),
-    "one key more": (weights(prompt_embeddings=GOOD, more=GOOD), "more"),
+    "one key more": (weights(prompt_embeddings=GOOD, more=GOOD + 1), "more"),
     "shape": (weights(prompt_embeddings=torch.zeros(P + 1, 48)), r"\(6, 48\)"),
     "axes": (weights(prompt_embeddings=torch.zeros(P * 48)), r"\(240,\)"),
     "integers": (weights(prompt_embeddings=GOOD.long()), "no floating type"),
@@ -325,6 +325,9 @@ def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
 
 
 def test_importing_loads_no_torch() -> None:
-    code = "import sys, detox_guard.detoxifier, detox_guard.training; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    code = (
+        "import sys, detox_guard.detoxifier, detox_guard.training\n"
+        "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

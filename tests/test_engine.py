@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,8 +13,7 @@ from harness import Recorder, decode, random_prompts, random_streams, request
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.backbone import Backbone
-from detox_guard.engine import Engine, Rewind, StreamSpec
+from detox_guard.engine import Engine, Rewind, StreamSpec, TokenStep
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -23,6 +24,11 @@ from detox_guard.errors import (
     StepError,
 )
 from detox_guard.params import DecodingParams, EngineConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from detox_guard.backbone import Backbone
 
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, max_new_tokens=12)
 SAMPLED = DecodingParams(temperature=1.0, alpha=1.5, max_new_tokens=12)
@@ -150,7 +156,7 @@ def test_alone_among_neighbours_and_joining_late_are_the_same(streams: str) -> N
     assert together == alone
     # Joining late: each request is submitted from inside the one before, some steps into it.
     pairs = [request(prompt, params, seed=3) for prompt in prompts]
-    for (_, sink), (following, _) in zip(pairs, pairs[1:], strict=False):
+    for (_, sink), (following, _) in pairwise(pairs):
         sink.react = lambda step, f=following: engine.submit(f) if step.index == 4 else None
     engine.submit(pairs[0][0])
     assert [sink.wait().ids for _, sink in pairs] == alone
@@ -197,12 +203,9 @@ def test_a_rewound_row_equals_one_that_never_took_the_path(streams: str) -> None
     straight = [sink.steps for sink in decode(engine, prompts, params, keep=True)]
     for back in (1, 3, 6):
         # At the sixth token, take back `back` of them, once; 6 goes back to the end of the prompt.
-        todo = set(range(len(prompts)))
-        pairs = []
-        for i, prompt in enumerate(prompts):
-            react = lambda step, i=i: (todo.discard(i) or Rewind(back)) if step.index == 5 and i in todo else None  # noqa: E731
-            pairs.append(request(prompt, params, Recorder(react), keep=True))
-            engine.submit(pairs[-1][0])
+        pairs = [request(prompt, params, Recorder(_rewind_once(at=5, back=back)), keep=True) for prompt in prompts]
+        for req, _ in pairs:
+            engine.submit(req)
         for (_, sink), plain in zip(pairs, straight, strict=True):
             again = sink.wait().steps[6:]
             for a, b in zip(again, plain[6 - back :], strict=True):
@@ -212,6 +215,11 @@ def test_a_rewound_row_equals_one_that_never_took_the_path(streams: str) -> None
     stats = engine.stats()
     assert stats.tokens_rewound == (1 + 3 + 6) * len(prompts)
     engine.close()
+
+
+def _rewind_once(at: int, back: int) -> Callable[[TokenStep], Rewind | None]:
+    left = [Rewind(back)]
+    return lambda step: left.pop() if step.index == at and left else None
 
 
 def dict_of(step: object) -> torch.Tensor:
@@ -409,7 +417,9 @@ def test_a_thousand_random_cancels_leave_everything_where_it_was() -> None:
 def test_close_fails_what_is_under_way_and_refuses_more() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=2))
-    slow = [request([5, 6], GREEDY.replace(max_new_tokens=400), Recorder(lambda s: time.sleep(0.002))) for _ in range(3)]
+    slow = [
+        request([5, 6], GREEDY.replace(max_new_tokens=400), Recorder(lambda s: time.sleep(0.002))) for _ in range(3)
+    ]
     for req, _ in slow:
         engine.submit(req)
     while not slow[0][1].steps:

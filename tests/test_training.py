@@ -6,10 +6,9 @@ import json
 import random
 import subprocess
 import sys
-import textwrap
 import warnings
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import peft
 import pytest
@@ -17,13 +16,15 @@ import torch
 from tiny import make_tiny_backbone
 from torch.nn import functional
 
-from detox_guard.backbone import Backbone
 from detox_guard.detoxifier import Detoxifier, Position
 from detox_guard.errors import DataError, DetoxGuardError, DetoxifierFormatError, InvalidParamsError
 from detox_guard.training import TrainingConfig, train_detoxifier
 from detox_guard.training.data import read_texts
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind
 from detox_guard.training.forward import reply_logits, reply_loss
+
+if TYPE_CHECKING:
+    from detox_guard.backbone import Backbone
 
 TEXTS = [
     f"{who} {what}, {end}"
@@ -267,10 +268,10 @@ def train(config: TrainingConfig, backbone: Backbone | None = None) -> Detoxifie
 
 @pytest.mark.parametrize("position", get_args(Position))
 def test_a_run(tmp_path: Path, position: Position) -> None:
-    backbone = make_tiny_backbone("llama")
+    backbone = make_tiny_backbone("llama", initializer_range=0.1)  # smooth enough to learn on in a few steps
     weights = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     seen: list[tuple[int, int, float]] = []
-    config = settings(tmp_path, position=position, steps=30)
+    config = settings(tmp_path, position=position, steps=30, learning_rate=0.3)
     trained = train_detoxifier(config, backbone=backbone, progress=lambda *step: seen.append(step))
 
     assert [step for step, _, _ in seen] == list(range(1, 31))
@@ -321,19 +322,19 @@ def test_learned_positions_and_files_of_contexts(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys, warnings
+import os, signal, sys
 sys.path[:0] = [{tests!r}]
 import test_training as t
 def progress(step, steps, loss):
     if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-t.train_detoxifier(t.settings(t.Path({folder!r}), **{changes!r}), backbone=t.make_tiny_backbone("llama"), progress=progress)
+t.train_detoxifier(t.settings(t.Path({folder!r})), backbone=t.make_tiny_backbone("llama"), progress=progress)
 """
 
 
 def test_resume_after_a_kill(tmp_path: Path) -> None:
-    code = KILLED.format(tests=str(TESTS), folder=str(tmp_path), step=8, changes={})
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    code = KILLED.format(tests=str(TESTS), folder=str(tmp_path), step=8)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     out = tmp_path / "out"
     with pytest.raises(DetoxifierFormatError):

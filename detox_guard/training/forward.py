@@ -33,9 +33,13 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
     context_mask = batch["context_mask"].expand(rows, -1)
     past = None
     if position == "front":
-        context = embed(context_ids).expand(rows, -1, -1)
-        inputs = torch.cat([virtual, context, embed(reply_ids)], dim=1)
-        mask = torch.cat([virtual_mask, context_mask, batch["reply_mask"]], dim=1)
+        prefix = torch.cat([virtual, embed(context_ids).expand(rows, -1, -1)], dim=1)
+        prefix_mask = torch.cat([virtual_mask, context_mask], dim=1)
+        # padding to the very left: even behind an empty context, a reply follows a real token
+        order = prefix_mask.argsort(dim=1, stable=True)
+        prefix = prefix.gather(1, order.unsqueeze(-1).expand_as(prefix))
+        inputs = torch.cat([prefix, embed(reply_ids)], dim=1)
+        mask = torch.cat([prefix_mask.gather(1, order), batch["reply_mask"]], dim=1)
     else:
         past = _prefill(model, batch)
         inputs = torch.cat([virtual, embed(reply_ids)], dim=1)
