@@ -83,14 +83,16 @@ class EngineConfig(Checked):
 
     `max_rows`: rows in the running batch (a guarded request takes 1 + streams, an unguarded one 1).
     `max_queue`: requests waiting for a seat, past which `EngineBusyError`. `max_slots`: K/V slots a row may hold,
-    None = the backbone's own limit. `prefill_chunk`: prompt tokens computed between two decoding steps, so that a
-    long prompt does not hold up the streams that are running. `pack_weights`: on a CPU in fp32, hold the linear
-    layers' weights in oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear`
-    modules are replaced.
+    None = the backbone's own limit. `max_cached_slots`: rows times the longest row, which is what the shared cache
+    takes; a request that would exceed it waits for others to leave, so that one long prompt cannot fill the memory.
+    `prefill_chunk`: prompt tokens computed between two decoding steps, so that a long prompt does not hold up the
+    streams that are running. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in oneDNN's blocked
+    layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
     """
 
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_slots: Annotated[int, Field(ge=16)] | None = None
+    max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
     prefill_chunk: Annotated[int, Field(ge=16)] = 512
     pack_weights: bool = True

@@ -101,6 +101,7 @@ class Engine:
         self.max_positions = min((b for b in bounds if b is not None), default=None)
         """Prompt, virtual tokens and new tokens together may not exceed this; None = no bound."""
         self.streams = len(streams)
+        self._max_cached_slots = config.max_cached_slots
         self._vocab_size = backbone.vocab_size
         self._finalizer = weakref.finalize(self, self._worker.close)
 
@@ -119,6 +120,14 @@ class Engine:
                 f"{len(request.prompt_ids)} prompt + {virtual} virtual + {params.max_new_tokens} new tokens = {asked}",
                 f"at most {self.max_positions} positions",
                 hint="shorten the prompt or lower max_new_tokens",
+            )
+        rows = 1 + self.streams if params.alpha > 0 else 1
+        if rows * asked > self._max_cached_slots:
+            raise PromptTooLongError(
+                "prompt",
+                f"{asked} positions in {rows} rows",
+                f"at most {self._max_cached_slots} slots",
+                hint="shorten the prompt, lower max_new_tokens, or raise EngineConfig.max_cached_slots",
             )
         if not request.prompt_ids:
             raise PromptError("prompt", request.prompt_ids, "at least one token")
@@ -143,6 +152,7 @@ class _Worker:
         self._chooser = Chooser([spec.weight for spec in forward.streams], forward.device)
         self._cache = RowCache(num_layers)
         self._config = config
+        self._virtual = max((len(spec.embeddings) for spec in forward.streams), default=0)
         self._wake = threading.Condition()
         self._queue: deque[Request] = deque()
         self._thread: threading.Thread | None = None
@@ -164,6 +174,8 @@ class _Worker:
                     f"queue: {len(self._queue)} requests are waiting, at most {self._config.max_queue} may",
                     hint="try again later, or raise EngineConfig.max_queue",
                 )
+            if self._thread is not None and not self._thread.is_alive():
+                raise EngineClosedError("the engine's thread is gone (a forked process?)", hint="load the model again")
             self._queue.append(request)
             self._stats.submitted += 1
             if self._thread is None:
@@ -259,16 +271,28 @@ class _Worker:
 
     def _admit(self) -> None:
         """Take requests from the queue in arrival order: a group whose prompts fit one chunk, or one longer prompt."""
-        free = self._config.max_rows - len(self._cache.rows)
+        config = self._config
+        inside = [seat.request for seat in self._seats]
+        rows = sum(map(self._rows, inside))
+        widest = max(map(self._slots, inside), default=0)
         with self._wake:
             while self._queue:
                 head = self._queue[0]
-                free -= 1 + (len(self._forward.streams) if head.params.alpha > 0 else 0)
+                rows += self._rows(head)
+                widest = max(widest, self._slots(head))
+                full = rows > config.max_rows or rows * widest > config.max_cached_slots
                 longest = max(len(request.prompt_ids) for request in (*self._entering, head))
                 group = len(self._entering) + 1
-                if free < 0 or (group > 1 and longest * group > self._config.prefill_chunk):
+                if (full and (inside or self._entering)) or (group > 1 and longest * group > config.prefill_chunk):
                     return
                 self._entering.append(self._queue.popleft())
+
+    def _rows(self, request: Request) -> int:
+        return 1 + len(self._forward.streams) if request.params.alpha > 0 else 1
+
+    def _slots(self, request: Request) -> int:
+        """The most slots a row of this request will come to hold."""
+        return len(request.prompt_ids) + self._virtual + request.params.max_new_tokens
 
     def _decode(self) -> None:
         """One step: feed every seat's last token to all of its rows, choose the next."""
