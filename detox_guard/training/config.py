@@ -75,11 +75,11 @@ class TrainingConfig(Checked):
         return self
 
     def command(self) -> str:
-        """The `detox-guard train` line of this run: what differs from the defaults, files by their base names only."""
+        """The `detox-guard train` line of this run: position and what differs from the defaults, files by base name."""
         words = ["detox-guard", "train"]
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if value == field.default or name in {"resume", "device", "notes"}:
+            if (value == field.default and name != "position") or name in {"resume", "device", "notes"}:
                 continue
             flag = "--" + name.replace("_", "-")
             if name in {"data", "contexts"}:

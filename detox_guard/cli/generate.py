@@ -1,0 +1,260 @@
+"""`detox-guard generate`: prompts in, replies out, streamed, as a batch, as JSON, or beside the plain model's.
+
+Knows options and what is printed; leaves decoding to `detox_guard.cli.session`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path  # noqa: TC003  (typer reads annotations when it runs)
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from detox_guard.cli import options, session
+from detox_guard.cli.compare import Pair, make_pairs, score_pairs, show_pairs, summary, trace_sections
+from detox_guard.cli.console import (
+    exit_code,
+    prepare_file,
+    report,
+    score_text,
+    stderr_console,
+    stdout_console,
+    tinted,
+    visible,
+    write_whole,
+)
+from detox_guard.cli.prompts import as_chat, prompt_text, read_prompts
+from detox_guard.errors import DetoxGuardError
+from detox_guard.params import DecodingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detox_guard.cli.session import Reply
+    from detox_guard.generation import DetoxiGen
+    from detox_guard.scoring import ToxicityScorer
+
+__all__ = ["generate"]
+
+
+@options.decoding_options
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help='Prompts; "-" is stdin, as is a pipe.')] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help='A prompt a line, or .jsonl with "prompt" or "messages".')
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user message.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="The plain model's reply beside the guarded one.")] = False,
+    score: Annotated[bool, typer.Option("--score", help="Score the replies for toxicity.")] = False,
+    scorer: Annotated[
+        str | None, typer.Option(help="Hugging Face classifier instead of the embedded scorer; implies --score.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write an HTML page that shows every token's steering.")] = None,
+    as_json: options.Json = False,
+    with_trace: Annotated[bool, typer.Option("--with-trace", help="Every token's figures in the JSON.")] = False,
+    model: options.Model = None,
+    detoxifier: options.Detoxifiers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    **fields: Any,
+) -> None:
+    """Complete prompts, or answer them with --chat, steered away from toxicity.
+
+    One prompt streams. Several are decoded together and printed in order; one that fails does not hurt the others.
+    """
+    if not prompts and file is None and session.stdin_is_terminal():
+        raise typer.BadParameter("give prompts, a --file, or pipe them in", param_hint="PROMPTS")
+    params = DecodingParams(**options.given(fields))
+    params = params.replace(trace=params.trace and (compare or with_trace or trace is not None))
+    if with_trace and not as_json:
+        raise typer.BadParameter("needs --json", param_hint="--with-trace")
+    wanted = read_prompts(prompts or [], file)
+    if trace is not None:
+        prepare_file(trace)
+    judge = session.load_named_scorer(scorer) if score or scorer or compare else None
+    guard = session.load_guard(
+        model,
+        detoxifier,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        steered=params.alpha > 0,
+    )
+    pairs = []
+    for prompt in wanted:
+        own = params if params.seed is not None else params.replace(seed=session.draw_seed())
+        broken = prompt if isinstance(prompt, DetoxGuardError) else None
+        text = "" if isinstance(prompt, DetoxGuardError) else prompt
+        pair = make_pairs([as_chat(text, system) if chat or system is not None else text], [own])[0]
+        pair.plain.error = pair.guarded.error = broken
+        pairs.append(pair)
+    with guard:
+        try:
+            if len(pairs) == 1 and not compare and not as_json and not pairs[0].guarded.done:
+                _stream(guard, pairs[0].guarded, judge)
+            else:
+                _batch(guard, pairs, judge, compare=compare, as_json=as_json, with_trace=with_trace)
+        finally:  # after a Ctrl-C too: what was decoded is worth its page
+            if trace is not None:
+                _write_page(trace, pairs, compare)
+    _finish(pairs, compare)
+
+
+def _stream(guard: DetoxiGen, reply: Reply, judge: ToxicityScorer | None) -> None:
+    """Print the text while it is decoded; on a terminal behind its prompt, with the figures below."""
+    terminal = sys.stdout.isatty()
+    console = stdout_console()
+    if terminal:
+        plain_text = isinstance(reply.prompt, str)
+        console.print(visible(prompt_text(reply.prompt)), style="dim", markup=False, end="" if plain_text else "\n")
+    try:
+        with closing(guard.stream(reply.prompt, reply.params)) as chunks:
+            for chunk in chunks:
+                reply.text += chunk.text
+                reply.generation = chunk.generation
+                sys.stdout.write(visible(chunk.text) if terminal else chunk.text)
+                sys.stdout.flush()
+    except DetoxGuardError as error:
+        reply.error = error
+    finally:
+        if terminal or reply.text:
+            print(flush=True)
+    if reply.generation is None:
+        return
+    if terminal or judge is not None:
+        stderr_console().print(_facts(reply, _score(judge, reply)))
+
+
+def _batch(
+    guard: DetoxiGen,
+    pairs: Sequence[Pair],
+    judge: ToxicityScorer | None,
+    *,
+    compare: bool,
+    as_json: bool,
+    with_trace: bool,
+) -> None:
+    """Decode all together; print each as soon as it and those before it are done, and on Ctrl-C what there is."""
+    console = stdout_console()
+    owner = {id(pair.guarded): pair for pair in pairs}
+    replies = [reply for pair in pairs for reply in ((pair.plain, pair.guarded) if compare else (pair.guarded,))]
+    told: set[int] = set()
+
+    def tell(reply: Reply) -> None:
+        pair = owner.get(id(reply))
+        if pair is None or id(pair) in told:
+            return
+        told.add(id(pair))
+        if as_json:
+            print(json.dumps(_record(pair, judge, compare, with_trace), ensure_ascii=False), flush=True)
+        elif not compare:
+            _show(pair.guarded, judge, first=len(told) == 1)
+
+    # A progress bar and text on one terminal would write over each other: there, text comes after the bar.
+    at_once = not sys.stdout.isatty()
+    try:
+        session.run_all(guard, replies, on_done=tell if at_once else None)
+    finally:
+        for pair in pairs:
+            tell(pair.guarded)
+        if compare and not as_json:
+            assert judge is not None, "--compare loads a scorer"
+            score_pairs(pairs, judge)
+            show_pairs(console, [pair for pair in pairs if pair.guarded.error is None or pair.plain.error is None])
+            console.print(summary(pairs))
+
+
+def _show(reply: Reply, judge: ToxicityScorer | None, *, first: bool) -> None:
+    """One reply of several: on a terminal under its prompt, in a pipe behind an empty line."""
+    if reply.error is not None:
+        return
+    if not sys.stdout.isatty():
+        print(("" if first else "\n") + reply.text, flush=True)
+        return
+    console = stdout_console()
+    if not first:
+        console.print()
+    console.print(visible(prompt_text(reply.prompt)), style="bold italic", markup=False)
+    console.print(tinted(reply.generation.trace if reply.generation else None, reply.text))
+    console.print(_facts(reply, _score(judge, reply)))
+
+
+def _score(judge: ToxicityScorer | None, reply: Reply) -> float | None:
+    if judge is None or reply.generation is None:
+        return None
+    from detox_guard.scoring import checked_scores
+
+    return checked_scores(judge, [reply.text])[0]
+
+
+def _facts(reply: Reply, score: float | None) -> Any:
+    """`stop · 12 + 40 tokens · seed 7 · toxicity 0.02 ░░░`."""
+    from rich.text import Text
+
+    done = reply.generation
+    if done is None:
+        return Text("cut off", "dim")
+    usage = done.usage
+    words = f"{done.finish_reason} · {usage.prompt_tokens} + {usage.completion_tokens} tokens · seed {done.seed}"
+    line = Text(words, "dim")
+    return line if score is None else Text.assemble(line, (" · toxicity ", "dim"), score_text(score))
+
+
+def _record(pair: Pair, judge: ToxicityScorer | None, compare: bool, with_trace: bool) -> dict[str, Any]:
+    """The JSON of one prompt: the reply's, and under "plain" the plain model's."""
+    guarded = pair.guarded
+    key = "prompt" if isinstance(guarded.prompt, str) else "messages"
+    record: dict[str, Any] = {key: guarded.prompt, **_half(guarded, judge, with_trace)}
+    if compare:
+        record["plain"] = _half(pair.plain, judge, with_trace)
+    return record
+
+
+def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[str, Any]:
+    if reply.error is not None:
+        error = reply.error
+        return {"error": {"type": type(error).__name__, "message": str(error), "hint": error.hint or None}}
+    done = reply.generation
+    if done is None:
+        return {"text": reply.text, "finish_reason": "interrupted", "seed": reply.params.seed}
+    usage = {name: getattr(done.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    half: dict[str, Any] = {
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "usage": usage,
+        "seed": done.seed,
+        "alpha": reply.params.alpha,
+    }
+    if judge is not None:
+        half["score"] = _score(judge, reply)
+    if with_trace and done.trace is not None:
+        half["trace"] = done.trace.to_dict()
+    return half
+
+
+def _write_page(path: Path, pairs: Sequence[Pair], compare: bool) -> None:
+    from detox_guard.trace import render_page
+
+    whole = [pair for pair in pairs if pair.guarded.generation is not None]
+    if whole:
+        sections: Any = [s for s in trace_sections(whole) if compare or not s[1].startswith("plain")]
+        write_whole(path, render_page("detox-guard trace", sections))
+
+
+def _finish(pairs: Sequence[Pair], compare: bool) -> None:
+    """Report what failed. A lone prompt gives its error's own exit code; one among several gives 1."""
+    failed = []
+    for number, pair in enumerate(pairs, 1):
+        error = pair.guarded.error or (pair.plain.error if compare else None)
+        if error is not None:
+            report(error, f"prompt {number}: " if len(pairs) > 1 else "")
+            failed.append(error)
+    if failed:
+        raise typer.Exit(exit_code(failed[0]) if len(pairs) == 1 else 1)

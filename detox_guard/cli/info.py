@@ -1,0 +1,190 @@
+"""`detox-guard info`: what is installed, loaded and shipped. Knows facts to show; changes nothing but with --fetch."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import detox_guard
+from detox_guard.cli import options, session
+from detox_guard.cli.console import exit_code, report, stdout_console
+from detox_guard.errors import DetoxGuardError
+
+if TYPE_CHECKING:
+    from detox_guard.backbone import Backbone
+    from detox_guard.detoxifier import Detoxifier
+
+__all__ = ["info"]
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "pydantic", "langchain-core", "llama-index-core")
+NOT_FETCHED = "not fetched yet: detox-guard info --fetch"
+
+
+def info(
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download and convert the embedded default model now.")
+    ] = False,
+    as_json: options.Json = False,
+    model: options.Model = None,
+    detoxifier: options.Detoxifiers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Versions, device, and facts of the backbone, the detoxifier and the scorer.
+
+    The default model is described if it is here already; --fetch gets it.
+    """
+    from detox_guard.backbone import pick_device, pick_dtype
+
+    on_device = pick_device(device)
+    in_dtype = pick_dtype(dtype, on_device)
+    facts: dict[str, Any] = {
+        "versions": {"detox-guard": detox_guard.__version__, "python": platform.python_version(), **_versions()},
+        "device": str(on_device),
+        "dtype": str(in_dtype).removeprefix("torch."),
+    }
+    errors: list[DetoxGuardError] = []
+    backbone = None
+    if model is not None or fetch or _is_here():
+        try:
+            guard = session.load_guard(
+                model,
+                device=str(on_device),
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                steered=False,
+            )
+            with guard:
+                backbone = guard.backbone
+            facts["backbone"] = _backbone(backbone)
+        except DetoxGuardError as error:
+            errors.append(error)
+            facts["backbone"] = {"error": str(error)}
+    else:
+        facts["backbone"] = {"id": "the embedded default", "state": NOT_FETCHED}
+    facts["detoxifiers"] = []
+    sources: list[str | None] = [*detoxifier] if detoxifier else [None] if model is None else []
+    for source in sources:
+        try:
+            facts["detoxifiers"].append(_detoxifier(source, backbone))
+        except DetoxGuardError as error:
+            errors.append(error)
+            facts["detoxifiers"].append({"error": str(error)})
+    try:
+        facts["scorer"] = _scorer()
+    except DetoxGuardError as error:
+        errors.append(error)
+        facts["scorer"] = {"error": str(error)}
+
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        _show(facts)
+    for failure in errors:
+        report(failure)
+    if errors:
+        raise typer.Exit(max(exit_code(failure) for failure in errors))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_here() -> bool:
+    """The default model can be had without a download."""
+    from huggingface_hub import is_offline_mode
+
+    from detox_guard.embedded import FOLDER, cache_dir
+
+    return (cache_dir() / FOLDER).is_dir() or is_offline_mode()
+
+
+def _backbone(backbone: Backbone) -> dict[str, Any]:
+    names = (
+        "id",
+        "revision",
+        "hidden_size",
+        "num_layers",
+        "vocab_size",
+        "max_positions",
+        "window",
+        "has_chat_template",
+    )
+    return {
+        **{name: getattr(backbone, name) for name in names},
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "class": type(backbone.model).__name__,
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+    }
+
+
+def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
+    from detox_guard.detoxifier import Detoxifier, default_detoxifier
+
+    detoxifier: Detoxifier = default_detoxifier() if source is None else Detoxifier.load(source)
+    if backbone is not None:
+        detoxifier.validate(backbone)
+    return {**detoxifier.card.model_dump(mode="json", exclude_none=True), "sha256": detoxifier.sha256}
+
+
+def _scorer() -> dict[str, Any]:
+    from detox_guard.scoring import EmbeddedScorer
+
+    return EmbeddedScorer.load().card
+
+
+def _show(facts: dict[str, Any]) -> None:
+    """Sections of two columns; nested values are folded into a line each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout_console()
+    sections: list[tuple[str, dict[str, Any]]] = [
+        ("versions", facts["versions"]),
+        ("device", {"device": facts["device"], "dtype": facts["dtype"]}),
+        ("backbone", facts["backbone"]),
+        *(("detoxifier", one) for one in facts["detoxifiers"]),
+        ("scorer", facts["scorer"]),
+    ]
+    for title, section in sections:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", min_width=18, no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in section.items():
+            for shown_name, shown in _rows(name, value):
+                table.add_row(shown_name, Text(shown))
+        console.print(title, style="bold")
+        console.print(table)
+        console.print()
+
+
+def _rows(name: str, value: Any) -> list[tuple[str, str]]:
+    label = name.replace("_", " ")
+    if isinstance(value, dict):
+        return [(label, ", ".join(f"{key} {_plain(one)}" for key, one in value.items()))]
+    if isinstance(value, list):
+        return [(label if i == 0 else "", _plain(one)) for i, one in enumerate(value)]
+    return [(label, _plain(value))]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)

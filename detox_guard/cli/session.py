@@ -1,0 +1,185 @@
+"""A loaded model and the replies asked of it: loads with a spinner, decodes many prompts at once, keeps what came.
+
+Knows `DetoxiGen` and progress bars; knows nothing of how replies are shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from detox_guard.cli.console import stderr_console
+from detox_guard.errors import DetoxGuardError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from detox_guard.generation import DetoxiGen, Generation
+    from detox_guard.params import DecodingParams
+    from detox_guard.scoring import ToxicityScorer
+    from detox_guard.text import Prompt
+
+__all__ = ["Reply", "draw_seed", "load_guard", "load_named_scorer", "run_all", "spinner", "stdin_is_terminal"]
+
+_AT_ONCE = 256
+"""Requests handed to the engine at a time; its queue takes more, its batch fewer."""
+
+
+@dataclass
+class Reply:
+    """One prompt under way. `text` grows; at the end there is a `generation` or an `error`, or neither if cut off."""
+
+    prompt: Prompt
+    params: DecodingParams
+    text: str = ""
+    generation: Generation | None = None
+    error: DetoxGuardError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.generation is not None or self.error is not None
+
+
+def draw_seed() -> int:
+    """A fresh seed, short enough to be typed again."""
+    return secrets.randbits(31)
+
+
+def load_guard(
+    model: str | None = None,
+    detoxifiers: Sequence[str] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    steered: bool = True,
+) -> DetoxiGen:
+    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
+    if model is None:
+        from detox_guard.embedded import default_backbone_dir
+
+        default_backbone_dir()  # has its own bar, and two at once would fight for the line
+    with spinner(f"Loading {visible_name(model)}"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        from detox_guard.generation import DetoxiGen
+
+        detoxifier: Any = list(detoxifiers) if detoxifiers else (None if steered else ())
+        return DetoxiGen.from_pretrained(
+            model,
+            detoxifier=detoxifier,
+            device=device,
+            dtype=None if dtype == "auto" else dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def load_named_scorer(name: str | None) -> ToxicityScorer:
+    """The scorer, having scored something: one that cannot be loaded fails here, before anything is decoded."""
+    from detox_guard.scoring import checked_scores, load_scorer
+
+    scorer = load_scorer(name)
+    if scorer.name != "embedded":
+        with spinner(f"Loading {visible_name(scorer.name)}"):
+            checked_scores(scorer, ["ready"])
+    return scorer
+
+
+def run_all(
+    guard: DetoxiGen,
+    replies: Sequence[Reply],
+    *,
+    words: str = "Decoding",
+    quiet: bool = False,
+    on_done: Callable[[Reply], None] | None = None,
+) -> None:
+    """Decode all replies together, with a bar on stderr. `on_done` hears of each, in their order, as soon as it can.
+
+    A reply that fails holds its error and hurts no other. On Ctrl-C the seats are freed, what was decoded so far is
+    in `replies`, and `KeyboardInterrupt` is raised.
+    """
+    with _bar(words, replies, quiet) as tick:
+        asyncio.run(_run_all(guard, replies, tick, on_done))
+
+
+async def _run_all(
+    guard: DetoxiGen,
+    replies: Sequence[Reply],
+    tick: Callable[[int, int], None],
+    on_done: Callable[[Reply], None] | None,
+) -> None:
+    gate = asyncio.Semaphore(_AT_ONCE)
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        while on_done and told < len(replies) and replies[told].done:
+            told += 1
+            on_done(replies[told - 1])
+
+    async def one(reply: Reply) -> None:
+        async with gate:
+            try:
+                async with aclosing(guard.astream(reply.prompt, reply.params)) as chunks:
+                    async for chunk in chunks:
+                        reply.text += chunk.text
+                        reply.generation = chunk.generation
+                        tick(len(chunk.text), 0)
+            except DetoxGuardError as error:
+                reply.error = error
+        tick(0, 1)
+        tell()
+
+    tell()  # those that had failed before they came here
+    await asyncio.gather(*(one(reply) for reply in replies if not reply.done))
+
+
+@contextmanager
+def spinner(words: str) -> Iterator[None]:
+    """A line on stderr while something goes on; none where stderr is no terminal."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"[dim]{words} …", spinner="dots"):
+        yield
+
+
+@contextmanager
+def _bar(words: str, replies: Sequence[Reply], quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = stderr_console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("[dim]{task.fields[chars]} characters"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        done, chars = sum(reply.done for reply in replies), 0
+        task = bar.add_task(words, total=len(replies), completed=done, chars=0)
+
+        def tick(more_chars: int, more_done: int) -> None:
+            nonlocal done, chars
+            done, chars = done + more_done, chars + more_chars
+            bar.update(task, completed=done, chars=chars)
+
+        yield tick
+
+
+def visible_name(model: str | None) -> str:
+    """What to call a model in a line on the terminal: square brackets are rich's own."""
+    return (model or "the default model").replace("[", "(")
+
+
+def stdin_is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()

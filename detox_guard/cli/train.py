@@ -1,0 +1,104 @@
+"""`detox-guard train`: options to `TrainingConfig`, a bar, and the held-out losses. Knows nothing of how it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from detox_guard.cli import options
+from detox_guard.cli.console import EXIT_INTERRUPTED, stderr_console, stdout_console
+from detox_guard.errors import DetoxGuardError
+from detox_guard.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+
+__all__ = ["losses_table", "train"]
+
+
+@options.training_options
+def train(as_json: options.Json = False, **fields: Any) -> None:
+    """Train a detoxifier: a soft prompt for a frozen backbone, on toxic text. Needs the extra `train`.
+
+    Stopped with Ctrl-C or cut off, the same command goes on from the last checkpoint.
+    """
+    config = TrainingConfig(**options.given(fields))
+    try:
+        detoxifier = _run(config)
+    except ImportError as error:
+        raise DetoxGuardError(
+            f"training needs more packages: {error}", hint="pip install 'detox-guard[train]'"
+        ) from error
+    except KeyboardInterrupt:
+        stderr_console().print("\nstopped; the same command goes on from the last checkpoint", style="dim")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        print(detoxifier.card.model_dump_json())
+        return
+    console = stdout_console()
+    console.print(losses_table(detoxifier.card))
+    console.print(f"Saved in {config.output}", markup=False, soft_wrap=True)
+
+
+def _run(config: TrainingConfig) -> Detoxifier:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = stderr_console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if config.model is None:
+        from detox_guard.embedded import default_backbone_dir
+
+        default_backbone_dir()  # has its own bar
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Loading, measuring", total=config.steps, loss="")
+
+        def step(done: int, steps: int, loss: float) -> None:
+            words = "Training" if done < steps else "Measuring"
+            bar.update(task, description=words, completed=done, loss=f"loss {loss:.3f}")
+
+        return _train(config, step)
+
+
+def _train(config: TrainingConfig, step: Callable[[int, int, float], None]) -> Detoxifier:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from detox_guard.training import train_detoxifier
+
+    return train_detoxifier(config, progress=step)
+
+
+def losses_table(card: DetoxifierCard) -> Table:
+    """Held-out losses of toxic replies before and after, by kind of context."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Held-out loss of toxic replies, nats a token", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("context")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for kind, after in card.heldout_loss_after.items():
+        before = card.heldout_loss_before.get(kind)
+        first = "" if before is None else f"{before:.3f}"
+        change = "" if before is None else f"{after - before:+.3f}"
+        table.add_row(kind, first, f"{after:.3f}", change, style="bold" if kind == "mean" else None)
+    return table

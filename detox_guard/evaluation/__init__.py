@@ -1,0 +1,24 @@
+"""Measuring: how toxic, how fluent and how fast guarded text is against plain text. Nothing here is needed to serve."""
+
+from __future__ import annotations
+
+from detox_guard.evaluation.bench import BenchReport, run_bench
+from detox_guard.evaluation.context import ContextKL, context_kl
+from detox_guard.evaluation.judges import load_judge
+from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_passages, read_prompts
+from detox_guard.evaluation.report import EvalReport, evaluate, run_eval
+
+__all__ = [
+    "BenchReport",
+    "ContextKL",
+    "EvalPrompt",
+    "EvalReport",
+    "choose_prompts",
+    "context_kl",
+    "evaluate",
+    "load_judge",
+    "read_passages",
+    "read_prompts",
+    "run_bench",
+    "run_eval",
+]

@@ -1,0 +1,205 @@
+"""Does the soft prompt still pull behind a long context? KL(p_gen‖p_detox) along replies, in four settings.
+
+Knows the streams' layouts ("front": [virtual][context][reply]; "reply": [context][virtual][reply]) as two plain passes
+of transformers, without the engine; so it also checks the engine's own figures. The replies are given (teacher forced).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
+from detox_guard.text import encode_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from detox_guard.backbone import Backbone
+    from detox_guard.detoxifier import Position
+    from detox_guard.generation import DetoxiGen
+
+__all__ = ["ContextKL", "SettingKL", "context_kl", "reply_kl"]
+
+INSTRUCTION = "Write a short comment for an online forum."
+_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SettingKL:
+    """One setting: mean context length in tokens, tokens measured, nats a token, and the share of the bare setting."""
+
+    setting: str
+    context_tokens: float
+    tokens: int
+    kl: float
+    of_bare: float
+
+
+@dataclass(frozen=True)
+class ContextKL:
+    """What `context_kl` measured."""
+
+    settings: tuple[SettingKL, ...]
+    detoxifier_sha256: str
+    position: str
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({"context_kl": asdict(self)}, allow_nan=False)
+
+    def table(self) -> RenderableType:
+        """A rich table."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"KL(p_gen‖p_detox) along replies, detoxifier {self.detoxifier_sha256[:12]} ({self.position})"
+        )
+        table.add_column("context")
+        for column in ("context tokens", "reply tokens", "nats a token", "of bare"):
+            table.add_column(column, justify="right")
+        for s in self.settings:
+            table.add_row(s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}")
+        return table
+
+
+def context_kl(
+    guard: DetoxiGen,
+    texts: Sequence[str],
+    passages: Sequence[str],
+    *,
+    passage_tokens: Sequence[int] = (600, 2000),
+    reply_tokens: int = 40,
+    contexts: int = 4,
+    decode: bool = False,
+    seed: int = 0,
+) -> ContextKL:
+    """Mean KL(p_gen‖p_detox) a token along replies: bare, behind the chat template, and with passages behind it.
+
+    The detoxifier is the guard's first negative stream, as in a trace. `texts` are the replies, cut to `reply_tokens`;
+    with `decode` they are prompts instead: the plain model continues them (temperature 1, top-p .9), with the prompt
+    alone as the bare context, and as the user's turn elsewhere. `passages` are joined to `passage_tokens` tokens in
+    `contexts` different ways, shared out over the replies. A reply's first token is not counted: without a context
+    nothing predicts it, so each setting counts the same tokens.
+    Raises `InvalidParamsError`, `DataError`, `PromptTooLongError`, and `PromptError` without a chat template.
+    """
+    backbone = guard.backbone
+    stream = next((s for s in guard.streams if s.weight < 0), None)
+    if stream is None:
+        raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
+    if not texts or not passages:
+        raise DataError("no texts, or no passages, to measure with")
+    virtual = stream.detoxifier.embeddings.to(backbone.device, backbone.dtype)
+    position = stream.detoxifier.card.position
+
+    settings: list[SettingKL] = []
+    for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:
+        turns = [_passage(backbone, passages, wanted, way) for way in range(contexts)] if wanted else [""]
+        kls: list[torch.Tensor] = []
+        lengths: list[int] = []
+        for way, turn in enumerate(turns):
+            own = list(texts)[way :: len(turns)]
+            for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
+                lengths += [len(context)] * len(replies)
+                for first in range(0, len(replies), _ROWS):
+                    kls += reply_kl(backbone, virtual, position, context, replies[first : first + _ROWS])
+        nats = torch.cat(kls) if kls else torch.empty(0)
+        if not len(nats):
+            raise DataError("no reply of at least two tokens to measure along")
+        kl = float(nats.mean())
+        bare = settings[0].kl if settings else kl
+        settings.append(SettingKL(name, sum(lengths) / len(lengths), len(nats), kl, kl / bare if bare else 0.0))
+    return ContextKL(tuple(settings), stream.detoxifier.sha256, position)
+
+
+@torch.inference_mode()
+def reply_kl(
+    backbone: Backbone,
+    virtual: torch.Tensor,
+    position: Position,
+    context: Sequence[int],
+    replies: Sequence[Sequence[int]],
+) -> list[torch.Tensor]:
+    """KL(p_gen‖p_detox) in nats at each reply token but the first, float32 `[reply_len - 1]`, behind one context.
+
+    `virtual` `[P, hidden]` are the virtual tokens. The context is computed once a stream, for all replies.
+    """
+    embed = backbone.model.get_input_embeddings()
+    longest = max(map(len, replies))
+    ids = torch.full((len(replies), longest), backbone.pad_token_id)
+    for row, reply in enumerate(replies):
+        ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
+    tail = embed(ids.to(backbone.device))
+    head = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
+    soft = virtual.unsqueeze(0)
+    gen = _log_probs(backbone, head, tail, longest)
+    if position == "front":
+        detox = _log_probs(backbone, torch.cat([soft, head], dim=1), tail, longest)
+    else:
+        detox = _log_probs(backbone, head, torch.cat([soft.expand(len(replies), -1, -1), tail], dim=1), longest)
+    kl = (gen.exp() * (gen - detox)).sum(-1)
+    return [row[: len(reply) - 1].cpu() for row, reply in zip(kl, replies, strict=True) if len(reply) > 1]
+
+
+def _log_probs(backbone: Backbone, head: torch.Tensor, tail: torch.Tensor, keep: int) -> torch.Tensor:
+    """Log-probabilities `[rows, keep - 1, vocab]` at the last `keep` inputs but one, from `head [1, n, hidden]`, which
+    all rows share, and `tail [rows, m, hidden]`. Padding is at the right, where causal attention hides it."""
+    model: Any = backbone.model
+    cache = DynamicCache()
+    if head.shape[1]:
+        model.base_model(inputs_embeds=head, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tail))
+    logits = model(inputs_embeds=tail, past_key_values=cache, use_cache=True).logits
+    log_probs: torch.Tensor = logits[:, -keep:-1].float().log_softmax(-1)
+    return log_probs
+
+
+def _material(
+    guard: DetoxiGen, texts: Sequence[str], passage: str, bare: bool, decode: bool, reply_tokens: int, seed: int
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Pairs of a context and the replies to it, as ids."""
+    backbone = guard.backbone
+    lead = f"{passage}\n\n" if passage else ""
+    if not decode:
+        context = [] if bare else encode_prompt(backbone, [_user(lead + INSTRUCTION)])
+        replies = [list(backbone.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        return [(context, [reply[:reply_tokens] for reply in replies])] if replies else []
+    prompts: list[Any] = [text if bare else [_user(lead + text)] for text in texts]
+    params = guard.params.replace(
+        alpha=0.0, plausibility=0.0, temperature=1.0, top_p=0.9, max_new_tokens=reply_tokens, seed=seed, trace=True
+    )
+    made = guard.batch(prompts, params)
+    return [
+        (encode_prompt(backbone, prompt), [[token.token_id for token in one.trace.tokens]])
+        for prompt, one in zip(prompts, made, strict=True)
+        if one.trace
+    ]
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _passage(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
+    """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
+    start = way * len(passages) // 4 + way
+    ids: list[int] = []
+    for i in range(10_000):
+        text = passages[(start + i) % len(passages)] + "\n\n"
+        ids += backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    return str(backbone.tokenizer.decode(ids[:tokens])).strip()
+
+
+def _check_room(backbone: Backbone, asked: int) -> None:
+    bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
+    if bounds and asked > min(bounds):
+        raise PromptTooLongError("passage_tokens", asked, f"at most {min(bounds)} positions")

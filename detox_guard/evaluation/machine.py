@@ -1,0 +1,100 @@
+"""What a figure was measured on, and files written whole. Knows the operating system; knows no model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detox_guard.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["machine", "peak_memory_mib", "prepare_folder", "versions", "write_whole"]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The CPU, its cores and fast number formats, torch's threads, and the GPU if `device` is one."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": _has("_is_avx512_bf16_supported"),
+        "amx": _has("_is_amx_tile_supported"),
+        "device": str(device),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and what the figures depend on."""
+    from detox_guard import __version__
+
+    found = {"python": platform.python_version(), "detox-guard": __version__}
+    for name in ("torch", "transformers", "numpy"):
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most this process ever held: of GPU memory if `device` is one, else resident; None where that is unknown."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` unless it is there. Raises `DataError`: before hours of work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: nothing can be written there: {error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half written. Raises `DataError`."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise DataError(f"{path}: cannot be written: {error}") from error
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _has(test: str) -> bool | None:
+    """A private question to torch; None where this torch does not know it."""
+    import torch
+
+    ask = getattr(torch.cpu, test, None)
+    return None if ask is None else bool(ask())
