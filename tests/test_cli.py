@@ -392,6 +392,42 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
     assert page.read_text(encoding="utf-8").count("<section>") == 16
 
 
+@pytest.mark.parametrize(("command", "module"), [("bench", "bench.run_bench"), ("eval", "report.run_eval")])
+def test_measuring_commands_hand_on_every_option(
+    command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keyword of `run_bench` and `run_eval` can be given, but the eval's own progress switch."""
+    import importlib
+    import inspect
+
+    place, name = f"detox_guard.evaluation.{module}".rsplit(".", 1)
+    wanted = set(inspect.signature(getattr(importlib.import_module(place), name)).parameters) - {"progress"}
+    asked: dict[str, Any] = {}
+
+    class Report:
+        def to_json(self) -> str:
+            return '{"fine": true}'
+
+        def table(self) -> str:
+            return "a table"
+
+    def measured(**given: Any) -> Report:
+        asked.update(given)
+        return Report()
+
+    monkeypatch.setattr(f"{place}.{name}", measured)
+    flags = {"judges": "--judge", "alphas": "--alpha", "rules": "--rule"}
+    values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
+    values |= {"dtype": "float32", "judges": "embedded", "rules": "dexperts"}
+    words = []
+    for keyword in wanted:
+        flag = flags.get(keyword, "--" + keyword.replace("_", "-"))
+        words += [flag] if keyword == "quick" else [flag, str(values.get(keyword, 2))]
+    assert rows(run(command, *words, "--json")) == [{"fine": True}]
+    assert set(asked) == wanted
+    assert "a table" in run(command, *words).stdout
+
+
 # -- real processes
 
 
@@ -453,18 +489,18 @@ def test_ctrl_c_stops_a_chat_reply_only(loaded: tuple[str, ...]) -> None:
     assert "α is 1." in out
 
 
-@pytest.mark.parametrize("extra", [(), ("--json",)])
-def test_a_reader_that_leaves_is_no_error(loaded: tuple[str, ...], tmp_path: Path, extra: tuple[str, ...]) -> None:
-    file = tmp_path / "p.txt"
-    file.write_text("one\ntwo\nthree\n" if extra else "one\n")
-    process = start("generate", "-f", file, "--max-new-tokens", "600", "--ignore-eos", *extra, *loaded)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=60) == 141
-    assert errors == ""
+def test_a_reader_that_leaves_is_no_error(loaded: tuple[str, ...]) -> None:
+    decoding = ("--max-new-tokens", "40", "--ignore-eos")
+    processes = [start("generate", *words, *decoding, *loaded) for words in (["one"], ["one", "two", "--json"])]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.close()
+    for process in processes:
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(timeout=60) == 141
+        assert errors == ""
 
 
 # -- small parts

@@ -35,11 +35,13 @@ def demo(
 
 
 def bench(
-    model: options.Model = None,
-    detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As in generate, or random-llama:135m, :1b, :8b; else the default model.")
+    ] = None,
+    detoxifier: Annotated[str | None, typer.Option(help='Folder, hub id, or "random"; else the shipped one.')] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens of a reply.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of a reply.")] = 64,
     context: Annotated[int, typer.Option(min=1, help="Prompt tokens of the long-context case.")] = 600,
     runs: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 5,
     streams: Annotated[int, typer.Option(min=1, help="Requests at once in the batched case.")] = 8,
@@ -76,8 +78,12 @@ def evaluate(
     rules: Annotated[list[str] | None, typer.Option("--rule", help="A formula; repeat for several.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Replies a prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken from the file.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Toxic prompts, and non-toxic ones, taken.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="As in generate, for every system.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of all replies.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of all replies.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the choice of prompts and of the replies.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for what was measured.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -96,14 +102,16 @@ def evaluate(
             "samples": samples,
             "max_new_tokens": max_new_tokens,
             "limit": limit,
+            "plausibility": plausibility,
+            "temperature": temperature,
+            "top_p": top_p,
+            "batch_rows": batch_rows,
             "seed": seed,
             "output": output,
         }
     )
     _quiet_libraries()
-    with session.spinner("Measuring"):
-        result = run_eval(prompts=prompts, **asked)
-    _print(result, as_json)
+    _print(run_eval(prompts=prompts, **asked), as_json)  # it has bars of its own
 
 
 def _quiet_libraries() -> None:

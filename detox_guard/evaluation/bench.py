@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from detox_guard.backbone import Backbone, load_backbone
 from detox_guard.detoxifier import as_streams
+from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
+from detox_guard.evaluation.shapes import PREFIX, random_backbone, random_detoxifier
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
 
@@ -113,13 +115,25 @@ def run_bench(
 
     `tokens` a reply (greedy, end tokens ignored), `context` prompt tokens of the long-context case, `runs` rounds after
     one to warm up; a round times every way once, so that a ratio compares neighbours. `quick`: a fraction of the work.
+
+    `model` "random-llama:135m", ":1b" or ":8b" has random weights of that shape, to time a GPU without a hub.
+    `detoxifier` "random" costs what a trained one costs and steers nowhere; it is the default for random weights.
+    Raises `InvalidParamsError`, and what loading and decoding raise.
     """
+    for name, count, least in (
+        ("tokens", tokens, 2),
+        ("context", context, 1),
+        ("runs", runs, 1),
+        ("streams", streams, 1),
+    ):
+        if count < least:
+            raise InvalidParamsError(name, count, f"at least {least}")
     if quick:
         tokens, context, runs, streams = min(tokens, 8), min(context, 40), min(runs, 2), min(streams, 3)
     # Two copies of the weights: our engine may pack its linear layers, and `generate` is measured as users have it.
-    plain = load_backbone(model, device=device, dtype=dtype)
-    ours = load_backbone(model, device=device, dtype=dtype)
-    with DetoxiGen(ours, as_streams(detoxifier, ours)) as guard:
+    plain, ours = _load(model, device, dtype), _load(model, device, dtype)
+    is_random = detoxifier == "random" or (detoxifier is None and bool(model) and str(model).startswith(PREFIX))
+    with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as guard:
         ways = _ways(plain, guard, tokens, context, streams)
         for way in ways.values():
             way()
@@ -129,6 +143,7 @@ def run_bench(
             "versions": versions(),
             "backbone": ours.id,
             "dtype": str(ours.dtype).removeprefix("torch."),
+            "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in guard.streams],
             "position": [s.detoxifier.card.position for s in guard.streams],
             "tokens": tokens,
             "context": context,
@@ -137,6 +152,12 @@ def run_bench(
             "peak_mib": peak_memory_mib(ours.device),
         }
     return BenchReport({name: _figures([r[name] for r in rounds]) for name in ways}, _ratios(rounds), about)
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> Backbone:
+    if model is not None and str(model).startswith(PREFIX):
+        return random_backbone(str(model), device=device, dtype=dtype)
+    return load_backbone(model, device=device, dtype=dtype)
 
 
 def _ways(plain: Backbone, guard: DetoxiGen, tokens: int, context: int, streams: int) -> dict[str, Callable[[], _Run]]:
@@ -169,7 +190,7 @@ def _generate(backbone: Backbone, tokens: int, *, guidance: bool = False) -> _Ru
     model: Any = backbone.model
     started = time.perf_counter()
     with torch.inference_mode():
-        model.generate(
+        out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -180,7 +201,8 @@ def _generate(backbone: Backbone, tokens: int, *, guidance: bool = False) -> _Ru
         )
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)
-    return _Run(time.perf_counter() - started, tokens)
+    wall_s = time.perf_counter() - started
+    return _Run(wall_s, _all_of(out.shape[1] - ids.shape[1], tokens))
 
 
 def _stream(guard: DetoxiGen, prompt: str, params: DecodingParams) -> _Run:
@@ -194,7 +216,16 @@ def _stream(guard: DetoxiGen, prompt: str, params: DecodingParams) -> _Run:
             count = chunk.generation.usage.completion_tokens
     ended = time.perf_counter()
     first = (times[0] if times else ended) - started
-    return _Run(ended - started, count, first, [b - a for a, b in itertools.pairwise(times)])
+    return _Run(
+        ended - started, _all_of(count, params.max_new_tokens), first, [b - a for a, b in itertools.pairwise(times)]
+    )
+
+
+def _all_of(got: int, asked: int) -> int:
+    """A run that ended early cannot be compared with one that did not."""
+    if got != asked:
+        raise EngineError(f"a timed run gave {got} tokens instead of {asked}")
+    return got
 
 
 def _many(guard: DetoxiGen, params: DecodingParams, streams: int) -> _Run:

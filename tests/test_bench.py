@@ -1,0 +1,91 @@
+"""The bench runs, counts its tokens and reports every figure. How fast anything is, no test says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
+
+from detox_guard.errors import EngineError, InvalidParamsError
+from detox_guard.evaluation import run_bench
+from detox_guard.evaluation.bench import Bar, _all_of
+from detox_guard.evaluation.shapes import SHAPES, random_backbone, random_detoxifier
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RATIOS = {
+    "guarded / unguarded",
+    "plain generate / guarded",
+    "many streams over one",
+    "guidance_scale / guarded",
+    "long context, first token",
+}
+
+
+def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-llama"
+    make_tiny_model(make_tiny_config("llama")).save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    report = run_bench(model=str(folder), detoxifier="random", device="cpu", dtype="float32", quick=True)
+
+    assert set(report.ratios) == RATIOS
+    assert all(bar.value > 0 and math.isfinite(bar.value) for bar in report.ratios.values())
+    assert len(report.timings) == 7
+    for name in ("engine, unguarded", "engine, guarded", "engine, guarded, many"):
+        assert {"ms_per_token", "tokens_per_s", "ttft_ms", "p50_ms", "p95_ms"} == set(report.timings[name])
+
+    line = report.to_json()
+    assert "\n" not in line
+    about = json.loads(line)["about"]
+    assert about["detoxifier"] == ["random"]
+    assert about["tokens"] == 8
+    assert {"cpu", "cores", "threads", "avx512_bf16", "amx"} <= set(about["machine"])
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["peak_mib"] is None or about["peak_mib"] > 10
+
+    shown = io.StringIO()
+    Console(file=shown, width=160).print(report.table())
+    assert "float32" in shown.getvalue()
+    assert about["machine"]["cpu"] in shown.getvalue()
+
+
+def test_random_shapes() -> None:
+    report = run_bench(model="random-llama:tiny", device="cpu", dtype="float32", quick=True, runs=1, streams=1)
+    assert report.about["backbone"] == "random-llama:tiny"
+    assert report.about["detoxifier"] == ["random"]
+    backbone = random_backbone("random-llama:tiny", device="cpu", dtype="bfloat16")
+    assert backbone.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    assert random_detoxifier(backbone).sha256 == random_detoxifier(backbone).sha256
+    again = random_backbone("random-llama:tiny", device="cpu", dtype="bfloat16")
+    for one, other in zip(backbone.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert {"135m", "1b", "8b"} <= set(SHAPES)
+
+
+@pytest.mark.parametrize("change", [{"tokens": 1}, {"runs": 0}, {"streams": 0}, {"context": 0}])
+def test_counts_out_of_bounds(change: dict[str, int]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(change))):
+        run_bench(model="random-llama:tiny", **change)  # type: ignore[arg-type]
+    with pytest.raises(InvalidParamsError, match="random-llama:8b"):
+        run_bench(model="random-llama:9b")
+
+
+def test_bars() -> None:
+    assert Bar(1.1, 1.15, at_most=True).met
+    assert not Bar(1.2, 1.15, at_most=True).met
+    assert Bar(4.6, 4.5, at_most=False).met
+    assert not Bar(4.4, 4.5, at_most=False).met
+
+
+def test_a_short_run_is_an_error() -> None:
+    assert _all_of(8, 8) == 8
+    with pytest.raises(EngineError, match="7 tokens instead of 8"):
+        _all_of(7, 8)
