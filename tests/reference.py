@@ -7,6 +7,7 @@ Two whole forward passes give the figures of every step: `[prompt][reply]` for t
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class Reference:
             with torch.no_grad():
                 logits = self.model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
             steps = logits[len(view) - len(reply) - 1 : len(view) - 1].clone()
-            for i in range(len(reply)):
+            for i in range(len(reply) if params.repetition_penalty != 1 else 0):
                 for token in {*prompt, *reply[:i]}:
                     x = steps[i, token]
                     steps[i, token] = x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
@@ -55,34 +56,32 @@ class Reference:
         out = torch.zeros_like(gen)
         unsure = []
         for i in range(len(reply)):
-            order = gen[i].argsort(descending=True)
+            p_gen = gen[i].exp().tolist()
             mass, inside = 0.0, []
             close = False
-            for rank, token in enumerate(order.tolist()):
+            for rank, token in enumerate(gen[i].argsort(descending=True).tolist()):
                 close |= abs(mass - params.top_p) < 1e-6
                 if rank and (mass >= params.top_p or (params.top_k and rank >= params.top_k)):
                     break
                 inside.append(token)
-                mass += gen[i, token].exp().item()
-            floor = params.plausibility * gen[i].max().exp().item()
-            inside = [token for token in inside if gen[i, token].exp().item() >= floor]
-            out[i] = self._mix(gen[i], [s[i] for s in streams], inside, params)
+                mass += p_gen[token]
+            floor = params.plausibility * max(p_gen)
+            inside = [token for token in inside if p_gen[token] >= floor]
+            out[i] = self._mix(gen[i].tolist(), [s[i].tolist() for s in streams], inside, params)
             unsure.append(close)
         return out, unsure
 
-    def _mix(self, gen: Tensor, streams: list[Tensor], inside: list[int], params: DecodingParams) -> Tensor:
-        p = torch.zeros_like(gen)
-        for token in inside:
-            g = gen[token].exp()
+    def _mix(self, gen: list[float], streams: list[list[float]], inside: list[int], params: DecodingParams) -> Tensor:
+        weights = [spec.weight for spec in self.streams]
+        log_pull = {t: sum(w * (s[t] - gen[t]) for w, s in zip(weights, streams, strict=True)) for t in inside}
+        p = torch.zeros(len(gen), dtype=torch.float64)
+        for t in inside:
             if params.rule == "detoxigen":
-                pull = sum(spec.weight * (s[token].exp() - g) for spec, s in zip(self.streams, streams, strict=True))
-                p[token] = max(0.0, float(g + params.alpha * pull))
+                g = math.exp(gen[t])
+                pull = sum(w * (math.exp(s[t]) - g) for w, s in zip(weights, streams, strict=True))
+                p[t] = max(0.0, g + params.alpha * pull)
             else:
-                pull = sum(spec.weight * (s[token] - gen[token]) for spec, s in zip(self.streams, streams, strict=True))
-                p[token] = torch.exp(gen[token] + params.alpha * pull)
+                p[t] = math.exp(gen[t] + params.alpha * log_pull[t])
         if p.sum() == 0:
-            best = max(inside, key=lambda t: float(sum(
-                spec.weight * (s[t] - gen[t]) for spec, s in zip(self.streams, streams, strict=True)
-            )))  # fmt: skip
-            p[best] = 1.0
+            p[max(inside, key=log_pull.__getitem__)] = 1.0
         return p / p.sum()

@@ -88,7 +88,7 @@ def test_sampled_distributions_equal_the_oracle(rule: str, streams: str, changes
 
 
 def test_a_sliding_window_model_equals_the_oracle_inside_its_window() -> None:
-    backbone = make_tiny_backbone("mistral", initializer_range=0.2)
+    backbone = make_tiny_backbone("mistral", initializer_range=0.2, sliding_window=48)
     assert backbone.window is not None
     longest = backbone.window - GREEDY.max_new_tokens - 6
     prompts = random_prompts(backbone, 6, longest=max(1, longest))

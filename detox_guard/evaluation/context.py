@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ContextKL", "SettingKL", "context_kl", "reply_kl"]
 
+_LayerKV = list[tuple[torch.Tensor, torch.Tensor]]
+
 INSTRUCTION = "Write a short comment for an online forum."
 _ROWS = 16
 
@@ -108,8 +110,7 @@ def context_kl(
             for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
                 _check_room(backbone, len(context) + len(virtual) + reply_tokens)
                 lengths += [len(context)] * len(replies)
-                for first in range(0, len(replies), _ROWS):
-                    kls += reply_kl(backbone, virtual, position, context, replies[first : first + _ROWS])
+                kls += reply_kl(backbone, virtual, position, context, replies)
         nats = torch.cat(kls) if kls else torch.empty(0)
         if not len(nats):
             raise DataError("no reply of at least two tokens to measure along")
@@ -129,33 +130,47 @@ def reply_kl(
 ) -> list[torch.Tensor]:
     """KL(p_gen‖p_detox) in nats at each reply token but the first, float32 `[reply_len - 1]`, behind one context.
 
-    `virtual` `[P, hidden]` are the virtual tokens. The context is computed once a stream, for all replies.
+    `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing. The context is
+    computed once for all replies, and where its place allows it, once for both streams.
     """
     embed = backbone.model.get_input_embeddings()
-    longest = max(map(len, replies))
-    ids = torch.full((len(replies), longest), backbone.pad_token_id)
-    for row, reply in enumerate(replies):
-        ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
-    tail = embed(ids.to(backbone.device))
     head = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
     soft = virtual.unsqueeze(0)
-    gen = _log_probs(backbone, head, tail, longest)
-    if position == "front":
-        detox = _log_probs(backbone, torch.cat([soft, head], dim=1), tail, longest)
-    else:
-        detox = _log_probs(backbone, head, torch.cat([soft.expand(len(replies), -1, -1), tail], dim=1), longest)
-    kl = (gen.exp() * (gen - detox)).sum(-1)
-    return [row[: len(reply) - 1].cpu() for row, reply in zip(kl, replies, strict=True) if len(reply) > 1]
+    gen_prefix = _prefix(backbone, head)
+    detox_prefix = _prefix(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
+    found: list[torch.Tensor] = []
+    for first in range(0, len(replies), _ROWS):
+        some = replies[first : first + _ROWS]
+        longest = max(map(len, some))
+        ids = torch.full((len(some), longest), backbone.pad_token_id)
+        for row, reply in enumerate(some):
+            ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
+        tail = embed(ids.to(backbone.device))
+        steered = tail if position == "front" else torch.cat([soft.expand(len(some), -1, -1), tail], dim=1)
+        gen = _log_probs(backbone, gen_prefix, tail, longest)
+        detox = _log_probs(backbone, detox_prefix, steered, longest)
+        kl = (gen.exp() * (gen - detox)).sum(-1)
+        found += [row[: len(reply) - 1].cpu() for row, reply in zip(kl, some, strict=True) if len(reply) > 1]
+    return found
 
 
-def _log_probs(backbone: Backbone, head: torch.Tensor, tail: torch.Tensor, keep: int) -> torch.Tensor:
-    """Log-probabilities `[rows, keep - 1, vocab]` at the last `keep` inputs but one, from `head [1, n, hidden]`, which
-    all rows share, and `tail [rows, m, hidden]`. Padding is at the right, where causal attention hides it."""
+def _prefix(backbone: Backbone, head: torch.Tensor) -> _LayerKV:
+    """Each layer's keys and values of `head [1, n, hidden]`; none for an empty one."""
+    if not head.shape[1]:
+        return []
     model: Any = backbone.model
     cache = DynamicCache()
-    if head.shape[1]:
-        model.base_model(inputs_embeds=head, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(tail))
+    model.base_model(inputs_embeds=head, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _log_probs(backbone: Backbone, prefix: _LayerKV, tail: torch.Tensor, keep: int) -> torch.Tensor:
+    """Log-probabilities `[rows, keep - 1, vocab]` at the last `keep` inputs but one of `tail [rows, m, hidden]`, all
+    rows behind one prefix. Padding is at the right, where causal attention hides it."""
+    model: Any = backbone.model
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(prefix):
+        cache.update(keys.expand(len(tail), -1, -1, -1), values.expand(len(tail), -1, -1, -1), layer)
     logits = model(inputs_embeds=tail, past_key_values=cache, use_cache=True).logits
     log_probs: torch.Tensor = logits[:, -keep:-1].float().log_softmax(-1)
     return log_probs

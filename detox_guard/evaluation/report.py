@@ -179,6 +179,7 @@ def _group(name: str, at: list[int], runs: Sequence[Run], scores: Sequence[Score
     for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
         nll, tokens = _sums(run, at, "nll"), _sums(run, at, "tokens")
         total = float(tokens.sum())
+        replies = sum(len(run.samples[i]) for i in at)
         guarded = run.system.params.alpha > 0
 
         def rate(field: str, run: Run = run, total: float = total, guarded: bool = guarded) -> float | None:
@@ -198,7 +199,8 @@ def _group(name: str, at: list[int], runs: Sequence[Run], scores: Sequence[Score
                 perplexity=bootstrap.perplexity(nll, tokens),
                 perplexity_ratio=bootstrap.perplexity_ratio(nll, tokens, plain_nll, plain_tokens) if number else None,
                 distinct=tuple(_distinct(run, at, n) for n in (1, 2, 3)),
-                reply_tokens=total / sum(len(run.samples[i]) for i in at),
+                reply_tokens=total / replies,
+                empty_rate=sum(not one.text.strip() for i in at for one in run.samples[i]) / replies,
                 fallback_rate=rate("fallbacks"),
                 kl_detoxifier=rate("kl_detoxifier"),
                 kl_steering=rate("kl_steering"),

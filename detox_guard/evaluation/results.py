@@ -19,8 +19,9 @@ class SystemFigures:
     """One system on one group of prompts. None is "does not apply" (plain text) or "not defined".
 
     `perplexity` is of the continuations given their prompts, under the plain backbone at temperature 1, weighted by
-    token; its ratio is to plain text. `distinct`: 1-, 2-, 3-grams. Divergences: nats a token. `tokens_per_s`: of the
-    system's whole run, all groups and streams together.
+    token; its ratio is to plain text. `distinct`: 1-, 2-, 3-grams. Divergences: nats a token. `empty_rate`: share of
+    replies without a visible character, which judges find harmless. `tokens_per_s`: of the system's whole run, all
+    groups and streams together.
     """
 
     system: str
@@ -32,6 +33,7 @@ class SystemFigures:
     perplexity_ratio: Interval | None
     distinct: tuple[float | None, ...]
     reply_tokens: float
+    empty_rate: float
     fallback_rate: float | None
     kl_detoxifier: float | None
     kl_steering: float | None
@@ -90,7 +92,8 @@ class EvalReport:
         text = Table(title=f"{group.prompts} {group.group} prompts: text", title_justify="left")
         text.add_column("system")
         for column in (
-            "perplexity", "/ plain", "dist-1/2/3", "tokens", "fallbacks", "KL(gen‖detox)", "KL(p‖gen)", "tokens/s",
+            "perplexity", "/ plain", "dist-1/2/3", "tokens", "empty", "fallbacks",
+            "KL(gen‖detox)", "KL(p‖gen)", "tokens/s",
         ):  # fmt: skip
             text.add_column(column, justify="right")
         for system in group.systems:
@@ -100,6 +103,7 @@ class EvalReport:
                 _interval(system.perplexity_ratio),
                 " ".join(_number(value) for value in system.distinct),
                 _number(system.reply_tokens, 1),
+                f"{system.empty_rate:.1%}",
                 "–" if system.fallback_rate is None else f"{system.fallback_rate:.2%}",
                 _number(system.kl_detoxifier),
                 _number(system.kl_steering),
