@@ -8,13 +8,15 @@ from tiny import make_tiny_backbone
 from detox_guard.backbone import Backbone, load_backbone
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_gpt2() -> Backbone:
+    """Fresh for each test: an engine packs its backbone's weights in place."""
     return make_tiny_backbone("gpt2")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_llama() -> Backbone:
+    """Fresh for each test: an engine packs its backbone's weights in place."""
     return make_tiny_backbone("llama")
 
 

@@ -25,6 +25,8 @@ class Reference:
 
     model: torch.nn.Module
     streams: list[StreamSpec]
+    edge: float = 1e-6
+    """How near to top_p the nucleus' mass may end before its last token is a coin toss in fp32."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, streams: list[StreamSpec]) -> Reference:
@@ -60,7 +62,7 @@ class Reference:
             mass, inside = 0.0, []
             close = False
             for rank, token in enumerate(gen[i].argsort(descending=True).tolist()):
-                close |= abs(mass - params.top_p) < 1e-6
+                close |= abs(mass - params.top_p) < self.edge
                 if rank and (mass >= params.top_p or (params.top_k and rank >= params.top_k)):
                     break
                 inside.append(token)

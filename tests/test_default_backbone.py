@@ -53,6 +53,7 @@ def test_twenty_prompts_equal_the_float64_oracle(
     if which == "front":
         streams = random_streams(unpacked, "f", scale=0.1)
     oracle = Reference.of(unpacked.model, streams)
+    oracle.edge = 3e-5  # a flat nucleus of thousands of tokens adds up more rounding
     engine = Engine(dataclasses.replace(unpacked, model=copy.deepcopy(unpacked.model)), streams)
     params = GREEDY.replace(rule=rule)
     for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
@@ -62,7 +63,8 @@ def test_twenty_prompts_equal_the_float64_oracle(
             assert step.distribution is not None
             ids, p = step.distribution
             dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
-            assert close or (dense - ref).abs().max() <= 1e-5 * (1 + params.alpha)
+            bound = 5e-3 if close else 1e-5 * (1 + params.alpha)
+            assert (dense - ref).abs().max() <= bound
     engine.close()
 
 
