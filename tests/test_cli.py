@@ -392,7 +392,7 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
     assert page.read_text(encoding="utf-8").count("<section>") == 16
 
 
-@pytest.mark.parametrize(("command", "module"), [("bench", "bench.run_bench"), ("eval", "report.run_eval")])
+@pytest.mark.parametrize(("command", "module"), [("bench", "bench.run_bench"), ("eval", "harness.run_eval")])
 def test_measuring_commands_hand_on_every_option(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,13 +416,13 @@ def test_measuring_commands_hand_on_every_option(
         return Report()
 
     monkeypatch.setattr(f"{place}.{name}", measured)
-    flags = {"judges": "--judge", "alphas": "--alpha", "rules": "--rule"}
+    flags = {"judges": "--judge", "alphas": "--alpha", "methods": "--method", "lm_judges": "--lm-judge"}
     values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
-    values |= {"dtype": "float32", "judges": "embedded", "rules": "dexperts"}
+    values |= {"dtype": "float32", "judges": "embedded", "methods": "plain"}
     words = []
     for keyword in wanted:
         flag = flags.get(keyword, "--" + keyword.replace("_", "-"))
-        words += [flag] if keyword == "quick" else [flag, str(values.get(keyword, 2))]
+        words += [flag] if keyword in ("quick", "chat") else [flag, str(values.get(keyword, 2))]
     assert rows(run(command, *words, "--json")) == [{"fine": True}]
     assert set(asked) == wanted
     assert "a table" in run(command, *words).stdout

@@ -9,6 +9,7 @@ import typer
 
 from detox_guard.cli import options, session
 from detox_guard.cli.console import prepare_file, stdout_console
+from detox_guard.errors import InvalidParamsError
 
 __all__ = ["bench", "demo", "evaluate"]
 
@@ -68,50 +69,91 @@ def bench(
 
 
 def evaluate(
-    prompts: Annotated[Path, typer.Option(help="RealToxicityPrompts-style rows, .jsonl.")],
+    prompts: Annotated[
+        str | None, typer.Option(help="File (.jsonl, .csv, .tsv, .json, .txt) or hub set org/name[:split].")
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Column of the text; else prompt, text, comment or context.")
+    ] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Only the first words of each text.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns, through the chat template.")] = False,
     model: options.Model = None,
     detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
+    expert: Annotated[str | None, typer.Option(help="A second, non-toxic soft prompt, for dexperts-expert.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    judges: Annotated[list[str] | None, typer.Option("--judge", help="A scorer; repeat for several.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="What is measured beside plain; repeat. See --list-methods.")
+    ] = None,
     alphas: Annotated[list[float] | None, typer.Option("--alpha", help="A strength; repeat for several.")] = None,
-    rules: Annotated[list[str] | None, typer.Option("--rule", help="A formula; repeat for several.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Replies a prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Toxic prompts, and non-toxic ones, taken.")] = None,
-    plausibility: Annotated[float | None, typer.Option(help="As in generate, for every system.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of all replies.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus of all replies.")] = None,
-    batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="The floor of the methods that have one.")] = None,
+    banned_words: Annotated[Path | None, typer.Option(help="A word a line, for banned-words.")] = None,
+    judges: Annotated[list[str] | None, typer.Option("--judge", help="A toxicity scorer; repeat for several.")] = None,
+    lm_judges: Annotated[
+        list[str] | None, typer.Option("--lm-judge", help="Another causal model for perplexity; repeat.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Replies a prompt (default 25).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply (default 20).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of all replies (default 1).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of all replies (default .9).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken of each class (default 100).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the choice of prompts and of the replies.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for what was measured.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; a run cut off is taken up there.")] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Judge the stored replies of --output again; decode nothing.")
+    ] = False,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="What --method may be, and leave.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Toxicity, perplexity and diversity of guarded and plain text on your prompts."""
-    from detox_guard.evaluation.report import run_eval
+    """Toxicity, perplexity and diversity of several ways of decoding, side by side on your prompts."""
+    from detox_guard.evaluation import harness
+    from detox_guard.evaluation.methods import METHODS
 
-    asked = options.given(
+    if list_methods:
+        print("\n".join(f"{name:16} {words}" for name, words in METHODS.items()))
+        return
+    judging = options.given(
         {
-            "model": model,
-            "detoxifier": detoxifier,
+            "judges": judges and tuple(judges),
+            "lm_judges": lm_judges and tuple(lm_judges),
             "device": device,
             "dtype": dtype,
-            "judges": judges and tuple(judges),
+        }
+    )
+    decoding = options.given(
+        {
+            "prompts": prompts,
+            "field": field,
+            "words": words,
+            "chat": chat or None,
+            "model": model,
+            "detoxifier": detoxifier,
+            "expert": expert,
+            "methods": methods and tuple(methods),
             "alphas": alphas and tuple(alphas),
-            "rules": rules and tuple(rules),
+            "plausibility": plausibility,
+            "banned_words": banned_words,
             "samples": samples,
             "max_new_tokens": max_new_tokens,
-            "limit": limit,
-            "plausibility": plausibility,
             "temperature": temperature,
             "top_p": top_p,
-            "batch_rows": batch_rows,
+            "limit": limit,
             "seed": seed,
-            "output": output,
+            "batch_rows": batch_rows,
         }
     )
     _quiet_libraries()
-    _print(run_eval(prompts=prompts, **asked), as_json)  # it has bars of its own
+    # Both have bars of their own, so no spinner runs here: two at once would fight for the line.
+    if rescore:
+        if output is None or decoding:
+            given = ", ".join(decoding) or None
+            raise InvalidParamsError("--rescore", given, "--output, --judge, --lm-judge, --device and --dtype only")
+        _print(harness.rescore(output, **judging), as_json)
+        return
+    if prompts is None:
+        raise InvalidParamsError("--prompts", None, "a file or a hub data set")
+    _print(harness.run_eval(**decoding, **judging, **options.given({"output": output})), as_json)
 
 
 def _quiet_libraries() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from detox_guard.evaluation.bench import BenchReport, run_bench
 from detox_guard.evaluation.context import ContextKL, context_kl
+from detox_guard.evaluation.harness import rescore, run_eval
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_passages, read_prompts
-from detox_guard.evaluation.report import EvalReport, evaluate, run_eval
+from detox_guard.evaluation.results import EvalReport
 
 __all__ = [
     "BenchReport",
@@ -15,10 +16,10 @@ __all__ = [
     "EvalReport",
     "choose_prompts",
     "context_kl",
-    "evaluate",
     "load_judge",
     "read_passages",
     "read_prompts",
+    "rescore",
     "run_bench",
     "run_eval",
 ]
