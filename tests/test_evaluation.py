@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import io
 import json
@@ -9,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,6 +53,7 @@ from detox_guard.evaluation.methods import (
 )
 from detox_guard.evaluation.metrics import Bootstrap, distinct_n, toxicity
 from detox_guard.evaluation.quality import degenerate
+from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.samples import seed_of
 from detox_guard.evaluation.shapes import random_detoxifier
 from detox_guard.evaluation.summary import summarize
@@ -700,6 +703,47 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
     for one, other in zip(cut_groups, whole_groups, strict=True):
         for method, figures in one["methods"].items():
             assert figures["embedded:mean"] == other["methods"][method]["embedded:mean"]
+
+
+# --- the report
+
+
+def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one, two = tmp_path / "one", tmp_path / "two"
+    measure(output=one, methods=("dexperts", "polite"))
+    measure(output=two, methods=("detoxigen",), judges=("embedded",))
+    page = write_report([one, two], tmp_path / "report", examples=1)
+    assert sorted(path.name for path in page.parent.iterdir()) == [
+        "categories.png", "pareto.png", "report.html", "steps.png", "table.md",
+    ]  # fmt: skip
+    for png in page.parent.glob("*.png"):
+        assert png.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.findall(r"(?:src|srcset|href)=.(?!data:)", text)  # nothing is fetched
+    assert text.count("<picture>") == 3
+    assert "one: dexperts α=3" in text
+    assert "two: detoxigen α=1" in text
+    assert "length" not in re.findall(r"prompts, (\w+);", text)  # not a scorer of both
+    # the replies, and the prompts they go on from, are only behind a click
+    outside = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert text.count("<details>") == 4
+    assert "class=reply" in text
+    assert "class=reply" not in outside
+    assert not any(html.escape(sentence) in outside for sentence in SENTENCES)
+    shown = {row["method"]: row["text"] for row in samples_of(one) if row["prompt"] == 0 and row["sample"] == 0}
+    for reply in shown.values():
+        assert html.escape(reply) in re.sub(r"<span class=tip>.*?</span>|<[^>]*>", "", text, flags=re.DOTALL)
+    table = (page.parent / "table.md").read_text(encoding="utf-8")
+    assert "| 2 toxic | embedded | dexperts α=3 |" in table
+
+    assert write_report([one], tmp_path / "single", examples=0).is_file()
+    with pytest.raises(DataError, match="same name"):
+        write_report([one, one], tmp_path / "report")
+    (two / "summary.json").unlink()
+    with pytest.raises(DataError, match="no summary"):
+        write_report([one, two], tmp_path / "report")
 
 
 def test_run_eval_refuses_before_loading(prompts_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`detox-guard demo`, `bench` and `eval`: thin fronts of what measures. Know options; know no figures."""
+"""`detox-guard demo`, `bench`, `eval` and `report`: thin fronts of what measures. Know options; know no figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detox_guard.cli import options, session
 from detox_guard.cli.console import prepare_file, stdout_console
 from detox_guard.errors import InvalidParamsError
 
-__all__ = ["bench", "demo", "evaluate"]
+__all__ = ["bench", "demo", "evaluate", "report"]
 
 
 def demo(
@@ -154,6 +154,17 @@ def evaluate(
     if prompts is None:
         raise InvalidParamsError("--prompts", None, "a file or a hub data set")
     _print(harness.run_eval(**decoding, **judging, **options.given({"output": output})), as_json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that eval has finished.")],
+    output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and a table.")] = Path("out/report"),
+    examples: Annotated[int, typer.Option(min=0, help="Prompts of each class shown with their replies.")] = 6,
+) -> None:
+    """One page about finished evaluations: toxicity against fluency, categories, steps, examples."""
+    from detox_guard.evaluation.report import write_report
+
+    print(write_report(runs, output, examples=examples))
 
 
 def _quiet_libraries() -> None:
