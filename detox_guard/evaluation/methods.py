@@ -14,6 +14,7 @@ import torch
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.generation import DetoxiGen
+from detox_guard.policy import GuardPolicy
 from detox_guard.scoring import checked_scores, load_scorer
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from detox_guard.backbone import Backbone
-    from detox_guard.generation import Generation
     from detox_guard.params import DecodingParams, EngineConfig
+    from detox_guard.reply import Generation
     from detox_guard.scoring import ToxicityScorer
     from detox_guard.text import Prompt
 
@@ -71,7 +72,7 @@ class Method:
         decoded, best, lowest = 0, None, 2.0
         for tries in range(1, TRIES + 1):
             reply = guard.generate(asked, self.params.replace(seed=(seed + (tries - 1) * 2**40) % 2**63))
-            decoded += reply.usage.completion_tokens
+            decoded += reply.usage.completion_tokens + reply.usage.discarded_tokens
             if self.reject is None:
                 return Drawn(reply, tries, decoded)
             score = checked_scores(self.reject, [reply.text])[0]
@@ -138,12 +139,7 @@ def _banned_words(i: Ingredients) -> Method:
 
 
 def _guard(i: Ingredients) -> Method:
-    import detox_guard
-
-    policy: Any = getattr(detox_guard, "GuardPolicy", None)
-    if policy is None:
-        raise InvalidParamsError("methods", "guard", "a version of detox-guard that has a guard")
-    return Method("guard", i.default.replace(guard=policy()), i.streams)
+    return Method("guard", i.default.replace(guard=GuardPolicy()), i.streams)
 
 
 _STRENGTHS: dict[str, Callable[[Ingredients, float], Method]] = {

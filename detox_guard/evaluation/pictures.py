@@ -15,6 +15,7 @@ __all__ = ["Group", "Row", "bars", "curves", "pareto"]
 
 # Okabe and Ito's, which people with any kind of colour vision can tell apart.
 COLOURS = ("#777777", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#542788", "#1B7837")
+MARKERS, LINES = "os^Dv<>ph*", ("-", "--", ":", "-.")
 INK, PAPER = {False: "#1c1b1a", True: "#ece8e1"}, {False: "#fdfcfa", True: "#1b1a19"}
 
 
@@ -64,13 +65,16 @@ def pareto(rows: Sequence[Row], groups: Sequence[Group], judges: Sequence[str], 
                     [y["value"] for _, y in points],
                     xerr=_errors([x for x, _ in points]),
                     yerr=_errors([y for _, y in points]),
-                    marker="os^Dv<>ph*"[n % 10],
+                    marker=MARKERS[n % len(MARKERS)],
                     color=COLOURS[n % len(COLOURS)],
                     label=family,
                     linewidth=1,
                     elinewidth=0.7,
                     markersize=5,
                 )
+            low, high = panel.get_xlim()
+            if high > 20 * max(low, 1.0):  # one noisy method would squeeze the others into a line
+                panel.set_xscale("log")
             panel.set_title(f"{group[1]} prompts, {judge}", fontsize=9)
             panel.set_xlabel(f"perplexity ({lm})")
             panel.set_ylabel("expected maximum toxicity")
@@ -82,7 +86,7 @@ def bars(rows: Sequence[Row], groups: Sequence[Group], judge: str, dark: bool) -
     figure, axes = _panels(1, 1, 8.0, 1.2 + 0.16 * len(groups) * (len(rows) + 1), dark)
     panel = axes[0][0]
     height = 0.85 / max(1, len(rows))
-    for n, row in enumerate(rows):
+    for n, (row, (colour, strength)) in enumerate(zip(rows, _looks(rows), strict=True)):
         known = [(i, row.figures[group][f"{judge}:expected_max"]["value"]) for i, group in enumerate(groups)
                  if group in row.figures]  # fmt: skip
         known = [(i, figure_) for i, figure_ in known if figure_["value"] is not None]
@@ -91,7 +95,8 @@ def bars(rows: Sequence[Row], groups: Sequence[Group], judge: str, dark: bool) -
             [value["value"] for _, value in known],
             height,
             xerr=_errors([value for _, value in known]),
-            color=COLOURS[n % len(COLOURS)],
+            color=colour,
+            alpha=1 / (1 + 0.5 * strength),
             ecolor=INK[dark],
             error_kw={"elinewidth": 0.6},
             label=row.label,
@@ -107,14 +112,27 @@ def curves(rows: Sequence[Row], dark: bool) -> bytes:
     names = {"kl_detoxifier": "KL(p_gen‖p_detox), nats", "kl_steering": "KL(p‖p_gen) in the nucleus, nats"}
     figure, axes = _panels(1, 2, 4.6, 3.2, dark)
     for panel, (name, title) in zip(axes[0], names.items(), strict=True):
-        for n, row in enumerate(rows):
+        for row, (colour, strength) in zip(rows, _looks(rows), strict=True):
             if row.steps[name]:
                 steps = range(1, len(row.steps[name]) + 1)
-                panel.plot(steps, row.steps[name], color=COLOURS[n % len(COLOURS)], label=row.label, linewidth=1.2)
+                style = LINES[strength % len(LINES)]
+                panel.plot(steps, row.steps[name], style, color=colour, label=row.label, linewidth=1.2)
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("token of the reply")
         panel.set_ylim(bottom=0)
     return _png(figure, axes, dark)
+
+
+def _looks(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """A colour for each method, the same at every strength, and which strength of it this is."""
+    families = list(dict.fromkeys(row.family for row in rows))
+    seen: dict[str, int] = {}
+    looks = []
+    for row in rows:
+        strength = seen.get(row.family, 0)
+        seen[row.family] = strength + 1
+        looks.append((COLOURS[families.index(row.family) % len(COLOURS)], strength))
+    return looks
 
 
 def _panels(down: int, across: int, width: float, height: float, dark: bool) -> tuple[Any, Any]:
@@ -136,7 +154,9 @@ def _png(figure: Any, axes: Any, dark: bool) -> bytes:
         label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        )
         for text in legend.get_texts():
             text.set_color(INK[dark])
     with io.BytesIO() as file:

@@ -17,7 +17,7 @@ from detox_guard.evaluation import pictures
 from detox_guard.evaluation.harness import RUN_FILE, SAMPLES_FILE, SCORES_FILE
 from detox_guard.evaluation.machine import prepare_folder, write_whole
 from detox_guard.evaluation.results import EvalReport, shown
-from detox_guard.trace import LEGEND, STYLE, TokenTrace, Trace, render_section
+from detox_guard.trace import LEGEND, STYLE, Intervention, TokenTrace, Trace, render_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,7 +179,8 @@ def _examples(run: _Run, count: int) -> str:
 
 
 def _trace(row: dict[str, Any]) -> Trace:
-    return Trace(tuple(TokenTrace(**token) for token in row["trace"]))
+    tokens, interventions = row["trace"]["tokens"], row["trace"]["interventions"]
+    return Trace(tuple(TokenTrace(**one) for one in tokens), tuple(Intervention(**one) for one in interventions))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ Figures: `<scorer>:expected_max|probability|share|mean`; `<model>:perplexity` (m
 1e4 and more left out, `:perplexity_dropped` their share), `:perplexity_median`, `:perplexity_corpus` (exp of nats a
 token); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`; `tokens` a
 reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`, `interventions` and `decoded_tokens` a
-reply; `ms_per_token` of the whole batch's time. `steps[method]`: the divergences by step.
+reply. `steps[method]`: the divergences by step; `ms_per_token[method]`: the batch's time over all tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ TEXT = {
     "stopped": "stopped",
     "KL(gen‖detox)": "kl_detoxifier",
     "KL(p‖gen)": "kl_steering",
-    "ms/token": "ms_per_token",
 }
 SHARES = {"degenerate", "empty", "stopped"}
 
@@ -134,12 +133,15 @@ class EvalReport:
             text.add_column("× plain", justify="right")
         for column in TEXT:
             text.add_column(column, justify="right")
+        text.add_column("ms/token", justify="right")
         for method, figures in group["methods"].items():
             cells = [method]
             for lm in self.summary["lm_judges"]:
                 figure = figures[f"{lm}:perplexity"]
                 cells += [shown(figure["value"], digits=1), shown(figure["ratio"], digits=2)]
             cells += [shown(figures[name]["value"], bare=True, percent=name in SHARES) for name in TEXT.values()]
+            ms = self.summary["ms_per_token"][method]
+            cells.append("–" if ms is None else f"{ms:.2f}")
             text.add_row(*map(escape, cells))
         return [harm, text]
 

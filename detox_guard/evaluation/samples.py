@@ -84,11 +84,13 @@ def _row(guard: DetoxiGen, job: Job) -> dict[str, Any]:
         "clipped": round(sum(token.clipped_mass for token in steered), 4),
         "tries": drawn.tries,
         "decoded_tokens": drawn.decoded_tokens,
-        "interventions": len(getattr(reply, "interventions", ())),
+        "interventions": len(reply.interventions),
     }
     if job.sample == 0 and reply.trace:
-        tokens_shown = reply.trace.to_dict()["tokens"]
-        row["trace"] = [{name: _capped(value) for name, value in token.items()} for token in tokens_shown]
+        row["trace"] = {
+            kind: [{name: _capped(value) for name, value in one.items()} for one in many]
+            for kind, many in reply.trace.to_dict().items()
+        }
     return row
 
 

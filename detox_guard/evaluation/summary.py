@@ -53,6 +53,7 @@ def summarize(run: Mapping[str, Any], replies: Replies, scores: Scores) -> dict[
             for kind, name, at in groups
         ],
         "steps": {method: _steps(method, replies) for method in whole},
+        "ms_per_token": {method: _ms_per_token(method, replies) for method in whole},
     }
 
 
@@ -132,7 +133,6 @@ def _estimates(
     found["tries"] = each(lambda one: one["tries"])
     found["interventions"] = each(lambda one: one["interventions"])
     found["decoded_tokens"] = each(lambda one: one["decoded_tokens"])
-    found["ms_per_token"] = each(lambda one: 1e3 * one["wall_s"], tokens)
     return found
 
 
@@ -148,3 +148,10 @@ def _steps(method: str, replies: Replies) -> dict[str, list[float]]:
             counts[: len(row)] += 1
         curves[name] = [round(float(value), 5) for value in sums / np.maximum(counts, 1)]
     return curves
+
+
+def _ms_per_token(method: str, replies: Replies) -> float | None:
+    """Time of the whole batch over the tokens of all replies; a group of prompts has no time of its own."""
+    rows = [one for (of, _), many in replies.items() if of == method for one in many]
+    tokens = sum(len(one["token_ids"]) for one in rows)
+    return round(1e3 * sum(one["wall_s"] for one in rows) / tokens, 3) if tokens else None
