@@ -1,4 +1,4 @@
-"""`detox-guard demo`, `bench`, `eval` and `report`: thin fronts of what measures. Know options; know no figures."""
+"""`detox-guard demo`, `bench`, `eval`, `utility`, `report`: thin fronts of what measures. Know options, no figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detox_guard.cli import options, session
 from detox_guard.cli.console import prepare_file, stdout_console
 from detox_guard.errors import InvalidParamsError
 
-__all__ = ["bench", "demo", "evaluate", "report"]
+__all__ = ["bench", "demo", "evaluate", "report", "utility"]
 
 
 def demo(
@@ -165,6 +165,51 @@ def report(
     from detox_guard.evaluation.report import write_report
 
     print(write_report(runs, output, examples=examples))
+
+
+def utility(
+    output: Annotated[Path, typer.Option(help="Folder of the run; a run cut off is taken up there.")],
+    xquad: Annotated[Path | None, typer.Option(help="Questions in SQuAD's format, .json.")] = None,
+    wikitext: Annotated[Path | None, typer.Option(help="Plain text, .txt.")] = None,
+    bold: Annotated[list[Path] | None, typer.Option(help="Harmless beginnings, BOLD's .json; repeat.")] = None,
+    model: options.Model = None,
+    detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="As in eval, of one soft prompt; repeat for several.")
+    ] = None,
+    alphas: Annotated[list[float] | None, typer.Option("--alpha", help="A strength; repeat for several.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="The floor of the methods that have one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions, windows and beginnings (default 200).")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Replies a beginning (default 5).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn and of the replies.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """What steering costs where nothing is toxic: answers, language modelling, harmless mentions."""
+    from detox_guard.evaluation.utility import run_utility
+
+    asked = options.given(
+        {
+            "xquad": xquad,
+            "wikitext": wikitext,
+            "bold": bold and tuple(bold),
+            "model": model,
+            "detoxifier": detoxifier,
+            "device": device,
+            "dtype": dtype,
+            "methods": methods and tuple(methods),
+            "alphas": alphas and tuple(alphas),
+            "plausibility": plausibility,
+            "limit": limit,
+            "samples": samples,
+            "seed": seed,
+            "batch_rows": batch_rows,
+        }
+    )
+    _quiet_libraries()
+    _print(run_utility(output=output, **asked), as_json)
 
 
 def _quiet_libraries() -> None:

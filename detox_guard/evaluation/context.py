@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Position
+    from detox_guard.detoxifier import Detoxifier, Position
     from detox_guard.generation import DetoxiGen
 
-__all__ = ["ContextKL", "SettingKL", "context_kl", "reply_kl"]
+__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "reply_kl"]
 
 _LayerKV = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -152,6 +152,25 @@ def reply_kl(
         kl = (gen.exp() * (gen - detox)).sum(-1)
         found += [row[: len(reply) - 1].cpu() for row, reply in zip(kl, some, strict=True) if len(reply) > 1]
     return found
+
+
+@torch.inference_mode()
+def forced_log_probs(
+    backbone: Backbone, detoxifier: Detoxifier | None, context: Sequence[int], reply: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities `[reply_len - 1, vocab]` in float32 of what follows each reply token but the last, in one
+    stream: the generator's own, or behind a detoxifier's virtual tokens."""
+    embed = backbone.model.get_input_embeddings()
+    head, tail = (
+        embed(torch.tensor([list(ids)], dtype=torch.long, device=backbone.device)) for ids in (context, reply)
+    )
+    if detoxifier is not None:
+        soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
+        if detoxifier.card.position == "front":
+            head = torch.cat([soft, head], dim=1)
+        else:
+            tail = torch.cat([soft, tail], dim=1)
+    return _log_probs(backbone, _prefix(backbone, head), tail, len(reply))[0]
 
 
 def _prefix(backbone: Backbone, head: torch.Tensor) -> _LayerKV:

@@ -40,10 +40,20 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.evaluation.likelihood import ReplyJudge
     from detox_guard.evaluation.methods import Method
-    from detox_guard.generation import ManySteering
+    from detox_guard.generation import DetoxiGen, ManySteering
     from detox_guard.text import Prompt
 
-__all__ = ["SAMPLES_FILE", "collect", "open_run", "rescore", "run_eval"]
+__all__ = [
+    "RUN_FILE",
+    "SAMPLES_FILE",
+    "SCORES_FILE",
+    "collect",
+    "judge_run",
+    "open_run",
+    "rescore",
+    "run_eval",
+    "stored_replies",
+]
 
 RUN_FILE, SAMPLES_FILE, SCORES_FILE = "run.json", "samples.jsonl", "scores.jsonl"
 SCORE_KEY = ("judge", "method", "prompt")
@@ -121,7 +131,7 @@ def run_eval(
         }
         run = collect(folder, asked, backbone, made, EngineConfig(max_rows=batch_rows), bars)
         lms: list[ReplyJudge] = [BackboneJudge(backbone), *_lm_judges(lm_judges, device, dtype)]
-        return _judge(folder, run, scorers, lms, bars)
+        return judge_run(folder, run, scorers, lms, bars)
 
 
 def rescore(
@@ -144,7 +154,7 @@ def rescore(
         stack.enter_context(open_run(folder))
         bars = stack.enter_context(Progress(progress))
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return _judge(folder, run, scorers, _lm_judges(lm_judges, device, dtype), bars)
+        return judge_run(folder, run, scorers, _lm_judges(lm_judges, device, dtype), bars)
 
 
 @contextmanager
@@ -171,9 +181,12 @@ def collect(
     methods: Sequence[Method],
     config: EngineConfig,
     bars: Progress,
+    guard: DetoxiGen | None = None,
 ) -> dict[str, Any]:
     """Decode what the folder lacks of `asked` under `methods`; returns the run's settings, all its methods included.
 
+    Each method has an engine of its own, one after the other, so that its time can be told; with a `guard` all of them
+    go through that one's batch together, prompt by prompt.
     Raises `DataError` where the folder holds a run of other prompts, sampling, model or meaning of a method.
     """
     identity = {
@@ -202,12 +215,14 @@ def collect(
         write_whole(folder / RUN_FILE, json.dumps(run, ensure_ascii=False) + "\n")
         total = sum(map(len, jobs))
         with bars.stage("decoding", total, total - missing) as stage:
+            if guard is not None:
+                decode(guard, [job for row in zip(*jobs, strict=True) for job in row], journal, stage.tick)
             for method, many in zip(methods, jobs, strict=True):
                 if all(job.key in journal for job in many):
                     continue
                 stage.say(method.name)
-                with method.open(backbone, config) as guard:
-                    decode(guard, many, journal, stage.tick)
+                with method.open(backbone, config) as own:
+                    decode(own, many, journal, stage.tick)
         if len(journal.rows) == len(known) * len(asked["prompts"]) * asked["samples"]:
             journal.finish()
     return run
@@ -239,7 +254,7 @@ def _asked(run: dict[str, Any], prompt: dict[str, Any]) -> Prompt:
     return [{"role": "user", "content": text}] if run["source"]["chat"] else text
 
 
-def _judge(
+def judge_run(
     folder: Path,
     run: dict[str, Any],
     scorers: Sequence[ToxicityScorer],
@@ -247,13 +262,7 @@ def _judge(
     bars: Progress,
 ) -> EvalReport:
     """Score what has no score yet by each judge, then summarise by all that judged the whole run."""
-    rows = Journal(folder / SAMPLES_FILE, KEY).rows
-    replies = {
-        (method, i): [rows[method, i, j] for j in range(run["samples"])]
-        for method in run["methods"]
-        for i in range(len(run["prompts"]))
-        if (method, i, run["samples"] - 1) in rows
-    }
+    replies = stored_replies(folder, run)
     with Journal(folder / SCORES_FILE, SCORE_KEY) as scores:
         # Judges of former calls go on with methods that came later, if they are asked again; else they are left out.
         judges: list[Any] = [*scorers, *lms]
@@ -274,6 +283,18 @@ def _judge(
         summary = summarize(run, replies, scores.rows)
     write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     return EvalReport(summary)
+
+
+def stored_replies(folder: Path, run: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """All samples of each method and prompt that has all of them."""
+    rows = Journal(folder / SAMPLES_FILE, KEY).rows
+    samples = range(run["samples"])
+    return {
+        (method, i): [rows[method, i, j] for j in samples]
+        for method in run["methods"]
+        for i in range(len(run["prompts"]))
+        if all((method, i, j) in rows for j in samples)
+    }
 
 
 def _likelihoods(judge: ReplyJudge, prompt: Prompt, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:

@@ -59,7 +59,6 @@ def pareto(rows: Sequence[Row], groups: Sequence[Group], judges: Sequence[str], 
                 points = [(x, y) for x, y in points if x["value"] is not None and y["value"] is not None]
                 if not points:
                     continue
-                points.sort(key=lambda point: point[1]["value"])
                 panel.errorbar(
                     [x["value"] for x, _ in points],
                     [y["value"] for _, y in points],
