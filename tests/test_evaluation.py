@@ -653,6 +653,13 @@ def test_one_process_a_folder(measure: Any, tmp_path: Path) -> None:
 def test_a_chat_run_goes_through_the_template(measure: Any, tmp_path: Path) -> None:
     bare = measure(output=tmp_path / "bare", methods=("polite",))
     chat = measure(output=tmp_path / "chat", methods=("polite",), chat=True)
+    passages = written(tmp_path / "passages.txt", "\n\n".join(SENTENCES[:3]))
+    behind = measure(output=tmp_path / "behind", methods=("polite",), passages=passages, passage_tokens=50)
+    asked = json.loads((tmp_path / "behind" / "run.json").read_text())
+    assert asked["source"]["chat"]
+    assert len(set(asked["passages"])) == 3
+    assert samples_of(tmp_path / "behind")[0]["text"] != samples_of(tmp_path / "chat")[0]["text"]
+    assert behind.summary["groups"][0]["methods"] != chat.summary["groups"][0]["methods"]
     assert bare.summary["groups"][0]["methods"] != chat.summary["groups"][0]["methods"]
     assert samples_of(tmp_path / "bare")[0]["text"] != samples_of(tmp_path / "chat")[0]["text"]
 

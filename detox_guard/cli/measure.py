@@ -77,6 +77,10 @@ def evaluate(
     ] = None,
     words: Annotated[int | None, typer.Option(min=1, help="Only the first words of each text.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns, through the chat template.")] = False,
+    passages: Annotated[
+        Path | None, typer.Option(help="Neutral text before each question, as in retrieval; implies --chat.")
+    ] = None,
+    passage_tokens: Annotated[int | None, typer.Option(min=1, help="How much of it (default 600).")] = None,
     model: options.Model = None,
     detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
     expert: Annotated[str | None, typer.Option(help="A second, non-toxic soft prompt, for dexperts-expert.")] = None,
@@ -127,6 +131,8 @@ def evaluate(
             "field": field,
             "words": words,
             "chat": chat or None,
+            "passages": passages,
+            "passage_tokens": passage_tokens,
             "model": model,
             "detoxifier": detoxifier,
             "expert": expert,

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import DataError, InvalidParamsError, ScorerError
+from detox_guard.evaluation.context import passage_of
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.likelihood import BackboneJudge, OtherModelJudge
 from detox_guard.evaluation.machine import machine, prepare_folder, versions, write_whole
 from detox_guard.evaluation.methods import Ingredients, check_names, make_methods, read_words
 from detox_guard.evaluation.progress import Progress
-from detox_guard.evaluation.prompts import choose_prompts, read_prompts
+from detox_guard.evaluation.prompts import choose_prompts, read_passages, read_prompts
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 RUN_FILE, SAMPLES_FILE, SCORES_FILE = "run.json", "samples.jsonl", "scores.jsonl"
+CONTEXTS = 4
 SCORE_KEY = ("judge", "method", "prompt")
 UNSTEERED = {"plain", "polite", "banned-words", "resample", "toxic-prefix"}
 
@@ -66,6 +68,8 @@ def run_eval(
     field: str | None = None,
     words: int | None = None,
     chat: bool = False,
+    passages: Path | None = None,
+    passage_tokens: int = 600,
     model: str | Path | None = None,
     detoxifier: ManySteering = None,
     expert: str | None = None,
@@ -89,18 +93,22 @@ def run_eval(
 ) -> EvalReport:
     """Measure the plain model and each of `methods` (`methods.METHODS`) on up to `limit` prompts of each class.
 
-    `prompts`, `field`, `words`: as in `read_prompts`; `chat` asks them as a user's turn. `alphas`: for every method
-    whose strength is free; `plausibility` is the floor of those with one; `expert` and `banned_words` are files that
-    one method each needs. `lm_judges` name causal models for perplexity, besides the backbone. Every method draws
-    `samples` continuations a prompt with the same seeds. `output`: the folder of the run; the same call takes up one
-    that was cut off, or adds methods and judges to a finished one. `progress` shows bars on stderr where that is a
-    terminal. Files and judges are checked before the model is loaded.
+    `prompts`, `field`, `words`: as in `read_prompts`; `chat` asks them as a user's turn; with `passages` that turn
+    begins with about `passage_tokens` tokens of neutral text of that file (`read_passages`), as in retrieval.
+    `alphas`: for every method whose strength is free; `plausibility` is the floor of those with one; `expert` and
+    `banned_words` are files that one method each needs. `lm_judges` name causal models for perplexity, besides the
+    backbone. Every method draws `samples` continuations a prompt with the same seeds. `output`: the folder of the run;
+    the same call takes up one that was cut off, or adds methods and judges to a finished one. `progress` shows bars on
+    stderr where that is a terminal. Files and judges are checked before the model is loaded.
     Raises `DataError`, `ScorerError`, `InvalidParamsError`, and what loading and decoding raise.
     """
     for name, count in (("samples", samples), ("batch_rows", batch_rows - 1)):
         if count < 1:
             raise InvalidParamsError(name, count, "at least 1")
     names = check_names(methods)
+    texts = read_passages(passages) if passages is not None else []
+    if passage_tokens < 1:
+        raise InvalidParamsError("passage_tokens", passage_tokens, "at least 1")
     chosen = choose_prompts(read_prompts(prompts, field=field, words=words), limit, seed)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     default = DecodingParams(**sampling)
@@ -122,11 +130,18 @@ def run_eval(
         made = make_methods(names, alphas, ingredients)
         bars = stack.enter_context(Progress(progress))
         asked: dict[str, Any] = {
-            "source": {"name": Path(prompts).name, "field": field, "words": words, "chat": chat, "limit": limit},
+            "source": {
+                "name": Path(prompts).name,
+                "field": field,
+                "words": words,
+                "chat": chat or bool(texts),
+                "limit": limit,
+            },
             "samples": samples,
             "seed": seed,
             "sampling": sampling,
             "banned_words_sha256": hashlib.sha256("\n".join(banned).encode()).hexdigest() if banned else None,
+            "passages": [passage_of(backbone, texts, passage_tokens, way) for way in range(CONTEXTS) if texts],
             "prompts": [asdict(prompt) for prompt in chosen],
         }
         run = collect(folder, asked, backbone, made, EngineConfig(max_rows=batch_rows), bars)
@@ -243,14 +258,17 @@ def _known_methods(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 def _jobs(run: dict[str, Any], method: Method) -> list[Job]:
     seed, samples = run["seed"], run["samples"]
     return [
-        Job(method, i, _asked(run, prompt), j, seed_of(seed, i, j, samples))
-        for i, prompt in enumerate(run["prompts"])
+        Job(method, i, _asked(run, i), j, seed_of(seed, i, j, samples))
+        for i in range(len(run["prompts"]))
         for j in range(samples)
     ]
 
 
-def _asked(run: dict[str, Any], prompt: dict[str, Any]) -> Prompt:
-    text: str = prompt["text"]
+def _asked(run: dict[str, Any], i: int) -> Prompt:
+    """Prompt `i` as it is asked; passages take turns."""
+    text: str = run["prompts"][i]["text"]
+    if run["passages"]:
+        text = f"{run['passages'][i % len(run['passages'])]}\n\n{text}"
     return [{"role": "user", "content": text}] if run["source"]["chat"] else text
 
 
@@ -276,7 +294,7 @@ def judge_run(
                     found: dict[str, Any] = {"scores": checked_scores(judge, texts)}
                 else:
                     ids = [row["token_ids"] for row in replies[method, i]]
-                    found = _likelihoods(judge, _asked(run, run["prompts"][i]), texts, ids)
+                    found = _likelihoods(judge, _asked(run, i), texts, ids)
                 scores.add({"judge": judge.name, "method": method, "prompt": i, **found})
                 stage.tick()
         scores.finish()

@@ -303,6 +303,7 @@ def _asked(task: str, prompts: Sequence[EvalPrompt], samples: int, seed: int, *,
         "source": {"name": task, "chat": chat},
         "samples": samples,
         "seed": seed,
+        "passages": [],
         "prompts": [asdict(prompt) for prompt in prompts],
     }
 
