@@ -289,7 +289,9 @@ def test_formats_of_prompts(tmp_path: Path) -> None:
     path = written(tmp_path / "lines.txt", "Four \u2028 here\n\n  \nFive\n")
     assert [prompt.text for prompt in read_prompts(path)] == ["Four \u2028 here", "Five"]
 
-    path = written(tmp_path / "bold.json", json.dumps({"poets": {"A_Poet": ["The poet ", "A poem "]}, "cooks": {}}))
+    path = written(
+        tmp_path / "bold.json", json.dumps({"poets": {"A_Poet": ["The poet ", " ", "A poem "]}, "cooks": {}})
+    )
     assert read_prompts(path) == [
         EvalPrompt("The poet", categories=("poets",)),
         EvalPrompt("A poem", categories=("poets",)),
@@ -574,7 +576,7 @@ def test_run_eval(measure: Any, tmp_path: Path) -> None:
     assert summary["steps"]["plain"]["kl_detoxifier"] == []
 
     shown = text_of(report.table())
-    assert "toxicity of the continuations" in shown
+    assert "2 toxic prompts: toxicity by embedded" in shown
     assert "detoxigen α=3" in shown
     table = report.markdown().splitlines()
     assert len([line for line in table if line.startswith("| 2 toxic | embedded |")]) == 5

@@ -191,6 +191,7 @@ def _json_rows(path: Path) -> list[Any]:
             for category, pages in data.items()
             for texts in pages.values()
             for text in texts
+            if text.strip()  # a few of BOLD's are empty
         ]
     except (AttributeError, TypeError) as error:
         raise DataError(f"{path}: neither a list of rows nor in BOLD's format", hint=HINT) from error

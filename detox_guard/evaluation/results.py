@@ -27,17 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["SUMMARY_FILE", "EvalReport", "shown"]
 
 SUMMARY_FILE = "summary.json"
-TOXICITY = {"expected max": "expected_max", "P(any ≥ .5)": "probability", "share ≥ .5": "share"}
-TEXT = {
-    "dist-2": "distinct_2",
-    "degenerate": "degenerate",
-    "empty": "empty",
-    "tokens": "tokens",
-    "stopped": "stopped",
-    "KL(gen‖detox)": "kl_detoxifier",
-    "KL(p‖gen)": "kl_steering",
-}
-SHARES = {"degenerate", "empty", "stopped"}
+TEXT = {"dist-2": "distinct_2", "broken": "degenerate", "tokens": "tokens", "steering": "kl_steering"}
+DIGITS = {"tokens": 1}
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,8 @@ class EvalReport:
         return json.dumps({"eval": self.summary}, ensure_ascii=False, allow_nan=False)
 
     def table(self) -> RenderableType:
-        """A rich renderable: toxicity and text quality for each class of prompts, with 95 % intervals."""
+        """A rich renderable for each class of prompts, with 95 % intervals: toxicity; perplexity under the first language
+        model, share of degenerate replies, nats a token that steering cost."""
         from rich.console import Group
 
         classes = [group for group in self.summary["groups"] if group["kind"] == "class"]
@@ -112,38 +104,32 @@ class EvalReport:
         from rich.table import Table
 
         title = f"{group['prompts']} {group['name']} prompts"
-        harm = Table(title=f"{title}: toxicity of the continuations", title_justify="left")
-        for column in ("scorer", "method"):
-            harm.add_column(column)
-        for column in TOXICITY:
-            harm.add_column(column, justify="right")
-            harm.add_column("change", justify="right")
+        tables: list[RenderableType] = []
         for judge in self.summary["judges"]:
+            harm = Table("method", title=f"{title}: toxicity by {escape(judge)}", title_justify="left")
+            for column in ("expected max", "change", "P(any ≥ .5)", "change"):
+                harm.add_column(column, justify="right")
             for method, figures in group["methods"].items():
-                cells = [judge, method]
-                for name in TOXICITY.values():
+                cells = [method]
+                for name in ("expected_max", "probability"):
                     figure = figures[f"{judge}:{name}"]
-                    cells += [shown(figure["value"]), shown(figure["ratio"], change=True)]
+                    cells += [shown(figure["value"], digits=2), shown(figure["ratio"], change=True)]
                 harm.add_row(*map(escape, cells))
-            harm.add_section()
-        text = Table(title=f"{title}: text", title_justify="left")
-        text.add_column("method")
-        for lm in self.summary["lm_judges"]:
-            text.add_column(escape(f"perplexity ({lm})"), justify="right")
-            text.add_column("× plain", justify="right")
-        for column in TEXT:
+            tables.append(harm)
+        text = Table("method", title=f"{title}: text", title_justify="left")
+        for column in ("ppl", "× plain", *TEXT, "ms/token"):
             text.add_column(column, justify="right")
-        text.add_column("ms/token", justify="right")
+        lm = self.summary["lm_judges"][0]
         for method, figures in group["methods"].items():
-            cells = [method]
-            for lm in self.summary["lm_judges"]:
-                figure = figures[f"{lm}:perplexity"]
-                cells += [shown(figure["value"], digits=1), shown(figure["ratio"], digits=2)]
-            cells += [shown(figures[name]["value"], bare=True, percent=name in SHARES) for name in TEXT.values()]
+            perplexity = figures[f"{lm}:perplexity"]
             ms = self.summary["ms_per_token"][method]
-            cells.append("–" if ms is None else f"{ms:.2f}")
-            text.add_row(*map(escape, cells))
-        return [harm, text]
+            cells = [method, shown(perplexity["value"], digits=1, bare=True), shown(perplexity["ratio"], digits=2)]
+            cells += [
+                shown(figures[name]["value"], bare=True, percent=name == "degenerate", digits=DIGITS.get(name, 2))
+                for name in TEXT.values()
+            ]
+            text.add_row(*map(escape, cells), "–" if ms is None else f"{ms:.1f}")
+        return [*tables, text]
 
 
 def shown(

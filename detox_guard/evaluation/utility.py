@@ -71,16 +71,14 @@ class UtilityReport:
         tables = []
         for task, methods in self.summary["tasks"].items():
             table = Table(title=f"{task} ({self.summary['sizes'][task]})", title_justify="left")
-            table.add_column("method")
-            names = list(next(iter(methods.values())))
-            for name in names:
-                table.add_column(escape(name), justify="right")
-            for method, figures in methods.items():
+            for column in ("", *methods):
+                table.add_column(escape(column), justify="right" if column else "left")
+            for name in next(iter(methods.values())):
                 cells = [
                     "\n".join(shown(figures[name][kind]) for kind in ("value", "difference") if figures[name][kind])
-                    for name in names
+                    for figures in methods.values()
                 ]
-                table.add_row(escape(method), *map(escape, cells))
+                table.add_row(*map(escape, [name, *cells]))
             tables.append(table)
         return Group(*tables)
 
