@@ -53,8 +53,8 @@ class EvalReport:
         return json.dumps({"eval": self.summary}, ensure_ascii=False, allow_nan=False)
 
     def table(self) -> RenderableType:
-        """A rich renderable for each class of prompts, with 95 % intervals: toxicity; perplexity under the first language
-        model, share of degenerate replies, nats a token that steering cost."""
+        """A rich renderable for each class of prompts, with 95 % intervals: toxicity; perplexity under the
+        first language model, share of degenerate replies, nats a token that steering cost."""
         from rich.console import Group
 
         classes = [group for group in self.summary["groups"] if group["kind"] == "class"]
