@@ -28,7 +28,9 @@ from detox_guard.errors import (
     StepError,
     UnsupportedBackboneError,
 )
+from detox_guard.grammar import Grammar
 from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.tools import ToolCall, ToolCallStream, parse_tool_calls
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone, load_backbone
@@ -36,12 +38,15 @@ if TYPE_CHECKING:
     from detox_guard.engine import EngineStats
     from detox_guard.generation import Chunk, DetoxiGen, Generation, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
+    from detox_guard.screening import Screened, screen
+    from detox_guard.text import ChatPrompt
     from detox_guard.trace import Trace
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Backbone": "backbone",
+    "ChatPrompt": "text",
     "Chunk": "generation",
     "Detoxifier": "detoxifier",
     "DetoxifierCard": "detoxifier",
@@ -50,18 +55,21 @@ _LAZY = {
     "EngineStats": "engine",
     "Generation": "generation",
     "HuggingFaceScorer": "scoring",
+    "Screened": "screening",
     "SteeringStream": "detoxifier",
     "ToxicityScorer": "scoring",
     "Trace": "trace",
     "Usage": "generation",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
+    "screen": "screening",
 }
 
 __all__ = [
     "Backbone",
     "BackboneError",
     "BackboneNotFoundError",
+    "ChatPrompt",
     "Chunk",
     "DataError",
     "DecodingParams",
@@ -80,14 +88,18 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "Generation",
+    "Grammar",
     "HuggingFaceScorer",
     "InvalidParamsError",
     "PromptError",
     "PromptTooLongError",
     "RequestCancelledError",
     "ScorerError",
+    "Screened",
     "SteeringStream",
     "StepError",
+    "ToolCall",
+    "ToolCallStream",
     "ToxicityScorer",
     "Trace",
     "UnsupportedBackboneError",
@@ -95,6 +107,8 @@ __all__ = [
     "__version__",
     "load_backbone",
     "load_scorer",
+    "parse_tool_calls",
+    "screen",
 ]
 
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard.backbone import Backbone, load_backbone
 from detox_guard.detoxifier import as_streams
-from detox_guard.engine import Engine, EngineStats, Finish, Request, StreamSpec, TokenStep
+from detox_guard.engine import Engine, EngineStats, Finish, Request, StreamSpec, TokenConstraint, TokenStep
 from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError
 from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.text import Prompt, StopMatcher, TextStream, encode_prompt
+from detox_guard.text import Prompt, StopMatcher, TextStream, encode_prompt, template_of
+from detox_guard.tools import knows_tools
 from detox_guard.trace import TokenTrace, Trace
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole reply. `finish_reason`: "stop" (end token, stop string or stop id) or "length"."""
+    """A whole reply. `finish_reason`: "stop" (end token, stop string or stop id, or the end of a grammar) or
+    "length" (`max_new_tokens` reached; under a grammar the text is then cut short, no whole text of it)."""
 
     text: str
     finish_reason: Finish
@@ -85,8 +87,9 @@ class DetoxiGen:
     """A local language model, steered away from toxicity while it decodes.
 
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
-    `batch` and their async twins take a plain string or chat messages (`[{"role": …, "content": …}, …]`), a
-    `DecodingParams`, and single fields of it as keywords: `guard.generate("Hi", alpha=3.0)`.
+    `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
+    `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
+    `guard.generate("Hi", alpha=3.0)`.
     """
 
     def __init__(
@@ -259,6 +262,11 @@ class DetoxiGen:
         """How many prompt tokens the backbone would read."""
         return len(encode_prompt(self.backbone, prompt))
 
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the backbone's chat template renders tools itself; if not, plain messages tell the model of them."""
+        return knows_tools(template_of(self.backbone))
+
     def stats(self) -> EngineStats:
         """Counters of the engine and what it holds now."""
         return self._engine.stats()
@@ -315,7 +323,7 @@ class _Reply:
         prompt_ids = encode_prompt(backbone, prompt)
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.request = Request(prompt_ids, params, seed, end_ids, self)
+        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=_constraint(params, backbone))
         self.inbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         self.put: Callable[[Chunk | Exception], object] = self.inbox.put
         self._tokenizer = backbone.tokenizer
@@ -374,6 +382,14 @@ class _Reply:
                 )
             )
         return Trace(tuple(tokens))
+
+
+def _constraint(params: DecodingParams, backbone: Backbone) -> TokenConstraint | None:
+    if params.grammar is None:
+        return None
+    from detox_guard.constraint import compile_grammar
+
+    return compile_grammar(params.grammar, backbone)
 
 
 def _unwrap(item: Chunk | Exception) -> Chunk:

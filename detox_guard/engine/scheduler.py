@@ -81,7 +81,10 @@ class _Seat:
 
     def turn(self, rows: Sequence[int]) -> Turn:
         request = self.request
-        return Turn(request.params, request.seed, len(self.emitted), rows, self.seen, request.keep_distributions)
+        allowed = None if request.constraint is None else request.constraint.allowed()
+        return Turn(
+            request.params, request.seed, len(self.emitted), rows, self.seen, request.keep_distributions, allowed
+        )
 
 
 class Engine:
@@ -342,13 +345,14 @@ class _Worker:
         if seat.seen is not None:
             seat.seen = torch.unique(torch.cat([seat.seen, seat.seen.new_tensor([step.token_id])]))
         try:
+            whole = request.constraint is not None and request.constraint.accept(step.token_id)
             verdict = request.sink.on_token(step)
             if isinstance(verdict, Rewind):
                 return self._rewind(seat, verdict.tokens)
         except Exception as error:
             self._leave(seat, error)
             return False
-        if verdict == "stop":
+        if verdict == "stop" or whole:
             self._leave(seat, "stop")
         elif len(seat.emitted) >= request.params.max_new_tokens:
             self._leave(seat, "length")
@@ -357,6 +361,8 @@ class _Worker:
     def _rewind(self, seat: _Seat, tokens: int) -> bool:
         if not 0 < tokens <= len(seat.emitted):
             raise EngineError(f"rewind: {tokens} tokens, but {len(seat.emitted)} were emitted")
+        if seat.request.constraint is not None:
+            seat.request.constraint.rollback(tokens)
         del seat.emitted[len(seat.emitted) - tokens :]
         # The last emitted token is never in the cache yet. After the rewind that holds for the new last one, which is
         # fed again; back at the prompt's end there is none to feed, and the prompt's own logits are chosen from again.

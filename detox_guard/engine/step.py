@@ -1,7 +1,7 @@
 """One decoding decision for many requests at once: logits in, one `TokenStep` a request out. Knows no cache, no model.
 
-Order of operations, for every request on its own parameters: repetition penalty (all its streams alike), temperature,
-the generator's nucleus, the plausibility floor, the contrast, the draw.
+Order of operations, for every request on its own parameters: its constraint and the repetition penalty (all its streams
+alike), temperature, the generator's nucleus, the plausibility floor, the contrast, the draw.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Turn:
     seen: Tensor | None
     """Unique ids of prompt and reply, where a repetition penalty asks for them."""
     keep_distribution: bool = False
+    allowed: Tensor | None = None
+    """`[vocab]` bool: the tokens that its constraint leaves; all streams live in them."""
 
     @property
     def guarded(self) -> bool:
@@ -65,6 +67,8 @@ class Chooser:
         for turn in turns:
             if turn.guarded and len(turn.rows) != 1 + streams:
                 raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
+            if turn.allowed is not None:
+                logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(~turn.allowed.to(self.device), -torch.inf)
             if turn.seen is not None:
                 for row in turn.rows:
                     penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)
@@ -132,7 +136,7 @@ class Chooser:
                 distribution=(nuc.ids[i].cpu(), p[i].cpu()) if turn.keep_distribution else None,
             )
             if f[9]
-            else StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
+            else _nothing_to_choose(turn)
             for i, (turn, f) in enumerate(zip(turns, figures, strict=True))
         ]
 
@@ -157,6 +161,12 @@ class Chooser:
 
     def _integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _nothing_to_choose(turn: Turn) -> StepError:
+    if turn.allowed is not None and not turn.allowed.any():
+        return StepError("the constraint allows no token", hint="simplify the grammar")
+    return StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
 
 
 def _first_max(p: Tensor, ids: Tensor) -> Tensor:
