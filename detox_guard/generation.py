@@ -389,7 +389,7 @@ def _constraint(params: DecodingParams, backbone: Backbone) -> TokenConstraint |
         return None
     from detox_guard.constraint import compile_grammar
 
-    return compile_grammar(params.grammar, backbone)
+    return compile_grammar(params.grammar, backbone, params.max_new_tokens)
 
 
 def _unwrap(item: Chunk | Exception) -> Chunk:
