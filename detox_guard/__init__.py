@@ -20,6 +20,7 @@ from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
     EngineError,
+    GuardError,
     InvalidParamsError,
     PromptError,
     PromptTooLongError,
@@ -30,36 +31,40 @@ from detox_guard.errors import (
 )
 from detox_guard.grammar import Grammar
 from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.policy import GuardPolicy, Rung
 from detox_guard.tools import ToolCall, ToolCallStream, parse_tool_calls
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone, load_backbone
     from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
     from detox_guard.engine import EngineStats
-    from detox_guard.generation import Chunk, DetoxiGen, Generation, Usage
+    from detox_guard.generation import DetoxiGen
+    from detox_guard.reply import Chunk, Generation, Steering, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
     from detox_guard.screening import Screened, screen
     from detox_guard.text import ChatPrompt
-    from detox_guard.trace import Trace
+    from detox_guard.trace import Intervention, Trace
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Backbone": "backbone",
     "ChatPrompt": "text",
-    "Chunk": "generation",
+    "Chunk": "reply",
     "Detoxifier": "detoxifier",
     "DetoxifierCard": "detoxifier",
     "DetoxiGen": "generation",
     "EmbeddedScorer": "scoring",
     "EngineStats": "engine",
-    "Generation": "generation",
+    "Generation": "reply",
     "HuggingFaceScorer": "scoring",
-    "Screened": "screening",
+    "Intervention": "trace",
+    "Steering": "reply",
     "SteeringStream": "detoxifier",
+    "Screened": "screening",
     "ToxicityScorer": "scoring",
     "Trace": "trace",
-    "Usage": "generation",
+    "Usage": "reply",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
     "screen": "screening",
@@ -89,13 +94,18 @@ __all__ = [
     "EngineStats",
     "Generation",
     "Grammar",
+    "GuardError",
+    "GuardPolicy",
     "HuggingFaceScorer",
+    "Intervention",
     "InvalidParamsError",
     "PromptError",
     "PromptTooLongError",
     "RequestCancelledError",
+    "Rung",
     "ScorerError",
     "Screened",
+    "Steering",
     "SteeringStream",
     "StepError",
     "ToolCall",

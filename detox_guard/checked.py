@@ -1,4 +1,4 @@
-"""The base of every settings class: a frozen pydantic model whose complaints are ours. Knows no setting."""
+"""The base of everything a caller may set. Knows pydantic; knows no setting."""
 
 from __future__ import annotations
 

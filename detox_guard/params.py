@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from detox_guard.checked import Checked
 from detox_guard.grammar import Grammar
+from detox_guard.policy import GuardPolicy, Rule
 
-__all__ = ["MAX_NEW_TOKENS", "Checked", "DecodingParams", "EngineConfig", "Rule"]
+__all__ = ["MAX_NEW_TOKENS", "DecodingParams", "EngineConfig"]
 
 MAX_NEW_TOKENS = 131_072
-Rule = Literal["dexperts", "detoxigen"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -28,7 +28,8 @@ class DecodingParams(Checked):
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
     (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply itself, so `stop`,
-    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step.
+    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step. `guard` checks text
+    before it is released and decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -46,6 +47,7 @@ class DecodingParams(Checked):
     ignore_eos: bool = False
     grammar: Grammar | None = None
     trace: bool = True
+    guard: GuardPolicy | None = None
 
     @field_validator("alpha", "plausibility", "temperature", "top_p", "repetition_penalty", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 import torch
-from harness import Recorder, random_prompts, random_streams, request
+from harness import Recorder, random_detoxifier, random_prompts, random_streams, request
 from pydantic import BaseModel
 from tiny import make_tiny_backbone
 
@@ -38,21 +38,24 @@ TREE = {"$ref": "#/$defs/Node", "$defs": {"Node": {
 }}}  # fmt: skip
 SCHEMAS: dict[str, dict[str, Any]] = {
     "object": PERSON,
-    "nested": {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": PERSON}, "required": ["b"]}},
-               "required": ["a"]},
+    "nested": {"type": "object", "required": ["a"],
+               "properties": {"a": {"type": "object", "properties": {"b": PERSON}, "required": ["b"]}}},
     "optional": {"type": "object", "properties": {k: {"type": "boolean"} for k in "abcd"}, "required": ["c"]},
     "none required": {"type": "object", "properties": {k: {"type": "number"} for k in "xyz"}},
     "no properties": {"type": "object", "properties": {}},
     "any object": {"type": "object"},
     "map": {"type": "object", "additionalProperties": {"type": "integer"}},
     "enum": {"enum": ["red", "green", "blue", 7, None, True]},
-    "const": {"type": "object", "properties": {"kind": {"const": "x"}, "n": {"type": "null"}}, "required": ["kind", "n"]},
+    "const": {"type": "object", "required": ["kind", "n"],
+              "properties": {"kind": {"const": "x"}, "n": {"type": "null"}}},
     "strings": {"type": "array", "items": {"type": "string"}},
     "bounded list": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 4},
     "list of objects": {"type": "array", "items": PERSON, "minItems": 1},
-    "tuple": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False, "minItems": 2},
+    "tuple": {"type": "array", "minItems": 2, "items": False, "prefixItems": [{"type": "integer"}, {"type": "string"}]},
     "union of types": {"type": ["string", "integer", "null"]},
-    "union of objects": {"anyOf": [PERSON, {"type": "object", "properties": {"x": {"enum": ["l", "r"]}}, "required": ["x"]}]},
+    "union of objects": {"anyOf": [
+        PERSON, {"type": "object", "properties": {"x": {"enum": ["l", "r"]}}, "required": ["x"]}
+    ]},
     "discriminated": {"oneOf": [
         {"type": "object", "properties": {"kind": {"const": k}, k: {"type": "integer"}}, "required": ["kind", k]}
         for k in ("cat", "dog")
@@ -73,8 +76,6 @@ PROMPT = "The quick brown fox"
 @pytest.fixture(scope="module")
 def guard() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama")
-    from harness import random_detoxifier
-
     with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone), -1.0)]) as guard:
         yield guard
 

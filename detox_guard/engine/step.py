@@ -1,6 +1,6 @@
 """One decoding decision for many requests at once: logits in, one `TokenStep` a request out. Knows no cache, no model.
 
-Order of operations, for every request on its own parameters: its constraint and the repetition penalty (all its streams
+Order of operations, for every request on its own parameters: constraint, bans and repetition penalty (all its streams
 alike), temperature, the generator's nucleus, the plausibility floor, the contrast, the draw.
 """
 
@@ -38,9 +38,11 @@ class Turn:
     """Rows of the logits: the generator's, then one a stream; the generator's alone if unguarded."""
     seen: Tensor | None
     """Unique ids of prompt and reply, where a repetition penalty asks for them."""
+    banned: frozenset[int] = frozenset()
+    """Ids that may not be chosen, whatever any stream says."""
     keep_distribution: bool = False
     allowed: Tensor | None = None
-    """`[vocab]` bool: the tokens that its constraint leaves; all streams live in them."""
+    """`[vocab]` bool: the tokens that its constraint leaves; all its streams live in them."""
 
     @property
     def guarded(self) -> bool:
@@ -67,8 +69,8 @@ class Chooser:
         for turn in turns:
             if turn.guarded and len(turn.rows) != 1 + streams:
                 raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
-            if turn.allowed is not None:
-                logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(~turn.allowed.to(self.device), -torch.inf)
+            if turn.banned or turn.allowed is not None:
+                logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(_ruled_out(turn, logits), -torch.inf)
             if turn.seen is not None:
                 for row in turn.rows:
                     penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)
@@ -87,7 +89,9 @@ class Chooser:
         sane = ~(log_gen.isnan().any(-1) | log_streams.isnan().any(-1).any(-1))
 
         top_k = torch.tensor([t.params.top_k for t in turns], device=self.device)
-        nuc = nucleus(log_gen.nan_to_num(nan=-torch.inf), self._column([t.params.top_p for t in turns]), top_k)
+        nuc = nucleus(
+            log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf), self._column([t.params.top_p for t in turns]), top_k
+        )
         keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
         at = nuc.ids.unsqueeze(1).expand(-1, streams, -1)
         p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams.gather(-1, at), alpha, keep)
@@ -116,7 +120,7 @@ class Chooser:
                 fallback.double(),
                 plain.double(),
                 (before * (nuc.ids == plain.unsqueeze(-1))).sum(-1).double(),
-                sane.double(),
+                (sane & ~p.isnan().any(-1)).double(),
             ],
             dim=-1,
         ).tolist()  # the one transfer to the host a step
@@ -161,6 +165,15 @@ class Chooser:
 
     def _integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _ruled_out(turn: Turn, logits: Tensor) -> Tensor:
+    """`[vocab]` bool: what this turn may not choose."""
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool) if turn.allowed is None else turn.allowed
+    fit = allowed.clone()
+    fit[list(turn.banned)] = False
+    # Where the constraint leaves nothing else, the ban yields: who banned it will see it again.
+    return ~(fit if fit.any() else allowed).to(logits.device)
 
 
 def _nothing_to_choose(turn: Turn) -> StepError:
