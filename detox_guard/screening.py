@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.scoring import checked_scores, load_scorer
+from detox_guard.units import sentence_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,6 @@ __all__ = ["NOTE", "Screened", "screen"]
 
 NOTE = "[removed by the toxicity screen]"
 _ACTIONS = ("drop", "mask", "mark")
-# A sentence with the white space behind it, so that the sentences joined are the text.
-_SENTENCE = re.compile(r".+?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Screened:
     score: float
     """The text's own, before anything was replaced: the worst of the whole and of its sentences."""
     flagged: bool
-    """The score reached the threshold."""
+    """The score is above the threshold."""
 
 
 def screen(
@@ -43,7 +41,7 @@ def screen(
 ) -> list[Screened]:
     """Each text scored as a whole and sentence by sentence, in one call of the scorer; in order.
 
-    A text that scores `threshold` or more is flagged. "drop" takes it out (`text` is None); "mask" replaces its toxic
+    A text that scores above `threshold` is flagged. "drop" takes it out (`text` is None); "mask" replaces its toxic
     sentences by a note (all of it, if no single sentence is toxic); "mark" leaves it as it is. `scorer` as in
     `load_scorer`. Raises `InvalidParamsError`, and `ScorerError` if the scorer fails: nothing unscored is returned.
     """
@@ -56,7 +54,7 @@ def screen(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidParamsError(f"texts[{i}]", text, "a string")
-    parts = [_SENTENCE.findall(text) for text in texts]
+    parts = [_sentences(text) for text in texts]
     # A text of one sentence is scored once.
     asked = [[text, *sentences] if len(sentences) > 1 else [text] for text, sentences in zip(texts, parts, strict=True)]
     scores = iter(checked_scores(load_scorer(scorer), [piece for pieces in asked for piece in pieces]))
@@ -64,14 +62,23 @@ def screen(
     for pieces in asked:
         own, *each = [next(scores) for _ in pieces]
         worst = max(own, *each, 0.0)
-        flagged = worst >= threshold
+        flagged = worst > threshold
         passed: str | None = pieces[0]
         if flagged and action == "drop":
             passed = None
         elif flagged and action == "mask":
-            passed = _masked(pieces[1:], [score >= threshold for score in each])
+            passed = _masked(pieces[1:], [score > threshold for score in each])
         screened.append(Screened(passed, worst, flagged))
     return screened
+
+
+def _sentences(text: str) -> list[str]:
+    """Each with the white space behind it, so that joined they are the text."""
+    found = []
+    while end := sentence_end(text):
+        found.append(text[:end])
+        text = text[end:]
+    return [*found, text]
 
 
 def _masked(sentences: Sequence[str], toxic: Sequence[bool]) -> str:

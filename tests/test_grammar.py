@@ -15,7 +15,7 @@ from harness import Recorder, random_detoxifier, random_prompts, random_streams,
 from pydantic import BaseModel
 from tiny import make_tiny_backbone
 
-from detox_guard import DecodingParams, DetoxiGen, Grammar, InvalidParamsError, RequestCancelledError
+from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, RequestCancelledError
 from detox_guard.constraint import compile_grammar
 from detox_guard.detoxifier import SteeringStream
 from detox_guard.engine import Engine, Rewind
@@ -175,6 +175,39 @@ def test_a_rewind_takes_the_grammar_back_too(alpha: float, at: int, back: int) -
         jsonschema.validate(json.loads(texts[-1]), schema)
     # The draw at a place depends on seed and place alone, so the same text is decoded again.
     assert texts[0] == texts[1]
+    engine.close()
+
+
+class NoVowels:
+    """Flags what holds an "e" or an "a"."""
+
+    name = "no-vowels"
+
+    def score(self, texts: Any) -> list[float]:
+        return [float(bool(re.search("[ea]", text))) for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(guard: DetoxiGen, seed: int) -> None:
+    policy = GuardPolicy(scorer=NoVowels(), unit=3, context_chars=0, max_rewinds=60, on_exhausted="raise")
+    schema = {"type": "object", "properties": {"x": {"type": "string"}, "y": {"type": "null"}}, "required": ["x", "y"]}
+    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(schema), guard=policy, seed=seed, max_new_tokens=100)
+    assert reply.finish_reason == "stop"
+    assert reply.interventions
+    assert not re.search("[ea]", reply.text)
+    jsonschema.validate(json.loads(reply.text), schema)
+
+
+def test_a_ban_yields_where_the_grammar_leaves_nothing_else() -> None:
+    backbone = make_tiny_backbone("llama")
+    engine = Engine(backbone)
+    params = DecodingParams(grammar=Grammar.regex("ab"), alpha=0.0)
+    req, sink = request([5, 6, 7], params)
+    req.constraint = compile_grammar(Grammar.regex("ab"), backbone, 10)
+    req.banned = frozenset(range(480))
+    engine.submit(req)
+    assert sink.wait().outcome == "stop"
+    assert backbone.tokenizer.decode(sink.ids) == "ab"
     engine.close()
 
 

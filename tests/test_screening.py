@@ -28,7 +28,7 @@ class BadWord:
         return [0.9 if "bad" in text else 0.6 if text.count("so so") > 1 else 0.1 for text in texts]
 
 
-KIND, BAD = "A kind word. Another one!", "Kind first. Then a bad one! And (bad.) too? Kind last."
+KIND, BAD = "A kind word. Another one!", "Kind first. Then a bad one! And (too bad.) Kind last."
 
 
 def test_each_action_and_its_scores_in_order() -> None:
@@ -40,7 +40,7 @@ def test_each_action_and_its_scores_in_order() -> None:
     ]
     assert screen(texts, scorer=BadWord(), action="mark")[1] == Screened(BAD, 0.9, True)
     assert screen(texts, scorer=BadWord(), action="mask")[1].text == f"Kind first. {NOTE} Kind last."
-    assert screen(texts, scorer=BadWord(), threshold=0.95) == [
+    assert screen(texts, scorer=BadWord(), threshold=0.9) == [
         Screened(KIND, 0.1, False),
         Screened(BAD, 0.9, False),
         Screened("", 0.1, False),

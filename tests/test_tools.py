@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,8 +33,14 @@ def tool(name: str, **parameters: Any) -> dict[str, Any]:
 
 
 WEATHER = tool("weather", type="object", properties={"city": {"enum": ["Rome", "Oslo"]}}, required=["city"])
-ADD = tool("add", type="object", required=["a", "b"],
-           properties={k: {"$ref": "#/$defs/n"} for k in "ab"}, **{"$defs": {"n": {"type": "integer", "maximum": 99}}})  # fmt: skip
+NUMBER = {"n": {"type": "integer", "maximum": 99}}
+ADD = tool(
+    "add",
+    type="object",
+    properties={k: {"$ref": "#/$defs/n"} for k in "ab"},
+    required=["a", "b"],
+    **{"$defs": NUMBER},
+)
 NOW = {"type": "function", "function": {"name": "now"}}
 HISTORY = [
     {"role": "system", "content": "Be kind."},
@@ -50,7 +57,8 @@ HERMES = (
     "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
     "{% for call in message.tool_calls or [] %}{{ '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA = (
     '{% if tools %}Answer {"name": function name, "parameters": dictionary}. {{ tools | tojson }}{% endif %}' + CHATML
@@ -141,8 +149,8 @@ def test_prompts_that_are_refused_name_the_field(prompt: ChatPrompt, field: str)
 def test_a_forced_call_is_one_that_is_read_back(template: str, begins: str) -> None:
     with DetoxiGen(backbone(template)) as guard:
         names = set()
-        for seed in range(6):
-            params = guard.params.replace(grammar=Grammar.tool_calls([WEATHER, ADD, NOW]), seed=seed)
+        for seed in range(8):
+            params = guard.params.replace(grammar=Grammar.tool_calls([WEATHER, ADD, NOW]), seed=seed, temperature=9.0)
             reply = guard.generate(ChatPrompt(HISTORY, (WEATHER, ADD, NOW)), params)
             assert reply.finish_reason == "stop"
             assert reply.text.startswith(begins)
@@ -204,7 +212,7 @@ BLOCK = f"<tool_call>\n{F}\n</tool_call>"
         ("<tool_call>{\"name\": \"f\"", ("", [], ['<tool_call>{"name": "f"'])),
         ("<tool_call></tool_call>", ("", [], ["<tool_call></tool_call>"])),
         ("[TOOL_CALLS] nonsense", ("", [], ["[TOOL_CALLS] nonsense"])),
-        ('<tool_call>{"name": "f", "arguments": 3}</tool_call>', ("", [], ['<tool_call>{"name": "f", "arguments": 3}</tool_call>'])),
+        ('<tool_call>{"name": "f", "arguments": 3}', ("", [], ['<tool_call>{"name": "f", "arguments": 3}'])),
         ("<tool_call>" + "[" * 100_000, ("", [], ["<tool_call>" + "[" * 100_000])),
     ],
 )  # fmt: skip
@@ -213,7 +221,7 @@ def test_what_is_read_from_a_reply(text: str, expected: Any) -> None:
 
 
 PIECES = st.sampled_from(
-    [BLOCK, F, f"[{F}]", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<tool", "_call>", "<", " ", "\n", '"', "\\", "{", "word"]
+    [BLOCK, F, f"[{F}]", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<tool", "_call>", "<", *' \n"\\{', "word"]
 )  # fmt: skip
 
 
@@ -223,7 +231,7 @@ def test_a_stream_gives_the_same_however_it_is_cut(text: str, cuts: list[int]) -
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stream = ToolCallStream()
     parts: list[str | ToolCall] = []
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in pairwise(places):
         parts += stream.push(text[start:stop])
         # What was shown stays true: no tag was shown, nor a piece of one.
         shown = "".join(part for part in parts if isinstance(part, str))
