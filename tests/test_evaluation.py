@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -54,7 +55,7 @@ from detox_guard.evaluation.methods import (
 from detox_guard.evaluation.metrics import Bootstrap, distinct_n, toxicity
 from detox_guard.evaluation.quality import degenerate
 from detox_guard.evaluation.report import write_report
-from detox_guard.evaluation.samples import seed_of
+from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.shapes import random_detoxifier
 from detox_guard.evaluation.summary import summarize
 from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
@@ -755,6 +756,27 @@ def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     (two / "summary.json").unlink()
     with pytest.raises(DataError, match="no summary"):
         write_report([one, two], tmp_path / "report")
+
+
+def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbone, tmp_path: Path) -> None:
+    class Failing(LengthJudge):
+        def score(self, texts: Sequence[str]) -> list[float]:
+            if next(self.calls) == 20:
+                raise RuntimeError("out of order")
+            return [0.0]
+
+        calls = itertools.count()
+
+    params = DecodingParams(alpha=0.0, max_new_tokens=3)
+    method = Method("resample", params, reject=Failing())
+    jobs = [Job(method, i, "One", 0, i) for i in range(4000)]
+    ticks = itertools.count()
+    with Journal(tmp_path / "samples.jsonl", KEY) as journal:
+        with DetoxiGen(tiny_llama) as guard, pytest.raises(ScorerError, match="out of order"):
+            decode(guard, jobs, journal, lambda: next(ticks))
+        kept = len(journal.rows)
+    assert next(ticks) == kept < 1000
+    assert len((tmp_path / "samples.jsonl.part").read_text(encoding="utf-8").splitlines()) == kept
 
 
 def test_run_eval_refuses_before_loading(prompts_file: Path, tmp_path: Path) -> None:

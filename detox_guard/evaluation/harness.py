@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.evaluation.likelihood import ReplyJudge
     from detox_guard.evaluation.methods import Method
+    from detox_guard.evaluation.prompts import Asked
     from detox_guard.generation import DetoxiGen, ManySteering
-    from detox_guard.text import Prompt
 
 __all__ = [
     "RUN_FILE",
@@ -264,7 +264,7 @@ def _jobs(run: dict[str, Any], method: Method) -> list[Job]:
     ]
 
 
-def _asked(run: dict[str, Any], i: int) -> Prompt:
+def _asked(run: dict[str, Any], i: int) -> Asked:
     """Prompt `i` as it is asked; passages take turns."""
     text: str = run["prompts"][i]["text"]
     if run["passages"]:
@@ -315,7 +315,7 @@ def stored_replies(folder: Path, run: dict[str, Any]) -> dict[tuple[str, int], l
     }
 
 
-def _likelihoods(judge: ReplyJudge, prompt: Prompt, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
+def _likelihoods(judge: ReplyJudge, prompt: Asked, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
     pairs = judge.judge(prompt, texts, ids)
     if not all(math.isfinite(nats) for nats, _ in pairs):
         raise ScorerError(f"{judge.name} gave a likelihood that is not a number", hint="try dtype='float32'")

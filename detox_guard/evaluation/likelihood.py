@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detox_guard.backbone import Backbone
-    from detox_guard.text import Prompt
+    from detox_guard.evaluation.prompts import Asked
 
 __all__ = ["BackboneJudge", "OtherModelJudge", "ReplyJudge", "prefix_kv", "reply_nll", "tail_log_probs"]
 
@@ -30,7 +30,7 @@ class ReplyJudge(Protocol):
     def name(self) -> str:
         """For the results."""
 
-    def judge(self, prompt: Prompt, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    def judge(self, prompt: Asked, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
         """`texts` are the replies, `ids` the same as the backbone decoded them."""
 
 
@@ -41,7 +41,7 @@ class BackboneJudge:
     backbone: Backbone
     name: str = "backbone"
 
-    def judge(self, prompt: Prompt, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    def judge(self, prompt: Asked, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
         nats = reply_nll(self.backbone, encode_prompt(self.backbone, prompt), ids)
         return list(zip(nats, map(len, ids), strict=True))
 
@@ -56,7 +56,7 @@ class OtherModelJudge:
     def name(self) -> str:
         return f"lm:{self.backbone.id}"
 
-    def judge(self, prompt: Prompt, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    def judge(self, prompt: Asked, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
         if not isinstance(prompt, str) and not self.backbone.has_chat_template:
             prompt = "\n\n".join(str(message["content"]) for message in prompt) + "\n\n"
         own = [list(self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from detox_guard.backbone import Backbone
+    from detox_guard.evaluation.prompts import Asked
     from detox_guard.params import DecodingParams, EngineConfig
     from detox_guard.reply import Generation
     from detox_guard.scoring import ToxicityScorer
-    from detox_guard.text import Prompt
 
 __all__ = ["METHODS", "Drawn", "Ingredients", "Method", "WordList", "check_names", "make_methods", "read_words"]
 
@@ -58,7 +58,7 @@ class Method:
         """An engine of its own over the shared backbone, with just the streams it needs."""
         return DetoxiGen(backbone, self.streams, config=config)
 
-    def prompt(self, prompt: Prompt) -> Prompt:
+    def prompt(self, prompt: Asked) -> Asked:
         """The prompt behind `lead`: a system message in a chat, else text before it."""
         if not self.lead:
             return prompt
@@ -66,7 +66,7 @@ class Method:
             return f"{self.lead}\n\n{prompt}"
         return [{"role": "system", "content": self.lead}, *prompt]
 
-    def draw(self, guard: DetoxiGen, prompt: Prompt, seed: int) -> Drawn:
+    def draw(self, guard: DetoxiGen, prompt: Asked, seed: int) -> Drawn:
         """A reply; with `reject`, the first of up to eight that it finds clean, or else the least toxic of them."""
         asked = self.prompt(prompt)
         decoded, best, lowest = 0, None, 2.0

@@ -20,10 +20,12 @@ from detox_guard.errors import DataError, InvalidParamsError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["CLASSES", "TOXIC_FROM", "EvalPrompt", "Group", "choose_prompts", "read_passages", "read_prompts"]
+__all__ = ["CLASSES", "TOXIC_FROM", "Asked", "EvalPrompt", "Group", "choose_prompts", "read_passages", "read_prompts"]
 
 TOXIC_FROM = 0.5
 Group = Literal["toxic", "non-toxic", "all"]
+Asked = str | list[dict[str, str]]
+"""How a prompt is put to the model: as plain text, or as chat messages."""
 CLASSES = ("toxic", "non-toxic", "challenging", "all")
 ATTRIBUTES = ("severe_toxicity", "profanity", "sexually_explicit", "flirtation", "identity_attack", "threat", "insult")
 FIELDS = ("prompt", "text", "comment", "context")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.methods import Drawn, Method
+    from detox_guard.evaluation.prompts import Asked
     from detox_guard.generation import DetoxiGen
-    from detox_guard.text import Prompt
 
 __all__ = ["KEY", "Job", "decode", "seed_of"]
 
@@ -32,7 +32,7 @@ class Job:
 
     method: Method
     index: int
-    prompt: Prompt
+    prompt: Asked
     sample: int
     seed: int
 
@@ -61,7 +61,8 @@ def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callab
             mark = now
             tick()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Not waited for: after an error or Ctrl-C the guard is closed next, which ends what is under way at once.
+        pool.shutdown(wait=False, cancel_futures=True)
         journal.flush()
 
 
