@@ -19,6 +19,7 @@ from detox_guard import (
     DetoxiGen,
     EngineBusyError,
     EngineError,
+    GuardPolicy,
     InvalidParamsError,
     PromptError,
     PromptTooLongError,
@@ -53,16 +54,16 @@ _AT_ONCE = 256
 class EngineFields(Serializable):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder, or several; None
-    is the shipped one (embedded default only), `()` none at all, for `alpha=0`. `engine`: a `DetoxiGen` of your own
-    instead of the shared one; it is never serialized, cached under its own name, and cannot be pickled.
+    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one we
+    ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one, which the call
+    then uses as it is: it is never serialized, cached under its own name, and cannot be pickled.
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. Unknown names are errors.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
     model: str | None = None
-    detoxifier: str | tuple[str, ...] | None = None
+    detoxifier: str | None = None
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
@@ -77,8 +78,8 @@ class EngineFields(Serializable):
     max_tokens: int = 256
     seed: int | None = None
     stop: list[str] | None = None
-    guard: Any = None
-    """A `detox_guard.GuardPolicy`: text is scored unit by unit before it is released."""
+    guard: GuardPolicy | None = None
+    """Text is scored unit by unit before it is released."""
     streaming: bool = False
     """`invoke` streams to the callbacks."""
 

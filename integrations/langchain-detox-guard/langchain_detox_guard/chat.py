@@ -47,6 +47,8 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
     of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
     """
 
+    model_config = EngineFields.model_config  # of two bases, pydantic would take LangChain's, which ignores misspellings
+
     @property
     def _llm_type(self) -> str:
         return "chat-detox-guard"

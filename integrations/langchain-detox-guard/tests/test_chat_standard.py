@@ -1,0 +1,51 @@
+"""LangChain's own standard tests against ChatDetoxiGen over the scripted engine: all of them, xfail only `test_serdes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+from scripted_engine import ScriptedEngine
+
+from langchain_detox_guard import ChatDetoxiGen
+
+pytestmark = [
+    # The suite streams events and builds benchmark fixtures that LangChain itself still calls beta.
+    pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"),
+]
+
+
+class _Scripted:
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatDetoxiGen
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"engine": ScriptedEngine()}
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without `timeout` and `max_retries`, which a local model has no use for and names as unknown."""
+        return {"temperature": 0, "max_tokens": 100, "stop": []}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+
+class TestUnit(_Scripted, ChatModelUnitTests):
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {}
+
+    @pytest.mark.xfail(reason="load() trusts only LangChain's own namespaces; our round trip is in test_chat.py", strict=True)
+    def test_serdes(self, model: BaseChatModel, snapshot: Any) -> None:
+        super().test_serdes(model, snapshot)
+
+
+class TestIntegration(_Scripted, ChatModelIntegrationTests):
+    pass
