@@ -31,6 +31,7 @@ from langchain_core.globals import get_llm_cache
 from langchain_core.load.serializable import Serializable
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, model_validator
+from pydantic_core import PydanticSerializationError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
@@ -91,6 +92,10 @@ class EngineFields(Serializable):
     def _check_decoding(self) -> Self:
         """Bounds are the core's; better met here than at the first call."""
         self._decoding_params()
+        if self.engine is not None and (named := [name for name in _LOADING if getattr(self, name) is not None]):
+            raise InvalidParamsError(
+                "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
+            )
         return self
 
     # -- the engine and what it is asked for
@@ -109,6 +114,8 @@ class EngineFields(Serializable):
         settable = EngineFields.model_fields.keys() - {"engine"}
         update = {name: value for name, value in kwargs.items() if name in settable}
         rest = {name: value for name, value in kwargs.items() if name not in settable}
+        if not update.keys().isdisjoint(_LOADING):
+            update["engine"] = None  # this call wants another
         copy = self.model_copy(update=update)
         copy.__dict__.pop("_serialized", None)  # a cached property of the base, which would be the original's
         if copy.cache is None and copy.temperature > 0 and copy.seed is None:
@@ -131,7 +138,7 @@ class EngineFields(Serializable):
         names["model"] = self._model_name
         if self.engine is not None:
             names["detoxifier"] = self.engine.detoxifier_id
-        params = self._decoding_params().model_dump(mode="json", exclude={"trace"})
+        params = self._decoding_params().model_dump(mode="json", exclude={"trace"}, fallback=_name_of)
         return {**names, **params, "version": __version__}
 
     @property
@@ -163,8 +170,16 @@ class EngineFields(Serializable):
         return ["langchain_detox_guard", cls.__module__.rpartition(".")[2]]
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
-        """Names and numbers. With an `engine` of your own: not serializable, for its names alone would load another."""
-        return super().to_json() if self.engine is None else self.to_json_not_implemented()
+        """Names and numbers. With an engine or a scorer of your own: not serializable, for its name would load another."""
+        out = super().to_json()
+        if self.engine is not None or out["type"] != "constructor":
+            return self.to_json_not_implemented()
+        if self.guard is not None:
+            try:
+                out["kwargs"]["guard"] = self.guard.model_dump(mode="json", exclude_defaults=True)
+            except PydanticSerializationError:
+                return self.to_json_not_implemented()
+        return out
 
     def __getstate__(self) -> dict[Any, Any]:
         if self.engine is not None:
@@ -204,6 +219,11 @@ async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _name_of(value: object) -> str:
+    """A scorer or a callback, in a cache key."""
+    return str(getattr(value, "name", None) or getattr(value, "__qualname__", type(value).__qualname__))
 
 
 # -- errors: ours stay ours, and are LangChain's too

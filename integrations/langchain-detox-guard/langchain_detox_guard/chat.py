@@ -47,7 +47,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
     of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
     """
 
-    model_config = EngineFields.model_config  # of two bases, pydantic would take LangChain's, which ignores misspellings
+    model_config = (
+        EngineFields.model_config
+    )  # of two bases, pydantic would take LangChain's, which ignores misspellings
 
     @property
     def _llm_type(self) -> str:
@@ -284,10 +286,9 @@ class _Turn:
 def _result(engine: DetoxiGen, reply: Generation, prompt: ChatPrompt) -> ChatResult:
     fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
     message = as_ai_message(reply.text, **fields) if prompt.tools else AIMessage(reply.text, **fields)
-    generation = ChatGeneration(message=message, generation_info={"finish_reason": reply.finish_reason})
+    # No llm_output: LangChain would copy it into `response_metadata`, but only where nothing was streamed.
     return ChatResult(
-        generations=[generation],
-        llm_output={"model_name": engine.model_id, "token_usage": dict(message.usage_metadata or {})},
+        generations=[ChatGeneration(message=message, generation_info={"finish_reason": reply.finish_reason})]
     )
 
 

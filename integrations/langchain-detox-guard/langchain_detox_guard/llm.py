@@ -30,7 +30,9 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     steering summary). Raises the errors of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
     """
 
-    model_config = EngineFields.model_config  # of two bases, pydantic would take LangChain's, which ignores misspellings
+    model_config = (
+        EngineFields.model_config
+    )  # of two bases, pydantic would take LangChain's, which ignores misspellings
 
     @property
     def _llm_type(self) -> str:

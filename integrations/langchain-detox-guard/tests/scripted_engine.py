@@ -94,9 +94,7 @@ class ScriptedEngine:
     def generate(self, prompt: Any, params: DecodingParams | None = None, **changes: Any) -> Generation:
         return self._last(list(self._run("generate", prompt, params, changes)))
 
-    def stream(
-        self, prompt: Any, params: DecodingParams | None = None, **changes: Any
-    ) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: Any, params: DecodingParams | None = None, **changes: Any) -> Generator[Chunk, None, None]:
         return self._run("stream", prompt, params, changes)
 
     def batch(
@@ -150,7 +148,12 @@ class ScriptedEngine:
             pieces, reason = pieces[: params.max_new_tokens], "length"
         steering = Steering(params.alpha, params.rule, (self.detoxifier_id,), 0.5, 0.25, 0, 0)
         whole = Generation(
-            "".join(pieces), reason, Usage(read, len(pieces)), params.seed or 0, None, steering  # type: ignore[arg-type]
+            "".join(pieces),
+            reason,
+            Usage(read, len(pieces)),
+            params.seed or 0,
+            None,
+            steering,  # type: ignore[arg-type]
         )
         return [*(Chunk(piece) for piece in pieces), Chunk("", whole)]
 
@@ -202,3 +205,15 @@ class ScriptedEngine:
 def call_text(name: str, arguments: dict[str, Any]) -> str:
     """A tool call as Hermes templates write it."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+
+
+class WordScorer:
+    """Finds one mild word toxic, so that tests need no worse."""
+
+    name = "word"
+
+    def __init__(self, word: str = "rotten") -> None:
+        self.word = word
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return [0.9 if self.word in text else 0.1 for text in texts]

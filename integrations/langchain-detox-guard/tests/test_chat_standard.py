@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from detox_guard import DetoxiGen
 from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
@@ -23,9 +24,14 @@ class _Scripted:
     def chat_model_class(self) -> type[BaseChatModel]:
         return ChatDetoxiGen
 
-    @property
-    def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": ScriptedEngine()}
+    @pytest.fixture(autouse=True)
+    def _scripted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def shared(model: str | None = None, **_: Any) -> ScriptedEngine:
+            engine = ScriptedEngine()
+            engine.model_id = model or engine.model_id
+            return engine
+
+        monkeypatch.setattr(DetoxiGen, "shared", shared)
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
@@ -36,13 +42,15 @@ class _Scripted:
     def supports_json_mode(self) -> bool:
         return True
 
+    @property
+    def model_override_value(self) -> str:
+        return "another/model"
+
 
 class TestUnit(_Scripted, ChatModelUnitTests):
-    @property
-    def chat_model_params(self) -> dict[str, Any]:
-        return {}
-
-    @pytest.mark.xfail(reason="load() trusts only LangChain's own namespaces; our round trip is in test_chat.py", strict=True)
+    @pytest.mark.xfail(
+        reason="load() trusts only LangChain's own namespaces; our round trip is in test_chat.py", strict=True
+    )
     def test_serdes(self, model: BaseChatModel, snapshot: Any) -> None:
         super().test_serdes(model, snapshot)
 
