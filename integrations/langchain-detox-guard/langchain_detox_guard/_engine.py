@@ -26,7 +26,7 @@ from detox_guard import (
     __version__,
 )
 from langchain_core import exceptions
-from langchain_core.caches import BaseCache  # noqa: TC002 (pydantic reads the annotation)
+from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.load.serializable import Serializable
 from langchain_core.runnables.config import get_config_list
@@ -55,9 +55,9 @@ _AT_ONCE = 256
 class EngineFields(Serializable):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one we
-    ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one, which the call
-    then uses as it is: it is never serialized, cached under its own name, and cannot be pickled.
+    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
+    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; it is never
+    serialized, cached under its own name, and cannot be pickled.
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. Unknown names are errors.
     """
 
@@ -151,12 +151,10 @@ class EngineFields(Serializable):
     def _ls(self, params: LangSmithParams, stop: list[str] | None, kwargs: dict[str, Any]) -> LangSmithParams:
         """LangSmith's standard parameters, with the overrides of this call."""
         own, _ = self._with(kwargs)
-        params.update(
-            ls_provider=PROVIDER,
-            ls_model_name=own._model_name,
-            ls_temperature=own.temperature,
-            ls_max_tokens=own.max_tokens,
-        )
+        params["ls_provider"] = PROVIDER
+        params["ls_model_name"] = own._model_name
+        params["ls_temperature"] = own.temperature
+        params["ls_max_tokens"] = own.max_tokens
         if stop := stop if stop is not None else own.stop:
             params["ls_stop"] = stop
         return params
@@ -170,7 +168,7 @@ class EngineFields(Serializable):
         return ["langchain_detox_guard", cls.__module__.rpartition(".")[2]]
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
-        """Names and numbers. With an engine or a scorer of your own: not serializable, for its name would load another."""
+        """Names and numbers. With an engine or a scorer of your own: not serializable (its name would load another)."""
         out = super().to_json()
         if self.engine is not None or out["type"] != "constructor":
             return self.to_json_not_implemented()
@@ -253,7 +251,7 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
     for ours, name in _THEIRS:
         theirs = getattr(exceptions, name, None)  # some came late in 1.x
         if isinstance(error, ours) and theirs is not None:
-            both = _both(type(error), theirs)
+            both: type[DetoxGuardError] = _both(type(error), theirs)
             twin = both.__new__(both)
             twin.args = error.args
             twin.__dict__.update(error.__dict__)
@@ -262,5 +260,5 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
 
 
 @cache
-def _both(ours: type[DetoxGuardError], theirs: type[Exception]) -> type[DetoxGuardError]:
+def _both(ours: type[Any], theirs: type[Any]) -> Any:
     return ours if issubclass(ours, theirs) else type(ours.__name__, (ours, theirs), {"__module__": ours.__module__})

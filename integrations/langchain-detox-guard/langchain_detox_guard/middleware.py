@@ -1,4 +1,4 @@
-"""`DetoxMiddleware` for `langchain.agents.create_agent`. Knows requests, answers and tool results; decodes nothing itself.
+"""`DetoxMiddleware` for `langchain.agents.create_agent`. Knows requests, answers and tool results; decodes nothing.
 
 Needs `pip install 'langchain-detox-guard[agents]'`.
 """
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from detox_guard import GuardPolicy, Screened, ToxicityScorer
-    from langchain_core.messages import BaseMessage
     from langgraph.prebuilt.tool_node import ToolCallRequest
 
 Rung = float | Literal["rewrite"]
@@ -48,14 +47,14 @@ class DetoxState(AgentState[Any]):
 class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     """Steers an agent's model, screens what its tools return, and checks what it answers before anyone reads it.
 
-    `alpha`: strength of the steering in every call; None keeps the model's own. (It and `guard` concern `ChatDetoxiGen`;
-    the rest works with any chat model.)
+    `alpha`: strength of the steering in every call; None keeps the model's own. (It, `guard` and the ladder's numbers
+    concern `ChatDetoxiGen`; the rest works with any chat model.)
     `tool_results`: what happens to a tool's result with a toxic sentence: "mask" that sentence, "drop" the result,
     "mark" it in the state only; None does not look.
     Answers (and the arguments of tool calls) that score `threshold` or more are asked for again, up the `ladder`: a
     number is an alpha, "rewrite" shows the model its draft and asks for a kinder one. At its end, `on_exhausted`:
-    "mask" the toxic sentences, "replace" the text by `replacement`, or "raise" `GuardError`. Tool calls stay calls: only
-    strings in their arguments are masked. A structured answer that is still toxic raises.
+    "mask" the toxic sentences, "replace" the text by `replacement`, or "raise" `GuardError`. Tool calls stay calls:
+    only strings in their arguments are masked. A structured answer that is still toxic raises.
     Until an answer is accepted none of it is streamed. With `guard`, a `GuardPolicy`, checking is left to the decoder
     instead: text streams on unit by unit, each scored before it is released, and the policy's ladder holds.
     `scorer` as in `detox_guard.load_scorer`. What was done stands in the state, under "detox".
@@ -100,20 +99,20 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     ) -> ExtendedModelResponse[Any]:
         """Call the model, again if need be, until its answer may be shown."""
         attempts = self._attempts(request)
-        asked, answer = _advance(attempts, None)
-        while asked is not None:
-            asked, answer = _advance(attempts, handler(asked))
-        return answer
+        asked = _advance(attempts, None)
+        while isinstance(asked, ModelRequest):
+            asked = _advance(attempts, handler(asked))
+        return asked
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ExtendedModelResponse[Any]:
         """The same; scoring happens off the event loop."""
         attempts = self._attempts(request)
-        asked, answer = _advance(attempts, None)
-        while asked is not None:
-            asked, answer = await asyncio.to_thread(_advance, attempts, await handler(asked))
-        return answer
+        asked = _advance(attempts, None)
+        while isinstance(asked, ModelRequest):
+            asked = await asyncio.to_thread(_advance, attempts, await handler(asked))
+        return asked
 
     def wrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], ToolMessage | Command[Any]]
@@ -140,7 +139,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             return _reported(answer, [_record(answer, "guard")] if _interventions(answer) else [])
         request = _held(_with(request, **settings))
         answer = yield request
-        records = []
+        records: list[dict[str, Any]] = []
         for rung in (rung for rung in self.ladder if ours or rung == "rewrite"):
             score = self._score(answer)
             if score < self.threshold:
@@ -243,12 +242,13 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 def _advance(
     attempts: Generator[ModelRequest[Any], ModelResponse[Any], ExtendedModelResponse[Any]],
     answer: ModelResponse[Any] | None,
-) -> tuple[ModelRequest[Any] | None, Any]:
-    """The next request; or None and the result. (No `StopIteration` may cross a thread.)"""
+) -> ModelRequest[Any] | ExtendedModelResponse[Any]:
+    """The next request, or the result. (No `StopIteration` may cross a thread.)"""
     try:
-        return attempts.send(answer) if answer is not None else next(attempts), None
+        return next(attempts) if answer is None else attempts.send(answer)
     except StopIteration as done:
-        return None, done.value
+        result: ExtendedModelResponse[Any] = done.value
+        return result
 
 
 def _with(request: ModelRequest[Any], **settings: Any) -> ModelRequest[Any]:

@@ -36,9 +36,9 @@ PROMPT = ChatPromptTemplate.from_messages(
 class DetoxDocumentScreen(RunnableSerializable[list[Document], list[Document]]):
     """Documents in, documents out: `retriever | DetoxDocumentScreen()`.
 
-    Each is scored as a whole and sentence by sentence; one that scores `threshold` or more is flagged. `action`: "drop"
-    it, "mask" its toxic sentences, or "mark" it. Every document that passes has `toxicity` and `toxicity_flagged` in its
-    metadata; the documents that came in are not changed. `scorer` as in `detox_guard.load_scorer`.
+    Each is scored as a whole and sentence by sentence; one that scores `threshold` or more is flagged. `action`:
+    "drop" it, "mask" its toxic sentences, or "mark" it. Every document that passes has `toxicity` and
+    `toxicity_flagged` in its metadata; those that came in are not changed. `scorer` as in `detox_guard.load_scorer`.
     Raises `ScorerError` if the scorer fails: nothing unscored is passed on.
     """
 
@@ -101,7 +101,7 @@ def create_detox_rag_chain(
     prompt: BasePromptTemplate[Any] | None = None,
     screen: DetoxDocumentScreen | None = None,
 ) -> Runnable[Any, dict[str, Any]]:
-    """Question → retriever → screen → prompt → model. Takes a string or `{"input": …}` with whatever else `prompt` wants.
+    """Question → retriever → screen → prompt → model. Takes a string, or `{"input": …}` with what else `prompt` wants.
 
     Gives `{"input", "context", "answer"}`: `context` are the documents as the model read them, `answer` a string.
     `stream` gives the same in pieces, the answer's as they are decoded. `prompt` has `{input}` and `{context}`.

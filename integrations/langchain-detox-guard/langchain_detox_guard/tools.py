@@ -158,7 +158,7 @@ def _text_of(i: int, message: BaseMessage) -> str:
 
 
 class CallStream:
-    """Streamed text with its tool calls taken out: `push(delta)` gives content and whole calls, as they are complete."""
+    """Streamed text with its tool calls taken out: `push(delta)` gives content, and calls once they are complete."""
 
     def __init__(self) -> None:
         self._calls = ToolCallStream()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from detox_guard import DetoxiGen
 from langchain_core.globals import set_llm_cache
+
 from scripted_engine import ScriptedEngine
 
 

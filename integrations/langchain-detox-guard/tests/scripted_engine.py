@@ -11,12 +11,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detox_guard import (
-    Chunk,
     ChatPrompt,
+    Chunk,
     DecodingParams,
     DetoxGuardError,
     Generation,
@@ -25,6 +24,9 @@ from detox_guard import (
     StepError,
     Usage,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 
 WINDOW = 2048
 

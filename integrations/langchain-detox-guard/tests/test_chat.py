@@ -18,9 +18,9 @@ from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel
-from scripted_engine import WINDOW, ScriptedEngine, call_text
 
 from langchain_detox_guard import ChatDetoxiGen
+from scripted_engine import WINDOW, ScriptedEngine, call_text
 
 
 @tool

@@ -1,17 +1,19 @@
-"""LangChain's own standard tests against ChatDetoxiGen over the scripted engine: all of them, xfail only `test_serdes`."""
+"""LangChain's standard tests against ChatDetoxiGen over the scripted engine: all, xfail only `test_serdes`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from detox_guard import DetoxiGen
-from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from scripted_engine import ScriptedEngine
 
 from langchain_detox_guard import ChatDetoxiGen
+from scripted_engine import ScriptedEngine
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
 
 pytestmark = [
     # The suite streams events and builds benchmark fixtures that LangChain itself still calls beta.

@@ -13,9 +13,9 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langgraph.types import Command
 from pydantic import BaseModel
-from scripted_engine import ScriptedEngine, WordScorer, call_text
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware
+from scripted_engine import ScriptedEngine, WordScorer, call_text
 
 WORD = WordScorer()
 

@@ -11,7 +11,6 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import create_retriever_tool
 from pydantic import ValidationError
-from scripted_engine import ScriptedEngine, WordScorer
 
 from langchain_detox_guard import (
     ChatDetoxiGen,
@@ -20,6 +19,7 @@ from langchain_detox_guard import (
     DetoxRetriever,
     create_detox_rag_chain,
 )
+from scripted_engine import ScriptedEngine, WordScorer
 
 DOCUMENTS = [
     Document("The market opens at nine. The rotten clerk sleeps until ten.", metadata={"source": "a"}),
