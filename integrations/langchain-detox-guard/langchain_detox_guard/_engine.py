@@ -251,8 +251,8 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
     for ours, name in _THEIRS:
         theirs = getattr(exceptions, name, None)  # some came late in 1.x
         if isinstance(error, ours) and theirs is not None:
-            both: type[DetoxGuardError] = _both(type(error), theirs)
-            twin = both.__new__(both)
+            both = _both(type(error), theirs)
+            twin: DetoxGuardError = both.__new__(both)
             twin.args = error.args
             twin.__dict__.update(error.__dict__)
             return twin

@@ -93,7 +93,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
             name = convert_to_openai_tool(schema)["function"]["name"]  # type: ignore[arg-type]
             bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}  # type: ignore[arg-type]
             parser = (
-                PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+                PydanticToolsParser(tools=[schema], first_tool_only=True)
                 if is_class
                 else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
             )
@@ -101,7 +101,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
             own = None if schema is None else schema_of(schema)
             told = {"type": "json_schema", "json_schema": {"schema": own}}
             bound = {"response_format": told if method == "json_schema" else {"type": "json_object", "schema": own}}
-            parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()  # type: ignore[type-var]
+            parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
         else:
             raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
         traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
@@ -266,14 +266,14 @@ class _Turn:
         content, calls = self._calls.push(chunk.text) if self._calls else (chunk.text, [])
         if chunk.generation is None:
             if content or calls:
-                yield ChatGenerationChunk(message=AIMessageChunk(content, tool_call_chunks=calls))
+                yield ChatGenerationChunk(message=AIMessageChunk(content=content, tool_call_chunks=calls))
             return
         if self._calls:
             rest, broken = self._calls.finish(chunk.generation.text)
             content, calls = content + rest, [*calls, *broken]
         yield ChatGenerationChunk(
             message=AIMessageChunk(
-                content,
+                content=content,
                 tool_call_chunks=calls,
                 usage_metadata=_usage(chunk.generation),
                 response_metadata=generation_info(self._engine, chunk.generation),

@@ -19,7 +19,7 @@ from langchain_core.messages import (
     ToolMessage,
     merge_message_runs,
 )
-from langchain_core.messages.tool import InvalidToolCall, ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Asked:
             return cls()
         if choice == "auto":
             return cls(shown)
-        name = None if choice == "any" else choice["function"]["name"]  # type: ignore[index]
+        name = None if choice == "any" else choice["function"]["name"]
         return cls(shown, Grammar.tool_calls(shown, name=name))
 
     @classmethod
@@ -189,7 +189,7 @@ class CallStream:
 def as_ai_message(text: str, **fields: Any) -> AIMessage:
     """A whole reply as a message: its content, its calls, and what was meant as a call but is not one."""
     content, calls, invalid = parse_tool_calls(text)
-    broken: list[InvalidToolCall] = [
+    broken = [
         invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid
     ]
     return AIMessage(
