@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from detox_guard.checked import Checked
+from detox_guard.grammar import Grammar
 from detox_guard.policy import GuardPolicy, Rule
 
 __all__ = ["MAX_NEW_TOKENS", "DecodingParams", "EngineConfig"]
@@ -26,8 +27,9 @@ class DecodingParams(Checked):
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
-    (unless `ignore_eos`). `trace` keeps the figures of every step. `guard` checks text before it is released and
-    decodes what fails again; None is steering alone.
+    (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply itself, so `stop`,
+    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step. `guard` checks text
+    before it is released and decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -43,6 +45,7 @@ class DecodingParams(Checked):
     stop: Annotated[tuple[StopString, ...], Field(max_length=64)] = ()
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     trace: bool = True
     guard: GuardPolicy | None = None
 
@@ -63,6 +66,15 @@ class DecodingParams(Checked):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("grammar")
+    @classmethod
+    def _ends_itself(cls, value: Grammar | None, info: ValidationInfo) -> Grammar | None:
+        if value is not None:
+            for name in ("stop", "stop_token_ids", "ignore_eos"):
+                if info.data.get(name):
+                    raise ValueError(f"{name} cannot go with a grammar, which says itself where the reply ends")
+        return value
+
 
 class EngineConfig(Checked):
     """Bounds of one engine.
@@ -72,8 +84,9 @@ class EngineConfig(Checked):
     None = the backbone's own limit. `max_cached_slots`: rows times the longest row, which is what the shared cache
     takes; a request that would exceed it waits for others to leave, so that one long prompt cannot fill the memory.
     `prefill_chunk`: prompt tokens computed between two decoding steps, so that a long prompt does not hold up the
-    streams that are running. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in oneDNN's blocked
-    layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
+    streams that are running. `prompt_cache_slots`: K/V slots kept of prompts that were computed lately, so that the
+    same prompt again costs nothing; 0 = none. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in
+    oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
     """
 
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
@@ -81,4 +94,5 @@ class EngineConfig(Checked):
     max_slots: Annotated[int, Field(ge=16)] | None = None
     max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
     prefill_chunk: Annotated[int, Field(ge=16)] = 512
+    prompt_cache_slots: Annotated[int, Field(ge=0)] = 4096
     pack_weights: bool = True
