@@ -114,7 +114,7 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_every_field_has_an_option() -> None:
-    assert set(options._DECODING) | {"trace", "guard"} == set(DecodingParams.model_fields)
+    assert set(options._DECODING) | {"trace", "guard", "grammar"} == set(DecodingParams.model_fields)
     assert set(options._TRAINING) == set(TrainingConfig.model_fields)
 
 
