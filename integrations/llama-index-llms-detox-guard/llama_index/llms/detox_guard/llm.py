@@ -19,8 +19,6 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
-    TextBlock,
     ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field
@@ -29,9 +27,9 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.types import PydanticProgramMode
-from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
 from llama_index.llms.detox_guard.messages import is_react, to_core_messages
 from llama_index.llms.detox_guard.options import current_scope
+from llama_index.llms.detox_guard.reply import Reply
 
 import detox_guard
 from detox_guard import DecodingParams, InvalidParamsError, PromptError
@@ -261,11 +259,11 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
 
     # -- the one way they all take
 
-    def _run(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> Generator[_Reply, None, None]:
+    def _run(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> Generator[Reply, None, None]:
         engine = self.load()
         reply, *request = self._request(engine, prompt, kwargs)
 
-        def replies() -> Generator[_Reply, None, None]:
+        def replies() -> Generator[Reply, None, None]:
             with closing(chunks) as running:
                 for chunk in running:
                     if reply.push(chunk):
@@ -275,11 +273,11 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         chunks = engine.stream(*request)
         return replies()
 
-    async def _arun(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> AsyncGenerator[_Reply, None]:
+    async def _arun(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> AsyncGenerator[Reply, None]:
         engine = await asyncio.to_thread(self.load)
         reply, *request = self._request(engine, prompt, kwargs)
 
-        async def replies() -> AsyncGenerator[_Reply, None]:
+        async def replies() -> AsyncGenerator[Reply, None]:
             async with aclosing(engine.astream(*request)) as chunks:
                 async for chunk in chunks:
                     if reply.push(chunk):
@@ -292,7 +290,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
 
     def _request(
         self, engine: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
-    ) -> tuple[_Reply, Any, DecodingParams]:
+    ) -> tuple[Reply, Any, DecodingParams]:
         """Where the reply gathers, the core's prompt, and how to decode it."""
         scope = current_scope()
         options = {**self.decoding, **scope.options, **kwargs}
@@ -305,7 +303,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
                 tools, name=None if name in ("any", "required", True) else name
             )
         params = engine.params.replace(**options)
-        reply = _Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel)
+        reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel)
         if isinstance(prompt, str):
             return reply, prompt, params
         if not params.stop and is_react(prompt):
@@ -315,69 +313,3 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         if tools:
             raise PromptError("tools", f"{len(tools)} tools", f"{engine.model_id} has no chat template")
         return reply, self.messages_to_prompt(prompt), params
-
-
-class _Reply:
-    """One reply as it grows: what LlamaIndex wants to see of it at any moment."""
-
-    def __init__(
-        self, model: str, collectors: tuple[list[detox_guard.Generation], ...], *, tools: bool, parallel: bool
-    ) -> None:
-        self.delta = ""
-        self._model = model
-        self._collectors = collectors
-        self._parser = detox_guard.ToolCallStream() if tools else None
-        self._most_calls = None if parallel else 1
-        self._text = ""
-        self._calls: list[detox_guard.ToolCall] = []
-        self._raw: dict[str, Any] | None = None
-
-    def push(self, chunk: detox_guard.Chunk) -> bool:
-        """Take a chunk in; is there something new to show?"""
-        pieces: list[Any] = self._parser.push(chunk.text) if self._parser else [chunk.text]
-        if chunk.generation:
-            pieces += self._parser.flush() if self._parser else []
-            self._finish(chunk.generation)
-        self.delta = "".join(piece for piece in pieces if isinstance(piece, str))
-        self._text += self.delta
-        calls = [piece for piece in pieces if not isinstance(piece, str)]
-        self._calls = [*self._calls, *calls][: self._most_calls]
-        return bool(self.delta or calls or chunk.generation)
-
-    def as_completion(self, delta: str | None = None) -> CompletionResponse:
-        return CompletionResponse(text=self._text, delta=delta, raw=self._raw)
-
-    def as_chat(self, delta: str | None = None) -> ChatResponse:
-        blocks = [TextBlock(text=self._text)] if self._text or not self._calls else []
-        calls = [
-            ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in self._calls
-        ]
-        # Upstream's streaming programs look for calls here, and only whether there are any.
-        extra = {"tool_calls": [call.model_dump(mode="json") for call in calls]} if calls else {}
-        message = ChatMessage(role=MessageRole.ASSISTANT, content=[*blocks, *calls], additional_kwargs=extra)
-        return ChatResponse(message=message, delta=delta, raw=self._raw)
-
-    def _finish(self, generation: detox_guard.Generation) -> None:
-        usage = generation.usage
-        self._raw = {
-            "model": self._model,
-            "finish_reason": generation.finish_reason,
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.total_tokens,
-            },
-            "detox": generation.summary(),
-        }
-        for collector in self._collectors:
-            collector.append(generation)
-        for taken in generation.interventions:
-            dispatcher.event(
-                DetoxInterventionEvent(
-                    where="decode",
-                    score=taken.score,
-                    action=taken.action,
-                    alpha=taken.alpha,
-                    next_alpha=taken.next_alpha,
-                )
-            )
