@@ -20,6 +20,7 @@ from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
     EngineError,
+    GuardError,
     InvalidParamsError,
     PromptError,
     PromptTooLongError,
@@ -29,31 +30,35 @@ from detox_guard.errors import (
     UnsupportedBackboneError,
 )
 from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.policy import GuardPolicy, Rung
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone, load_backbone
     from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
     from detox_guard.engine import EngineStats
-    from detox_guard.generation import Chunk, DetoxiGen, Generation, Usage
+    from detox_guard.generation import DetoxiGen
+    from detox_guard.reply import Chunk, Generation, Steering, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
-    from detox_guard.trace import Trace
+    from detox_guard.trace import Intervention, Trace
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Backbone": "backbone",
-    "Chunk": "generation",
+    "Chunk": "reply",
     "Detoxifier": "detoxifier",
     "DetoxifierCard": "detoxifier",
     "DetoxiGen": "generation",
     "EmbeddedScorer": "scoring",
     "EngineStats": "engine",
-    "Generation": "generation",
+    "Generation": "reply",
     "HuggingFaceScorer": "scoring",
+    "Intervention": "trace",
+    "Steering": "reply",
     "SteeringStream": "detoxifier",
     "ToxicityScorer": "scoring",
     "Trace": "trace",
-    "Usage": "generation",
+    "Usage": "reply",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
 }
@@ -80,12 +85,17 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "Generation",
+    "GuardError",
+    "GuardPolicy",
     "HuggingFaceScorer",
+    "Intervention",
     "InvalidParamsError",
     "PromptError",
     "PromptTooLongError",
     "RequestCancelledError",
+    "Rung",
     "ScorerError",
+    "Steering",
     "SteeringStream",
     "StepError",
     "ToxicityScorer",

@@ -18,7 +18,8 @@
     │   ├── EngineClosedError            the engine was closed
     │   ├── RequestCancelledError        the caller cancelled
     │   └── StepError                    the forward pass failed or gave numbers that cannot be trusted (fail closed)
-    ├── ScorerError                      a toxicity scorer cannot be loaded, or gave something that is no score
+    ├── GuardError                       the guard let nothing through, and its policy says to raise
+    ├── ScorerError                      a toxicity scorer cannot be loaded, is too slow, or gave what is no score
     └── DataError                        a training or evaluation file cannot be used
 """
 
@@ -41,6 +42,7 @@ __all__ = [
     "EngineBusyError",
     "EngineClosedError",
     "EngineError",
+    "GuardError",
     "InvalidParamsError",
     "PromptError",
     "PromptTooLongError",
@@ -140,8 +142,12 @@ class StepError(EngineError):
     """A decoding step failed; nothing was sampled from it."""
 
 
+class GuardError(DetoxGuardError):
+    """A unit of the reply, or the prompt, stayed over the guard's threshold."""
+
+
 class ScorerError(DetoxGuardError):
-    """A toxicity scorer cannot be loaded, or returned something that is no score."""
+    """A toxicity scorer cannot be loaded, did not answer in time, or returned something that is no score."""
 
 
 class DataError(DetoxGuardError):

@@ -1,26 +1,26 @@
-"""Text in, text out: `DetoxiGen`, which users hold. Knows text and traces; leaves rows and steps to the engine.
+"""Text in, text out: `DetoxiGen`, which users hold. Knows callers and threads; leaves rows and steps to the engine.
 
-Every public way of asking goes through one `_Reply`: it prepares the request, assembles the text on the engine's
+Every public way of asking goes through one `Reply`: it prepares the request, assembles the text on the engine's
 thread (so that a stop string ends the reply within its step) and hands `Chunk`s to whoever waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import secrets
 from collections import deque
 from contextlib import aclosing, closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-from detox_guard.backbone import Backbone, load_backbone
+from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
-from detox_guard.engine import Engine, EngineStats, Finish, Request, StreamSpec, TokenStep
+from detox_guard.engine import Engine, EngineStats, StreamSpec
 from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError
+from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.text import Prompt, StopMatcher, TextStream, encode_prompt
-from detox_guard.trace import TokenTrace, Trace
+from detox_guard.reply import Chunk, Generation, Reply
+from detox_guard.sharing import shared_guard
+from detox_guard.text import Prompt, encode_prompt
+from detox_guard.threads import run_aside
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -29,56 +29,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from detox_guard.backbone import Backbone
     from detox_guard.detoxifier import Detoxifier, SteeringStream
 
     Steering = str | Path | Detoxifier | SteeringStream
     ManySteering = Steering | Sequence[Steering] | None
 
-__all__ = ["Chunk", "DetoxiGen", "Generation", "Usage"]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of one request. Virtual tokens are not counted: the caller neither wrote nor reads them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole reply. `finish_reason`: "stop" (end token, stop string or stop id) or "length"."""
-
-    text: str
-    finish_reason: Finish
-    usage: Usage
-    seed: int
-    """The seed that repeats this reply, drawn if none was given."""
-    trace: Trace | None
-    """None if `DecodingParams.trace` is off."""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of a streamed reply. The last one carries the whole `generation`; its own `text` may be empty."""
-
-    text: str
-    generation: Generation | None = None
-
-    @property
-    def finish_reason(self) -> Finish | None:
-        """None until the last chunk."""
-        return self.generation.finish_reason if self.generation else None
-
-    def __str__(self) -> str:
-        return self.text
+__all__ = ["DetoxiGen"]
 
 
 class DetoxiGen:
@@ -105,7 +62,7 @@ class DetoxiGen:
         specs = [
             StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
         ]
-        self._engine = Engine(backbone, specs, self.config)
+        self._engine: Engine = run_aside(lambda: Engine(backbone, specs, self.config))
 
     @classmethod
     def from_pretrained(
@@ -128,16 +85,46 @@ class DetoxiGen:
         we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
-        backbone = load_backbone(
+        backbone = run_aside(
+            lambda: load_backbone(
+                model,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+        streams = () if detoxifier == () else as_streams(detoxifier, backbone)
+        return cls(backbone, streams, params=params, config=config)
+
+    @classmethod
+    def shared(
+        cls,
+        model: str | Path | None = None,
+        *,
+        detoxifier: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        config: EngineConfig | None = None,
+    ) -> DetoxiGen:
+        """The one guard of this process for these arguments; loaded at the first call, for all who ask at once.
+
+        Every wrapper that names the same model, detoxifier and device so shares one batch. It lives as long as the
+        process, or until it is closed; then the next call loads anew. Raises as `from_pretrained`.
+        """
+        return shared_guard(
+            DetoxiGen.from_pretrained,
             model,
-            tokenizer=tokenizer,
+            detoxifier=detoxifier,
             device=device,
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            config=config,
         )
-        streams = () if detoxifier == () else as_streams(detoxifier, backbone)
-        return cls(backbone, streams, params=params, config=config)
 
     # -- sync
 
@@ -187,7 +174,7 @@ class DetoxiGen:
         raised and the rest is cancelled.
         """
         results: list[Generation | DetoxGuardError | None] = [None] * len(prompts)
-        under_way: deque[tuple[int, Generator[Chunk, None, None], _Reply]] = deque()
+        under_way: deque[tuple[int, Generator[Chunk, None, None], Reply]] = deque()
 
         def settle() -> None:
             index, chunks, _ = under_way[0]
@@ -232,9 +219,8 @@ class DetoxiGen:
         reply = await asyncio.to_thread(self._prepare, prompt, params, changes)
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        reply.put = lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item)
         try:
-            self._engine.submit(reply.request)
+            self._submit(reply, lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item))
             while True:
                 chunk = _unwrap(await inbox.get())
                 yield chunk
@@ -255,6 +241,33 @@ class DetoxiGen:
 
     # -- the rest
 
+    @property
+    def model_id(self) -> str:
+        """The backbone's hub id, or the base name of its folder or file; never a path."""
+        return self.backbone.id
+
+    @property
+    def detoxifier_ids(self) -> tuple[str, ...]:
+        """One a stream: sign and weight, and the start of the soft prompt's SHA-256."""
+        return tuple(f"{stream.weight:+g}:{stream.detoxifier.sha256[:12]}" for stream in self.streams)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be decoded from."""
+        return self.backbone.has_chat_template
+
+    @property
+    def context_window(self) -> int | None:
+        """Tokens that prompt and reply may have together when steered; None = no bound known."""
+        virtual = max((stream.detoxifier.card.virtual_tokens for stream in self.streams), default=0)
+        most = self._engine.max_positions
+        return None if most is None else most - virtual
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without the special tokens that a prompt begins with. May be empty."""
+        ids: list[int] = self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def count_tokens(self, prompt: Prompt) -> int:
         """How many prompt tokens the backbone would read."""
         return len(encode_prompt(self.backbone, prompt))
@@ -262,6 +275,11 @@ class DetoxiGen:
     def stats(self) -> EngineStats:
         """Counters of the engine and what it holds now."""
         return self._engine.stats()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: it answers nobody any more."""
+        return self._engine.closed
 
     def close(self) -> None:
         """Stop the engine's thread; requests under way fail. Idempotent; also done when nobody holds this object."""
@@ -273,11 +291,20 @@ class DetoxiGen:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prepare(self, prompt: Prompt, params: DecodingParams | None, changes: dict[str, Any]) -> _Reply:
+    def _prepare(self, prompt: Prompt, params: DecodingParams | None, changes: dict[str, Any]) -> Reply:
         if params is not None and not isinstance(params, DecodingParams):
             raise InvalidParamsError("params", params, "a DecodingParams or None")
         params = params or self.params
-        return _Reply(self.backbone, prompt, params.replace(**changes) if changes else params)
+        params = params.replace(**changes) if changes else params
+        return (GuardedReply if params.guard else Reply)(self.backbone, prompt, params, self.detoxifier_ids)
+
+    def _submit(self, reply: Reply, put: Callable[[Chunk | Exception], object]) -> None:
+        """Hand it to the engine; one whose prompt was refused is over already."""
+        reply.put = put
+        if reply.refused:
+            reply.on_finish("guard")
+        else:
+            self._engine.submit(reply.request)
 
     def _spread(self, params: DecodingParams | Sequence[DecodingParams] | None, count: int) -> Sequence[Any]:
         if params is None or isinstance(params, DecodingParams):
@@ -286,19 +313,17 @@ class DetoxiGen:
             raise InvalidParamsError("params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
         return params
 
-    def _try_submit(self, reply: _Reply) -> bool:
-        reply.put = reply.inbox.put
+    def _try_submit(self, reply: Reply) -> bool:
         try:
-            self._engine.submit(reply.request)
+            self._submit(reply, reply.inbox.put)
         except EngineBusyError:
             return False
         return True
 
-    def _iterate(self, reply: _Reply, *, submitted: bool = False) -> Generator[Chunk, None, None]:
+    def _iterate(self, reply: Reply, *, submitted: bool = False) -> Generator[Chunk, None, None]:
         try:
             if not submitted:
-                reply.put = reply.inbox.put
-                self._engine.submit(reply.request)
+                self._submit(reply, reply.inbox.put)
             while True:
                 chunk = _unwrap(reply.inbox.get())
                 yield chunk
@@ -306,74 +331,6 @@ class DetoxiGen:
                     return
         finally:
             reply.request.cancel()
-
-
-class _Reply:
-    """One request's text. An engine `Sink`: its `on_…` methods run on the engine's thread."""
-
-    def __init__(self, backbone: Backbone, prompt: Prompt, params: DecodingParams) -> None:
-        prompt_ids = encode_prompt(backbone, prompt)
-        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.request = Request(prompt_ids, params, seed, end_ids, self)
-        self.inbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
-        self.put: Callable[[Chunk | Exception], object] = self.inbox.put
-        self._tokenizer = backbone.tokenizer
-        self._detokenizer = TextStream(backbone.tokenizer, prompt_ids)
-        self._matcher = StopMatcher(params.stop)
-        self._pieces: list[str] = []
-        self._steps: list[tuple[TokenStep, str]] = []
-        self._tokens = 0
-
-    def on_token(self, step: TokenStep) -> Literal["stop"] | None:
-        text = self._detokenizer.push(step.token_id)
-        self._tokens += 1
-        if self.request.params.trace:
-            self._steps.append((step, text))
-        self._emit(self._matcher.push(text))
-        return "stop" if self._matcher.stopped else None
-
-    def on_finish(self, reason: Finish) -> None:
-        tail = self._matcher.flush()
-        if tail:
-            self._pieces.append(tail)
-        text = "".join(self._pieces)
-        usage = Usage(len(self.request.prompt_ids), self._tokens)
-        self.put(Chunk(tail, Generation(text, reason, usage, self.request.seed, self._trace(len(text)))))
-
-    def on_error(self, error: Exception) -> None:
-        self.put(error)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self._pieces.append(text)
-            self.put(Chunk(text))
-
-    def _trace(self, length: int) -> Trace | None:
-        """Every token's figures; their texts joined are the reply's, so a stop string is cut off here too."""
-        if not self.request.params.trace:
-            return None
-        tokens = []
-        for step, text in self._steps:
-            cut = text[: max(0, length)]
-            length -= len(text)
-            preferred = str(self._tokenizer.decode([step.preferred_id], clean_up_tokenization_spaces=False))
-            tokens.append(
-                TokenTrace(
-                    text=cut,
-                    token_id=step.token_id,
-                    p_before=step.p_before,
-                    p_after=step.p_after,
-                    kl_detoxifier=step.kl_detoxifier,
-                    kl_steering=step.kl_steering,
-                    clipped_mass=step.clipped_mass,
-                    fallback=step.fallback,
-                    preferred=preferred,
-                    preferred_id=step.preferred_id,
-                    preferred_p=step.preferred_p,
-                )
-            )
-        return Trace(tuple(tokens))
 
 
 def _unwrap(item: Chunk | Exception) -> Chunk:

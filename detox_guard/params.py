@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from detox_guard.errors import InvalidParamsError
+from detox_guard.checked import Checked
+from detox_guard.policy import GuardPolicy, Rule
 
-__all__ = ["MAX_NEW_TOKENS", "Checked", "DecodingParams", "EngineConfig", "Rule"]
+__all__ = ["MAX_NEW_TOKENS", "DecodingParams", "EngineConfig"]
 
 MAX_NEW_TOKENS = 131_072
-Rule = Literal["dexperts", "detoxigen"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class Checked(BaseModel):
-    """A frozen pydantic model that forbids unknown fields and raises `InvalidParamsError` for bad ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise InvalidParamsError.from_pydantic(error) from None
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; checked, unlike pydantic's `model_copy`."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
 
 class DecodingParams(Checked):
@@ -42,7 +26,8 @@ class DecodingParams(Checked):
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
-    (unless `ignore_eos`). `trace` keeps the figures of every step.
+    (unless `ignore_eos`). `trace` keeps the figures of every step. `guard` checks text before it is released and
+    decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -59,6 +44,7 @@ class DecodingParams(Checked):
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
     ignore_eos: bool = False
     trace: bool = True
+    guard: GuardPolicy | None = None
 
     @field_validator("alpha", "plausibility", "temperature", "top_p", "repetition_penalty", mode="before")
     @classmethod

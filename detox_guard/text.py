@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from detox_guard.backbone import Backbone
 
-__all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt"]
+__all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt", "prompt_texts"]
 
 Message = Mapping[str, Any]
 """One chat message: at least `role` and `content`, both str."""
@@ -37,6 +37,11 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
     if not ids:
         raise PromptError("prompt", prompt, "at least one token")
     return list(ids)
+
+
+def prompt_texts(prompt: Prompt) -> list[str]:
+    """What a reader of the prompt reads: the string itself, or each message's content."""
+    return [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
 
 
 def _encode_messages(backbone: Backbone, messages: Sequence[Message]) -> list[int]:
@@ -88,8 +93,10 @@ class TextStream:
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._context = 0
         self._read = len(self._ids)
+        self._before: list[tuple[int, int]] = []  # (context, read) before each push, for `rewind`
 
     def push(self, token_id: int) -> str:
+        self._before.append((self._context, self._read))
         self._ids.append(token_id)
         before = self._decode(self._ids[self._context : self._read])
         now = self._decode(self._ids[self._context :])
@@ -97,6 +104,16 @@ class TextStream:
             return ""
         self._context, self._read = max(0, self._read - _CONTEXT_TOKENS), len(self._ids)
         return now[len(before) :]
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` pushes, at least one."""
+        self._context, self._read = self._before[-tokens]
+        del self._before[-tokens:], self._ids[-tokens:]
+
+    @property
+    def whole(self) -> bool:
+        """No half character is held back."""
+        return self._read == len(self._ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -109,6 +126,15 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
+
+    @property
+    def held(self) -> str:
+        """What was pushed but not emitted yet."""
+        return self._held
+
+    def rewind(self, held: str) -> None:
+        """Back to where `held` was held back."""
+        self._held, self.stopped = held, False
 
     def push(self, text: str) -> str:
         """Text that is safe to emit now. Sets `stopped` when a stop string was met; nothing comes after."""

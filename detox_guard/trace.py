@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["TokenTrace", "Trace"]
+__all__ = ["Intervention", "TokenTrace", "Trace"]
 
 _STRONG_NATS = 2.0
 
@@ -43,11 +43,40 @@ class TokenTrace:
         return self.preferred_id != self.token_id
 
 
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """A unit of the reply that its guard did not let through.
+
+    `unit` counts units from 0; `start` is the place of its first token in the reply and `tokens` how many it had.
+    `action`: "rewind" (decoded again at `next_alpha`, without the token `banned`), or how the reply ended: "replace",
+    "stop", "raise"; -1 as `unit` is the prompt itself. `text` is what was discarded, if the policy keeps it.
+    """
+
+    unit: int
+    start: int
+    tokens: int
+    score: float
+    threshold: float
+    alpha: float
+    next_alpha: float | None
+    action: Literal["rewind", "replace", "stop", "raise"]
+    banned: str | None = None
+    text: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class Trace:
-    """All tokens of one reply, in order. `text` of the tokens joined is the reply's text."""
+    """All tokens of one reply, in order. `text` of the tokens joined is the reply's text.
+
+    (Where a guard replaced the last unit, its replacement is no token's.) `interventions`: what the guard did.
+    """
 
     tokens: tuple[TokenTrace, ...]
+    interventions: tuple[Intervention, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,8 +92,11 @@ class Trace:
         return _mean([token.kl_steering for token in self.tokens])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `{"tokens": [{…}, …]}`."""
-        return {"tokens": [asdict(token) for token in self.tokens]}
+        """JSON-able: `{"tokens": [{…}, …], "interventions": [{…}, …]}`."""
+        return {
+            "tokens": [asdict(token) for token in self.tokens],
+            "interventions": [intervention.to_dict() for intervention in self.interventions],
+        }
 
     def to_html(self, *, title: str = "detox-guard trace", prompt: str = "") -> str:
         """A self-contained page (no script, nothing fetched): the reply, steered tokens tinted, figures on hover."""
@@ -89,10 +121,14 @@ def _section(prompt: str, caption: str, trace: Trace) -> str:
         f"KL(p‖p_gen) {trace.mean_kl_steering:.2f}",
         f"KL(p_gen‖p_detox) {trace.mean_kl_detoxifier:.2f} nats a token",
         f"{fallbacks} fallbacks",
+        *([f"{len(trace.interventions)} interventions"] if trace.interventions else []),
         *([caption] if caption else []),
     ]
     lead = f"<span class=prompt>{html.escape(prompt)}</span>" if prompt else ""
-    tokens = "".join(_span(token) for token in trace.tokens)
+    marks: dict[int, str] = {}
+    for taken_back in trace.interventions:
+        marks[taken_back.start] = marks.get(taken_back.start, "") + _mark(taken_back)
+    tokens = "".join(marks.pop(i, "") + _span(token) for i, token in enumerate(trace.tokens)) + "".join(marks.values())
     return f"<section><p class=reply>{lead}{tokens}</p><p class=facts>{html.escape(' · '.join(facts))}</p></section>"
 
 
@@ -111,13 +147,27 @@ def _span(token: TokenTrace) -> str:
     )
 
 
+def _mark(taken_back: Intervention) -> str:
+    """Where a unit was taken back: a small sign, its figures on hover."""
+    again = taken_back.next_alpha is not None
+    then = f"decoded again at alpha {taken_back.next_alpha:g}" if again else taken_back.action
+    banned = f"\nwithout {taken_back.banned!r}" if taken_back.banned is not None else ""
+    said = f"\n{taken_back.text}" if taken_back.text is not None else ""
+    note = (
+        f"{taken_back.tokens} tokens taken back: score {taken_back.score:.2f} over {taken_back.threshold:.2f}\n"
+        f"alpha was {taken_back.alpha:g}; {then}{banned}{said}"
+    )
+    return f'<span class="t back" tabindex=0>↶<span class=tip>{html.escape(note)}</span></span>'
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
 _LEGEND = (
     "The darker the tint, the harder the token was steered (KL from the plain model). "
-    "Underlined: the plain model's first choice was another token. Hover or tab for figures."
+    "Underlined: the plain model's first choice was another token. ↶: text that was taken back. "
+    "Hover or tab for figures."
 )
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1b1a;--paper:#fdfcfa;--soft:#77726b;--tint:230,126,34;--line:#e2ddd5}
@@ -131,6 +181,7 @@ section{border-top:1px solid var(--line);padding:1rem 0 .6rem;margin-top:1rem}
 .prompt{color:var(--soft)}
 .t{position:relative;background:rgba(var(--tint),calc(var(--s)*.65));border-radius:3px;outline-offset:1px}
 .replaced{border-bottom:2px solid rgba(var(--tint),.9)}
+.back{color:var(--soft);font-size:.8em;padding:0 .15em;cursor:help}
 .t:hover,.t:focus{background:rgba(var(--tint),.85)}
 .tip{display:none;position:absolute;left:0;top:1.8em;z-index:1;white-space:pre;font:12px/1.5 ui-monospace,monospace;
 background:var(--ink);color:var(--paper);padding:.4rem .6rem;border-radius:6px;box-shadow:0 3px 14px rgba(0,0,0,.25)}

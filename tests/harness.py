@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
-from detox_guard.engine import Engine, Request, StreamSpec, TokenStep
+from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,9 @@ class Recorder:
     def on_token(self, step: TokenStep) -> Any:
         self.steps.append(step)
         return self.react(step) if self.react else None
+
+    def on_end(self, reason: str) -> Any:
+        return Ended(reason)
 
     def on_finish(self, reason: str) -> None:
         self.outcome = reason

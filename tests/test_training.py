@@ -204,7 +204,7 @@ def test_same_as_one_plain_forward(request: pytest.FixtureRequest, name: str, ki
         parts = [prompt, embed(context)] if position == "front" else [embed(context), prompt]
         full = backbone.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
         wanted = full[len(full) - len(reply) - 1 : -1]
-        torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-4, atol=5e-5)
         losses.append(functional.cross_entropy(wanted, reply, reduction="none"))
     loss = reply_loss(backbone.model, prompt, batch, position)
     torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)  # the reply's tokens, no others

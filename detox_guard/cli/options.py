@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic_core import PydanticUndefined
 
-from detox_guard.params import Checked, DecodingParams, Rule
+from detox_guard.params import DecodingParams
+from detox_guard.policy import Rule
 from detox_guard.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from detox_guard.checked import Checked
 
 __all__ = [
     "Command",
@@ -77,6 +81,8 @@ _TRAINING: Mapping[str, tuple[Any, str]] = {
     "model": (str, "Hub id, folder or .gguf file; else the embedded default model."),
     "revision": (str, "Branch, tag or commit on the hub."),
     "contexts": (list[str], "Neutral texts for user turns and passages; repeat for several."),
+    "anchors": (list[str], "Harmless texts on which the soft prompt must not differ from the backbone; repeat."),
+    "anchor_weight": (float, "Weight of KL(p_gen‖p_detox) on the anchors."),
     "position": (Literal["front", "reply"], "Where the virtual tokens stand."),
     "virtual_tokens": (int, "Length of the soft prompt."),
     "initial_text": (str, "Text whose embeddings it starts from."),

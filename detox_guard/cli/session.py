@@ -18,8 +18,9 @@ from detox_guard.errors import DetoxGuardError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from detox_guard.generation import DetoxiGen, Generation
+    from detox_guard.generation import DetoxiGen
     from detox_guard.params import DecodingParams
+    from detox_guard.reply import Generation
     from detox_guard.scoring import ToxicityScorer
     from detox_guard.text import Prompt
 

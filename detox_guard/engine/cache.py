@@ -101,6 +101,11 @@ class RowCache(Cache):  # type: ignore[misc]
         self.rows.append(row)
         return row
 
+    def copy(self, row: Row) -> LayerKV:
+        """What `add` takes to put the row back."""
+        at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
+        return [(layer.keys[at].clone(), layer.values[at].clone()) for layer in self.layers]
+
     def remove(self, row: Row) -> None:
         """Drop a row; the last one takes its place. With no row left the buffers are freed."""
         last = self.rows.pop()

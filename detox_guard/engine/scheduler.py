@@ -1,7 +1,8 @@
 """Who decodes when: the queue, the seats, and the one thread that owns the batch. Knows requests; knows no text.
 
 A loop turn, in this order: 1. drop what was cancelled; 2. admit from the queue, in arrival order, while rows are free;
-3. a chunk of prefill; 4. one decoding step for every seat. Requests so join and leave between any two steps.
+3. a chunk of prefill; 4. one decoding step for every seat; 5. ask the parked ones again. Requests so join and leave
+between any two steps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from detox_guard.engine.cache import Row, RowCache
 from detox_guard.engine.forward import Forward, Prefill
 from detox_guard.engine.packing import can_pack, pack_linears
 from detox_guard.engine.step import Chooser, Turn
-from detox_guard.engine.types import Request, Rewind, TokenStep
+from detox_guard.engine.types import Ended, Request, Rewind, TokenStep
 from detox_guard.errors import (
     DetoxGuardError,
     EngineBusyError,
@@ -38,11 +39,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.backbone import Backbone
+    from detox_guard.engine.cache import LayerKV
     from detox_guard.engine.types import Finish, StreamSpec
 
 __all__ = ["Engine", "EngineStats"]
 
 _log = logging.getLogger("detox_guard.engine")
+_POLL_S = 0.002
+"""How often parked requests are asked again while nobody decodes."""
 
 
 @dataclass
@@ -72,6 +76,8 @@ class _Seat:
     request: Request
     first_logits: Tensor
     rows: list[Row] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """Length of each row when it was seated: what the reply's first token is fed to."""
     emitted: list[int] = field(default_factory=list)
     seen: Tensor | None = None
 
@@ -79,9 +85,31 @@ class _Seat:
     def guarded(self) -> bool:
         return self.request.params.alpha > 0
 
+    @property
+    def kept(self) -> int:
+        """Slots of the reply that a row holds when the next step comes: the last token is not in the cache yet."""
+        return max(0, len(self.emitted) - 1)
+
     def turn(self, rows: Sequence[int]) -> Turn:
         request = self.request
-        return Turn(request.params, request.seed, len(self.emitted), rows, self.seen, request.keep_distributions)
+        return Turn(
+            request.params,
+            request.seed,
+            len(self.emitted),
+            rows,
+            self.seen,
+            request.banned,
+            request.keep_distributions,
+        )
+
+
+@dataclass(eq=False)
+class _Parked:
+    """A seat that left the batch while its sink makes up its mind, with what its rows held."""
+
+    seat: _Seat
+    layers: list[LayerKV]
+    reason: Finish
 
 
 class Engine:
@@ -108,11 +136,11 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its sink hears the rest. Raises `PromptError`, `EngineBusyError`, `EngineClosedError`."""
         params = request.params
-        if params.alpha > 0 and self.streams == 0:
+        if request.steered and self.streams == 0:
             raise EngineError(
                 "alpha > 0 asks for steering, but this engine has no detoxifier", hint="load one, or set alpha=0"
             )
-        virtual = self._virtual if params.alpha > 0 else 0
+        virtual = self._virtual if request.steered else 0
         asked = len(request.prompt_ids) + virtual + params.max_new_tokens
         if self.max_positions is not None and asked > self.max_positions:
             raise PromptTooLongError(
@@ -121,7 +149,7 @@ class Engine:
                 f"at most {self.max_positions} positions",
                 hint="shorten the prompt or lower max_new_tokens",
             )
-        rows = 1 + self.streams if params.alpha > 0 else 1
+        rows = 1 + self.streams if request.steered else 1
         if rows * asked > self._max_cached_slots:
             raise PromptTooLongError(
                 "prompt",
@@ -138,6 +166,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """A copy of the counters."""
         return self._worker.snapshot()
+
+    @property
+    def closed(self) -> bool:
+        return self._worker.closed
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop the thread; requests still under way fail with `EngineClosedError`. Idempotent."""
@@ -159,6 +191,7 @@ class _Worker:
         self._closed = False
         self._stats = EngineStats()
         self._seats: list[_Seat] = []
+        self._parked: list[_Parked] = []
         # Requests out of the queue but not seated yet, in order, and their prompts' computation once it has begun.
         self._entering: list[Request] = []
         self._prefill: Prefill | None = None
@@ -186,9 +219,14 @@ class _Worker:
     def snapshot(self) -> EngineStats:
         with self._wake:
             copy = EngineStats(**{f.name: getattr(self._stats, f.name) for f in fields(EngineStats)})
-            copy.seats, copy.rows = len(self._seats) + len(self._entering), len(self._cache.rows)
+            copy.seats = len(self._seats) + len(self._parked) + len(self._entering)
+            copy.rows = len(self._cache.rows)
             copy.queued = len(self._queue)
             return copy
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self, timeout_s: float = 10.0) -> None:
         with self._wake:
@@ -203,7 +241,9 @@ class _Worker:
         with torch.inference_mode():
             while True:
                 with self._wake:
-                    while not (self._queue or self._seats or self._entering or self._closed):
+                    if self._parked and not (self._queue or self._seats or self._entering or self._closed):
+                        self._wake.wait(_POLL_S)
+                    while not (self._queue or self._seats or self._parked or self._entering or self._closed):
                         self._wake.wait()
                     if self._closed:
                         break
@@ -229,10 +269,14 @@ class _Worker:
                 self._report(request, _as_step_error(error))
         if self._seats:
             self._decode()
+        self._ask_parked()
 
     def _drop_cancelled(self) -> None:
         for seat in [seat for seat in self._seats if seat.request.cancelled]:
             self._leave(seat, RequestCancelledError("the request was cancelled"))
+        for parked in [parked for parked in self._parked if parked.seat.request.cancelled]:
+            self._parked.remove(parked)
+            self._report(parked.seat.request, RequestCancelledError("the request was cancelled"))
         with self._wake:
             dropped = [request for request in self._queue if request.cancelled]
             if dropped:
@@ -250,8 +294,8 @@ class _Worker:
         if not self._entering:
             return
         if self._prefill is None:
-            guarded = [request.params.alpha > 0 for request in self._entering]
-            self._prefill = Prefill(self._forward, [request.prompt_ids for request in self._entering], guarded)
+            steered = [request.steered for request in self._entering]
+            self._prefill = Prefill(self._forward, [request.prompt_ids for request in self._entering], steered)
         if not self._prefill.advance(self._config.prefill_chunk):
             return
         ready = self._prefill.finish()
@@ -264,6 +308,7 @@ class _Worker:
                 seat.seen = torch.tensor(sorted(set(request.prompt_ids)), device=self._chooser.device)
             with self._wake:
                 seat.rows = [self._cache.add(layers) for layers in rows]
+                seat.starts = [row.length for row in seat.rows]
                 self._seats.append(seat)
                 del self._entering[0]
             seated.append(seat)
@@ -272,7 +317,7 @@ class _Worker:
     def _admit(self) -> None:
         """Take requests from the queue in arrival order: a group whose prompts fit one chunk, or one longer prompt."""
         config = self._config
-        inside = [seat.request for seat in self._seats]
+        inside = [seat.request for seat in (*self._seats, *(parked.seat for parked in self._parked))]
         rows = sum(map(self._rows, inside))
         widest = max(map(self._slots, inside), default=0)
         with self._wake:
@@ -288,7 +333,7 @@ class _Worker:
                 self._entering.append(self._queue.popleft())
 
     def _rows(self, request: Request) -> int:
-        return 1 + len(self._forward.streams) if request.params.alpha > 0 else 1
+        return 1 + len(self._forward.streams) if request.steered else 1
 
     def _slots(self, request: Request) -> int:
         """The most slots a row of this request will come to hold."""
@@ -335,8 +380,7 @@ class _Worker:
             self._leave(seat, StepError("a guarded request was given a token that no contrast chose"))
             return False
         if step.token_id in request.end_ids:
-            self._leave(seat, "stop")
-            return False
+            return self._end(seat, "stop")
         self._count(seat, step)
         seat.emitted.append(step.token_id)
         if seat.seen is not None:
@@ -344,28 +388,75 @@ class _Worker:
         try:
             verdict = request.sink.on_token(step)
             if isinstance(verdict, Rewind):
-                return self._rewind(seat, verdict.tokens)
+                self._rewind(seat, verdict.tokens)
+                return not seat.emitted
         except Exception as error:
             self._leave(seat, error)
             return False
-        if verdict == "stop":
-            self._leave(seat, "stop")
-        elif len(seat.emitted) >= request.params.max_new_tokens:
-            self._leave(seat, "length")
+        if verdict is not None:
+            return self._end(seat, verdict.reason)
+        if len(seat.emitted) >= request.params.max_new_tokens:
+            return self._end(seat, "length")
         return False
 
-    def _rewind(self, seat: _Seat, tokens: int) -> bool:
+    def _end(self, seat: _Seat, reason: Finish) -> bool:
+        """The model is done with a seat; its sink may think otherwise. True as in `_deliver`."""
+        try:
+            verdict = seat.request.sink.on_end(reason)
+            if isinstance(verdict, Rewind):
+                self._rewind(seat, verdict.tokens)
+                return not seat.emitted
+        except Exception as error:
+            self._leave(seat, error)
+            return False
+        if isinstance(verdict, Ended):
+            self._leave(seat, verdict.reason)
+            return False
+        with self._wake:
+            self._parked.append(_Parked(seat, [self._cache.copy(row) for row in seat.rows], reason))
+            self._stand_up(seat)
+        return False
+
+    def _ask_parked(self) -> None:
+        """Those whose reply is over but not yet agreed to; who must go on takes a seat again."""
+        again = []
+        for parked in list(self._parked):
+            seat = parked.seat
+            try:
+                verdict = seat.request.sink.on_end(parked.reason)
+            except Exception as error:
+                self._parked.remove(parked)
+                self._report(seat.request, error)
+                continue
+            if verdict is None:
+                continue
+            self._parked.remove(parked)
+            if isinstance(verdict, Ended):
+                self._report(seat.request, verdict.reason)
+                continue
+            with self._wake:
+                seat.rows = [self._cache.add(layers) for layers in parked.layers]
+                self._seats.append(seat)
+            try:
+                self._rewind(seat, verdict.tokens)
+            except Exception as error:
+                self._leave(seat, error)
+                continue
+            if not seat.emitted:
+                again.append(seat)
+        if again:
+            self._emit(again, None)
+
+    def _rewind(self, seat: _Seat, tokens: int) -> None:
+        """Take back the seat's last tokens. One that is left without any must choose again from its prompt's logits."""
         if not 0 < tokens <= len(seat.emitted):
             raise EngineError(f"rewind: {tokens} tokens, but {len(seat.emitted)} were emitted")
         del seat.emitted[len(seat.emitted) - tokens :]
-        # The last emitted token is never in the cache yet. After the rewind that holds for the new last one, which is
-        # fed again; back at the prompt's end there is none to feed, and the prompt's own logits are chosen from again.
-        for row in seat.rows:
-            self._cache.rewind(row, tokens if seat.emitted else tokens - 1)
+        for row, start in zip(seat.rows, seat.starts, strict=True):
+            self._cache.rewind(row, row.length - start - seat.kept)
         self._stats.tokens_rewound += tokens
         if seat.seen is not None:
             seat.seen = seat.seen.new_tensor(sorted({*seat.request.prompt_ids, *seat.emitted}))
-        return not seat.emitted
 
     def _count(self, seat: _Seat, step: TokenStep) -> None:
         self._stats.steps_guarded += step.guarded
@@ -377,10 +468,14 @@ class _Worker:
 
     def _leave(self, seat: _Seat, outcome: Finish | Exception) -> None:
         with self._wake:
-            self._seats.remove(seat)
-            for row in seat.rows:
-                self._cache.remove(row)
+            self._stand_up(seat)
         self._report(seat.request, outcome)
+
+    def _stand_up(self, seat: _Seat) -> None:
+        self._seats.remove(seat)
+        for row in seat.rows:
+            self._cache.remove(row)
+        seat.rows = []
 
     def _report(self, request: Request, outcome: Finish | Exception) -> None:
         """Tell the sink how it ended. A sink that raises here cannot hurt anyone else."""
@@ -399,12 +494,13 @@ class _Worker:
     def _fail_all(self, error: DetoxGuardError) -> None:
         """Everyone in the batch hears of it; on a closed engine, everyone in the queue too."""
         with self._wake:
-            requests = [seat.request for seat in self._seats]
+            requests = [seat.request for seat in (*self._seats, *(parked.seat for parked in self._parked))]
             requests += self._entering
             if self._closed:
                 requests += self._queue
                 self._queue.clear()
             self._seats.clear()
+            self._parked.clear()
             self._entering, self._prefill = [], None
             self._cache.clear()
         for request in requests:

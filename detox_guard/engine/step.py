@@ -1,7 +1,7 @@
 """One decoding decision for many requests at once: logits in, one `TokenStep` a request out. Knows no cache, no model.
 
-Order of operations, for every request on its own parameters: repetition penalty (all its streams alike), temperature,
-the generator's nucleus, the plausibility floor, the contrast, the draw.
+Order of operations, for every request on its own parameters: bans and repetition penalty (all its streams alike),
+temperature, the generator's nucleus, the plausibility floor, the contrast, the draw.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Turn:
     """Rows of the logits: the generator's, then one a stream; the generator's alone if unguarded."""
     seen: Tensor | None
     """Unique ids of prompt and reply, where a repetition penalty asks for them."""
+    banned: frozenset[int] = frozenset()
+    """Ids that may not be chosen, whatever any stream says."""
     keep_distribution: bool = False
 
     @property
@@ -65,6 +67,8 @@ class Chooser:
         for turn in turns:
             if turn.guarded and len(turn.rows) != 1 + streams:
                 raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
+            if turn.banned:
+                logits[torch.tensor(list(turn.rows)).unsqueeze(-1), torch.tensor(list(turn.banned))] = -torch.inf
             if turn.seen is not None:
                 for row in turn.rows:
                     penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
     from detox_guard.params import DecodingParams
 
-__all__ = ["Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenStep"]
+__all__ = ["Ended", "Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenStep"]
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "guard"]
+"""How a reply ended: an end token, stop string or stop id; `max_new_tokens`; or a guard that let no more through."""
 
 
 class StreamSpec(NamedTuple):
@@ -62,11 +63,25 @@ class Rewind(NamedTuple):
     tokens: int
 
 
-class Sink(Protocol):
-    """Receives one request's tokens, on the engine's thread: be quick, do not block. An exception fails the request."""
+class Ended(NamedTuple):
+    """A sink's verdict: the reply is over, for this reason."""
 
-    def on_token(self, step: TokenStep) -> Literal["stop"] | Rewind | None:
-        """One token. Return "stop" to end here (the token counts as emitted), a `Rewind`, or None to go on."""
+    reason: Finish
+
+
+class Sink(Protocol):
+    """Receives one request's tokens, on the engine's thread: be quick, do not block. An exception fails the request.
+
+    Inside these calls, and only there, a sink may change its request's `params` (alpha, rule, sampling; not lengths)
+    and `banned`: the next token is chosen by them.
+    """
+
+    def on_token(self, step: TokenStep) -> Ended | Rewind | None:
+        """One token (which counts as emitted). None: go on."""
+
+    def on_end(self, reason: Finish) -> Ended | Rewind | None:
+        """The model is done. `Ended` closes the reply (also for another reason), a `Rewind` goes on decoding; None says
+        not yet: the rows leave the batch, and the question is put again until it is answered."""
 
     def on_finish(self, reason: Finish) -> None:
         """The reply is complete."""
@@ -77,7 +92,10 @@ class Sink(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """One reply to decode. `end_ids` are the ids that end it (they are not emitted); `seed` is already drawn."""
+    """One reply to decode. `end_ids` are the ids that end it (they are not emitted); `seed` is already drawn.
+
+    `steered`: stream rows are kept for it; needed where `params.alpha` is or may come to be above 0.
+    """
 
     prompt_ids: list[int]
     params: DecodingParams
@@ -85,7 +103,13 @@ class Request:
     end_ids: frozenset[int]
     sink: Sink
     keep_distributions: bool = False
+    steered: bool = False
+    banned: frozenset[int] = frozenset()
+    """Ids that the next token may not be."""
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def __post_init__(self) -> None:
+        self.steered = self.steered or self.params.alpha > 0
 
     def cancel(self) -> None:
         """Ask the engine to drop this request; its seat is free within one step. Safe from any thread, any time."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from detox_guard.evaluation.prompts import EvalPrompt
     from detox_guard.generation import ManySteering
-    from detox_guard.params import Rule
+    from detox_guard.policy import Rule
 
     Scores = dict[str, npt.NDArray[np.float64]]  # judge -> [prompts, samples]
 

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from detox_guard.evaluation.prompts import EvalPrompt
-    from detox_guard.generation import DetoxiGen, Generation
+    from detox_guard.generation import DetoxiGen
     from detox_guard.params import DecodingParams
+    from detox_guard.reply import Generation
 
     Tick = Callable[[int], None]
 

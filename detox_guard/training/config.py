@@ -8,8 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from detox_guard.checked import Checked
 from detox_guard.detoxifier import Position
-from detox_guard.params import Checked
 
 __all__ = ["TrainingConfig"]
 
@@ -21,7 +21,9 @@ class TrainingConfig(Checked):
 
     `data`: toxic texts, `contexts`: neutral ones for user turns and passages (None: a few built in); files (.jsonl,
     .csv, .tsv, .txt) or hub data sets `org/name[:split]`, read at `text_field`. `output`: the detoxifier's folder.
-    `mixture`: shares of "bare", "split", "chat" and "passage" batches (`detox_guard.training.examples`).
+    `anchors`: harmless texts on which the soft prompt is held to the frozen backbone by `anchor_weight` times
+    KL(p_gen‖p_detox), so that it learns toxicity and not the style of the toxic texts (ours, not in the paper; None:
+    off). `mixture`: shares of "bare", "split", "chat" and "passage" batches (`detox_guard.training.examples`).
     `passage_tokens`: shortest and longest passage. `heldout`: rows of `data` that are only measured on.
     `checkpoint_steps`: how often the run can be resumed from; `resume` takes up a run of the same settings and data
     that was cut off. `licence`, `notes`: for the card. Raises `InvalidParamsError`.
@@ -32,6 +34,8 @@ class TrainingConfig(Checked):
     model: str | None = None
     revision: str | None = None
     contexts: tuple[str, ...] | None = None
+    anchors: tuple[str, ...] | None = None
+    anchor_weight: Annotated[float, Field(ge=0)] = 1.0
     position: Position = "reply"
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
     initial_text: Annotated[str, Field(min_length=1)] = "The following reply is rude, insulting, hateful and toxic:"
@@ -52,7 +56,7 @@ class TrainingConfig(Checked):
     licence: str | None = None
     notes: str = ""
 
-    @field_validator("data", "contexts", mode="before")
+    @field_validator("data", "contexts", "anchors", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         """One name or a list of them, paths too, as a tuple of strings."""
@@ -82,7 +86,7 @@ class TrainingConfig(Checked):
             if (value == field.default and name != "position") or name in {"resume", "device", "notes"}:
                 continue
             flag = "--" + name.replace("_", "-")
-            if name in {"data", "contexts"}:
+            if name in {"data", "contexts", "anchors"}:
                 words += [word for source in value for word in (flag, _base_name(source))]
             elif isinstance(value, tuple):
                 words += [flag, *map(str, value)]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Position
     from detox_guard.training.examples import Batch
 
-__all__ = ["reply_logits", "reply_loss"]
+__all__ = ["anchor_divergence", "reply_logits", "reply_loss"]
 
 
 def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
@@ -64,6 +64,35 @@ def reply_loss(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Po
     losses = functional.cross_entropy(logits.flatten(0, 1), batch["reply_ids"].flatten(), reduction="none")
     weights = batch["reply_mask"].flatten().float()
     return (losses * weights).sum() / weights.sum()
+
+
+def anchor_divergence(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
+    """Mean KL(p_gen‖p_detox) along the replies, in nats a token: float32, a scalar, differentiable in `soft_prompt`.
+
+    On harmless replies this is what the soft prompt should *not* move: style, topic, fluency. The first token of a
+    reply is left out, since behind an empty context the generator has nothing to predict it from.
+    """
+    detoxifier = reply_logits(model, soft_prompt, batch, position)[:, 1:].float().log_softmax(-1)
+    with torch.no_grad():
+        generator = _generator_logits(model, batch).float().log_softmax(-1)
+        weights = batch["reply_mask"][:, 1:].float()
+    divergence = functional.kl_div(detoxifier, generator, reduction="none", log_target=True).sum(-1)
+    return (divergence * weights).sum() / weights.sum().clamp_min(1)
+
+
+def _generator_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits [rows, reply_len - 1, vocab] of the frozen generator that predict all but the replies' first tokens."""
+    rows = len(batch["reply_ids"])
+    mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
+    inputs = batch["reply_ids"][:, :-1]
+    logits: torch.Tensor = model(
+        input_ids=inputs,
+        attention_mask=mask,
+        position_ids=_positions(mask)[:, mask.shape[1] - inputs.shape[1] :],
+        past_key_values=(past := _prefill(model, batch)),
+        use_cache=past is not None,
+    ).logits
+    return logits
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import peft
 import torch
@@ -27,7 +27,7 @@ from detox_guard.detoxifier import Detoxifier, DetoxifierCard, Position
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.training.data import TextRows, read_texts
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind
-from detox_guard.training.forward import reply_loss
+from detox_guard.training.forward import anchor_divergence, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -56,6 +56,7 @@ def train_detoxifier(
 
     data = [_read(config, source) for source in config.data]
     contexts = [_read(config, source) for source in config.contexts or ()]
+    anchors = [_read(config, source) for source in config.anchors or ()]
     if backbone is None:
         from detox_guard.backbone import load_backbone
 
@@ -68,8 +69,10 @@ def train_detoxifier(
 
     model = _soft_prompted(backbone, config)
     before = _heldout_loss(model, examples, heldout, config)
-    run = _run_folder(config, backbone, [*data, *contexts])
-    trainer = _trainer(model, _Steps(examples, train, config), config, run, backbone, progress)
+    run = _run_folder(config, backbone, [*data, *contexts, *anchors])
+    harmless = list(dict.fromkeys(text for rows in anchors for text in rows.texts))
+    random.Random(config.seed).shuffle(harmless)
+    trainer = _trainer(model, _Steps(examples, train, harmless, config), config, run, backbone, progress)
     trainer.train(resume_from_checkpoint=_last_whole(run) if config.resume else None)
     after = _heldout_loss(model, examples, heldout, config)
 
@@ -83,7 +86,7 @@ def train_detoxifier(
         virtual_tokens=config.virtual_tokens,
         position=config.position,
         initial_text=config.initial_text,
-        data=tuple(rows.source for rows in [*data, *contexts]),
+        data=tuple(dict.fromkeys(rows.source for rows in [*data, *contexts, *anchors])),
         transformers_version=transformers.__version__,
         peft_version=peft.__version__,
         torch_version=torch.__version__,
@@ -166,23 +169,34 @@ def _embedding_scale(backbone: Backbone) -> float | None:
     return None if scale is None else float(scale)
 
 
+class _Step(TypedDict):
+    """What one training step sees: toxic replies, and harmless ones in contexts of the same kind."""
+
+    toxic: Batch
+    anchor: Batch | None
+
+
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch]):
-    """Item i is the batch of step i; a run that is resumed meets the batches it would have met."""
+class _Steps(Dataset[_Step]):
+    """Item i is step i; a run that is resumed meets the batches it would have met."""
 
     examples: Examples
     texts: Sequence[str]
+    anchors: Sequence[str]
     config: TrainingConfig
 
     def __len__(self) -> int:
         return self.config.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> _Step:
         rng = random.Random(f"{self.config.seed}/{step}")
         (kind,) = rng.choices(KINDS, weights=self.config.mixture)
-        rows = _rows(kind, self.config)
-        first = step * self.config.batch_size
-        return self.examples.batch(kind, [self.texts[(first + i) % len(self.texts)] for i in range(rows)], rng)
+        places = range(first := step * self.config.batch_size, first + _rows(kind, self.config))
+
+        def batch(texts: Sequence[str]) -> Batch:
+            return self.examples.batch(kind, [texts[i % len(texts)] for i in places], rng)
+
+        return _Step(toxic=batch(self.texts), anchor=batch(self.anchors) if self.anchors else None)
 
 
 def _rows(kind: Kind, config: TrainingConfig) -> int:
@@ -217,15 +231,20 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' Trainer with our loss; one item of the data set is one batch."""
 
-    def __init__(self, position: Position, **kwargs: Any) -> None:
+    def __init__(self, position: Position, anchor_weight: float, **kwargs: Any) -> None:
         self.position = position
+        self.anchor_weight = anchor_weight
         super().__init__(**kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         model.eval()  # dropout in a frozen backbone is only noise, and serving has none
         soft_prompt = _soft_prompt(model)
-        batch = _to(inputs, soft_prompt.device)
-        return reply_loss(model.get_base_model(), soft_prompt, batch, self.position)
+        base, device = model.get_base_model(), soft_prompt.device
+        loss = reply_loss(base, soft_prompt, _to(inputs["toxic"], device), self.position)
+        if inputs["anchor"] is not None and self.anchor_weight > 0:
+            anchor = _to(inputs["anchor"], device)
+            loss = loss + self.anchor_weight * anchor_divergence(base, soft_prompt, anchor, self.position)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -284,6 +303,7 @@ def _trainer(
     arguments._n_gpu = 1  # a soft prompt needs no second device, and DataParallel would want one
     trainer = _SoftPromptTrainer(
         config.position,
+        config.anchor_weight,
         model=model,
         args=arguments,
         train_dataset=steps,
@@ -294,15 +314,15 @@ def _trainer(
     return trainer
 
 
-def _only(items: Sequence[Batch]) -> Batch:
-    (batch,) = items
-    return batch
+def _only(items: Sequence[_Step]) -> _Step:
+    (step,) = items
+    return step
 
 
 def _run_folder(config: TrainingConfig, backbone: Backbone, data: Sequence[TextRows]) -> Path:
     """Where this run's checkpoints are: named by all that the result depends on, so that no other run's mix in."""
     settings = config.model_dump(
-        exclude={"output", "resume", "notes", "licence", "checkpoint_steps", "data", "contexts"}
+        exclude={"output", "resume", "notes", "licence", "checkpoint_steps", "data", "contexts", "anchors"}
     )
     facts = [settings, backbone.id, backbone.revision, [rows.source.sha256 for rows in data]]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

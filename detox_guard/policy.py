@@ -1,0 +1,88 @@
+"""What a guard is told to do. Knows bounds; knows no model, no text, no thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from detox_guard.checked import Checked
+
+__all__ = ["GuardPolicy", "Rule", "Rung"]
+
+Rule = Literal["dexperts", "detoxigen"]
+Alpha = Annotated[float, Field(ge=0, le=100)]
+
+
+class Rung(Checked):
+    """One step of the ladder: how a unit is decoded again. None keeps what the request asked for."""
+
+    alpha: Alpha
+    rule: Rule | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+
+
+class GuardPolicy(Checked):
+    """What is checked before it is released, and what happens to what fails.
+
+    Text is released unit by unit. `unit`: "sentence", or a number of tokens (cut at the next word); a sentence longer
+    than `max_unit_tokens` is released in pieces. A unit is scored by itself and together with the `context_chars`
+    characters of the reply before it, and the higher score counts. Up to and including `threshold` it is released;
+    above, it is taken back and decoded again, without the token at which the score first rose above the threshold and
+    on the next rung of the `ladder` (a number is an alpha; the last rung repeats; alphas below the request's own do not
+    lower it), at most `max_rewinds` times a unit. Then `on_exhausted`: "replace" it with `replacement` and end the
+    reply, "stop" before it, or "raise" `GuardError`; the finish reason of the first two is "guard".
+
+    `scorer`: "embedded", the name of a Hugging Face classifier, or any `ToxicityScorer`; one that fails, or has not
+    answered after `scorer_timeout_s` seconds, fails the request (`ScorerError`). `scan_input`: score the prompt too
+    (each message); one above the threshold is answered by `on_exhausted` alone. `on_event` is called with every
+    `Intervention`, on the decoding thread: be quick; an exception in it is logged, no more. `audit_log`: a file that
+    gets them as JSON lines, rotated at 10 MB. Discarded text is in neither unless `keep_discarded`.
+    Raises `InvalidParamsError`.
+    """
+
+    scorer: Any = "embedded"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    unit: Literal["sentence"] | Annotated[int, Field(ge=1, le=1024)] = "sentence"
+    max_unit_tokens: Annotated[int, Field(ge=1, le=1024)] = 48
+    context_chars: Annotated[int, Field(ge=0, le=100_000)] = 200
+    ladder: Annotated[tuple[Rung, ...], Field(max_length=32)] = (Rung(alpha=3.0), Rung(alpha=4.0))
+    max_rewinds: Annotated[int, Field(ge=0, le=100)] = 4
+    on_exhausted: Literal["replace", "stop", "raise"] = "replace"
+    replacement: Annotated[str, Field(max_length=10_000)] = "[removed]"
+    scan_input: bool = False
+    scorer_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    on_event: Callable[..., object] | None = None
+    audit_log: str | None = None
+    keep_discarded: bool = False
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _scores(cls, value: object) -> object:
+        if not ((isinstance(value, str) and value) or callable(getattr(value, "score", None))):
+            raise ValueError("Input should be a name, or an object with .name and .score()")
+        return value
+
+    @field_validator("ladder", mode="before")
+    @classmethod
+    def _rungs(cls, value: object) -> object:
+        """Numbers are alphas; a list will do."""
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(
+            Rung(alpha=float(rung)) if isinstance(rung, int | float) and not isinstance(rung, bool) else rung
+            for rung in value
+        )
+
+    @field_validator("threshold", "scorer_timeout_s", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("Input should be a number, not a bool")
+        return value
+
+    @property
+    def most_alpha(self) -> float:
+        """The strongest alpha of the ladder."""
+        return max((rung.alpha for rung in self.ladder), default=0.0)

@@ -1,0 +1,74 @@
+"""Where a text may be cut into units to be judged. Pure functions of text; knows no tokens, no scores.
+
+Why our own: the kept sentence splitters read whole documents, while this must decide on text that is still growing and
+never change its mind. A cut too many costs a judgement, a cut too few a delay; neither lets anything through unjudged.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["in_code", "last_space", "sentence_end"]
+
+_FENCE = "```"
+_CLOSERS = "\"'”’»)\\]*_"
+# A line's end; a full stop and what closes it, then space and the next visible character; or a CJK full stop.
+_END = re.compile(
+    r"(?P<line>[^\s][ \t]*\n\s*)"
+    rf"|(?P<stop>[.!?…]+)[{_CLOSERS}]*(?P<space>\s+)(?=(?P<next>\S))"
+    rf"|[。！？][{_CLOSERS}」』）]*"
+)
+_ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\S+",
+        "mr mrs ms dr prof sr jr st mt rev gen col capt lt sgt gov sen rep hon no nos vol fig figs eq ch sec art pp ed "
+        "eds vs cf al etc approx dept est inc ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e a.m "
+        "p.m u.s u.k u.n ph.d",
+    )
+)
+_OFTEN_LAST = frozenset(("etc", "a.m", "p.m", "inc", "ltd", "co", "corp", "al", "jr", "sr", "u.s", "u.k", "ph.d"))
+_WORD = re.compile(r"[^\s(\[\"'“‘]+$")
+_LIST_ITEM = re.compile(r"(?:^|\n)\s*(?:\d{1,3}|[A-Za-z])$")
+
+
+def sentence_end(text: str, code: bool = False) -> int:
+    """Length of the first sentence of `text` with the space behind it; 0 while it is not certain to have ended.
+
+    Abbreviations, initials, decimals, list numbers and URLs do not end a sentence. Line ends do, outside code blocks
+    (`code`: the text begins inside one), which are one piece up to their closing fence.
+    """
+    for match in _END.finditer(text):
+        if in_code(text[: match.end()], code):
+            continue
+        if match["stop"] is None or _ends(text[: match.start("stop")], match["stop"], match["space"], match["next"]):
+            return match.end()
+    return 0
+
+
+def in_code(text: str, code: bool = False) -> bool:
+    """Whether the end of `text` lies inside a fenced code block, given whether its beginning did."""
+    return code != (text.count(_FENCE) % 2 == 1)
+
+
+def last_space(text: str) -> int:
+    """Where the last word of `text` begins, its leading space included; 0 if there is but one word."""
+    body = text.rstrip()
+    if len(body) < len(text):
+        return len(body)
+    at = max(body.rfind(" "), body.rfind("\n"), body.rfind("\t"))
+    return max(0, at)
+
+
+def _ends(before: str, stop: str, space: str, following: str) -> bool:
+    """Whether the mark `stop` between `before` and `following` ends a sentence."""
+    if "\n" in space or "!" in stop or "?" in stop:
+        return "\n" in space or not following.islower()
+    if _LIST_ITEM.search(before):
+        return False
+    found = _WORD.search(before)
+    word = found[0].lower() if found else ""
+    if len(word) == 1 and word.isalpha() and word != "i":
+        return False  # an initial
+    if word in _ABBREVIATIONS:
+        return word in _OFTEN_LAST and following.isupper()
+    return not following.islower()
