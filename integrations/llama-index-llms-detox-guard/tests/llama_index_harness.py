@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import CompletionResponse, LLMMetadata
-from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.instrumentation import get_dispatcher
@@ -18,11 +17,12 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from detox_guard import Chunk, DecodingParams, Generation, Usage
+from detox_guard import Chunk, DecodingParams, Generation, Steering, Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from llama_index.core.callbacks.schema import CBEventType
     from llama_index.core.instrumentation.events import BaseEvent
 
 CLEAN = "The library opens at nine. It closes at six."
@@ -46,7 +46,6 @@ class FakeEngine:
     the first word. `delay_s` between words. `seats` are requests under way, `peak` the most there were.
     """
 
-    detoxifier_id = "fake-detoxifier"
     model_id = "fake-model"
 
     def __init__(
@@ -122,10 +121,9 @@ class FakeEngine:
 
     def _last(self, prompt: Any, params: DecodingParams, words: list[str]) -> Chunk:
         text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt.messages)
-        usage = Usage(len(self.encode(text)), len(words))
-        return Chunk(
-            "", Generation("".join(words), "stop", usage, 7, None, interventions=self._interventions)
-        )
+        usage = Usage(len(self.encode(text)), len(words), 3 * len(self._interventions))
+        steering = Steering(params.alpha, params.rule, ("-1:0123456789ab",), 0.5, 0.1, 1, 0)
+        return Chunk("", Generation("".join(words), "stop", usage, 7, None, steering, self._interventions))
 
 
 class ForeignLLM(CustomLLM):
@@ -172,7 +170,7 @@ class BagEmbedding(BaseEmbedding):
 class Events(BaseEventHandler):
     """Instrumentation events, in order."""
 
-    seen: list[Any] = []
+    seen: list[Any]
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
         self.seen.append(event)

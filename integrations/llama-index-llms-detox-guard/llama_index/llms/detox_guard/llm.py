@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -35,7 +35,7 @@ import detox_guard
 from detox_guard import DecodingParams, InvalidParamsError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 
     from llama_index.core.bridge.pydantic import BaseModel
     from llama_index.core.prompts import PromptTemplate
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["DetoxiGenLLM"]
 
 _NO_LIMIT = 131_072  # for backbones without a limit of positions: the core's bound of one reply
+Shown = TypeVar("Shown", CompletionResponse, ChatResponse)
 _REACT_STOP = ("Observation:",)
 
 
@@ -57,9 +58,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     """
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
-    detoxifier: str | tuple[str, ...] | None = Field(
-        default=None, description="Hub id or folder, or several; None is the embedded one, () is none at all."
-    )
+    detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
     device: str | None = Field(default=None, description="Where the model runs; None chooses.")
     dtype: str | None = Field(default=None, description="Number type of the weights; None chooses.")
     revision: str | None = Field(default=None, description="Revision of the model on the hub.")
@@ -128,48 +127,47 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Continue a plain text. `kwargs` are fields of `DecodingParams`."""
-        *_, reply = self._run(self._plain(prompt, formatted), kwargs)
-        return reply.as_completion()
+        *_, response = self._run(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        return response
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, as it is decoded. Closing the generator frees the seat."""
-        return (reply.as_completion(reply.delta) for reply in self._run(self._plain(prompt, formatted), kwargs))
+        return self._run(Reply.as_completion, self._plain(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Reply to a conversation. `kwargs` are fields of `DecodingParams`, `tools` and `tool_choice`."""
-        *_, reply = self._run(messages, kwargs)
-        return reply.as_chat()
+        *_, response = self._run(Reply.as_chat, messages, kwargs)
+        return response
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, as it is decoded. Closing the generator frees the seat."""
-        return (reply.as_chat(reply.delta) for reply in self._run(messages, kwargs))
+        return self._run(Reply.as_chat, messages, kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` without blocking the event loop; cancelling the task frees the seat."""
-        *_, reply = [reply async for reply in await self._arun(self._plain(prompt, formatted), kwargs)]
-        return reply.as_completion()
+        responses = await self._arun(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        return [response async for response in responses][-1]
 
     @llm_completion_callback()
-    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """`stream_complete` without blocking the event loop."""
-        replies = await self._arun(self._plain(prompt, formatted), kwargs)
-        return (reply.as_completion(reply.delta) async for reply in replies)
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """`stream_complete` without blocking the event loop; closing the generator frees the seat."""
+        return await self._arun(Reply.as_completion, self._plain(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop; cancelling the task frees the seat."""
-        *_, reply = [reply async for reply in await self._arun(messages, kwargs)]
-        return reply.as_chat()
+        return [response async for response in await self._arun(Reply.as_chat, messages, kwargs)][-1]
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """`stream_chat` without blocking the event loop."""
-        replies = await self._arun(messages, kwargs)
-        return (reply.as_chat(reply.delta) async for reply in replies)
+        """`stream_chat` without blocking the event loop; closing the generator frees the seat."""
+        return await self._arun(Reply.as_chat, messages, kwargs)
 
     # -- tools
 
@@ -259,31 +257,35 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
 
     # -- the one way they all take
 
-    def _run(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> Generator[Reply, None, None]:
+    def _run(
+        self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> Generator[Shown, None, None]:
         engine = self.load()
         reply, *request = self._request(engine, prompt, kwargs)
 
-        def replies() -> Generator[Reply, None, None]:
+        def responses() -> Generator[Shown, None, None]:
             with closing(chunks) as running:
                 for chunk in running:
                     if reply.push(chunk):
-                        yield reply
+                        yield show(reply)
 
         # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
         chunks = engine.stream(*request)
-        return replies()
+        return responses()
 
-    async def _arun(self, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]) -> AsyncGenerator[Reply, None]:
+    async def _arun(
+        self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> AsyncGenerator[Shown, None]:
         engine = await asyncio.to_thread(self.load)
         reply, *request = self._request(engine, prompt, kwargs)
 
-        async def replies() -> AsyncGenerator[Reply, None]:
+        async def responses() -> AsyncGenerator[Shown, None]:
             async with aclosing(engine.astream(*request)) as chunks:
                 async for chunk in chunks:
                     if reply.push(chunk):
-                        yield reply
+                        yield show(reply)
 
-        return replies()
+        return responses()
 
     def _plain(self, prompt: str, formatted: bool) -> str:
         return prompt if formatted else self.completion_to_prompt(prompt)

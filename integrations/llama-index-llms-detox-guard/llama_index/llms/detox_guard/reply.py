@@ -46,10 +46,10 @@ class Reply:
         self._calls = [*self._calls, *calls][: self._most_calls]
         return bool(self.delta or calls or chunk.generation)
 
-    def as_completion(self, delta: str | None = None) -> CompletionResponse:
-        return CompletionResponse(text=self._text, delta=delta, raw=self._raw)
+    def as_completion(self) -> CompletionResponse:
+        return CompletionResponse(text=self._text, delta=self.delta, raw=self._raw)
 
-    def as_chat(self, delta: str | None = None) -> ChatResponse:
+    def as_chat(self) -> ChatResponse:
         blocks = [TextBlock(text=self._text)] if self._text or not self._calls else []
         calls = [
             ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in self._calls
@@ -57,7 +57,7 @@ class Reply:
         # Upstream's streaming programs look for calls here, and only whether there are any.
         extra = {"tool_calls": [call.model_dump(mode="json") for call in calls]} if calls else {}
         message = ChatMessage(role=MessageRole.ASSISTANT, content=[*blocks, *calls], additional_kwargs=extra)
-        return ChatResponse(message=message, delta=delta, raw=self._raw)
+        return ChatResponse(message=message, delta=self.delta, raw=self._raw)
 
     def _finish(self, generation: detox_guard.Generation) -> None:
         usage = generation.usage
