@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
     from detox_guard.engine import EngineStats
     from detox_guard.generation import DetoxiGen
+    from detox_guard.hold import aguard_text, guard_text
     from detox_guard.reply import Chunk, Generation, Steering, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
     from detox_guard.trace import Intervention, Trace
@@ -59,6 +60,8 @@ _LAZY = {
     "ToxicityScorer": "scoring",
     "Trace": "trace",
     "Usage": "reply",
+    "aguard_text": "hold",
+    "guard_text": "hold",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
 }
@@ -103,6 +106,8 @@ __all__ = [
     "UnsupportedBackboneError",
     "Usage",
     "__version__",
+    "aguard_text",
+    "guard_text",
     "load_backbone",
     "load_scorer",
 ]

@@ -1,0 +1,408 @@
+"""The guard's promise: what was flagged is never released, whatever the scorer says and however late it says it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from harness import random_detoxifier, random_streams, request
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import make_tiny_backbone
+
+from detox_guard import (
+    DecodingParams,
+    DetoxiGen,
+    GuardError,
+    GuardPolicy,
+    InvalidParamsError,
+    Rung,
+    ScorerError,
+    SteeringStream,
+    aguard_text,
+    guard_text,
+)
+from detox_guard.engine import Ended, Engine, Rewind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+PARAMS = DecodingParams(alpha=1.5, max_new_tokens=40, seed=11)
+PROMPTS = ["Hello there", "So, I'm starting to think", "今天天气", "x"]
+
+
+class Scripted:
+    """A scorer that is a function of the text, as slow as it is told, and keeps what it was asked."""
+
+    def __init__(self, judge: Callable[[str], float], *, delay_s: float = 0.0) -> None:
+        self.name = "scripted"
+        self.judge = judge
+        self.delay_s = delay_s
+        self.calls: list[list[str]] = []
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        self.calls.append(list(texts))
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        return [self.judge(text) for text in texts]
+
+
+def fickle(salt: int, share: float) -> Callable[[str], float]:
+    """Flags about `share` of all texts, at random but always the same ones."""
+    return lambda text: 0.9 if zlib.crc32(f"{salt}{text}".encode()) % 1000 < share * 1000 else 0.1
+
+
+def with_letter(letter: str) -> Callable[[str], float]:
+    return lambda text: 1.0 if letter in text else 0.0
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[DetoxiGen]:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
+        yield guard
+        deadline = time.monotonic() + 10
+        while guard.stats().seats:
+            assert time.monotonic() < deadline, "a seat was left taken"
+            time.sleep(0.002)
+        stats = guard.stats()
+        assert (stats.tokens_guarded, stats.rows, stats.queued) == (stats.steps_guarded, 0, 0)
+
+
+policies = st.builds(
+    GuardPolicy,
+    unit=st.sampled_from(["sentence", 1, 3, 8]),
+    max_unit_tokens=st.sampled_from([4, 48]),
+    context_chars=st.sampled_from([0, 5, 200]),
+    ladder=st.sampled_from([(), (2.0,), (2.0, 4.0), (Rung(alpha=3.0, rule="detoxigen", temperature=0.5),)]),
+    max_rewinds=st.integers(0, 4),
+    on_exhausted=st.sampled_from(["replace", "stop"]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    policy=policies,
+    salt=st.integers(0, 9999),
+    share=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+    alpha=st.sampled_from([0.0, 1.5]),
+    stop=st.sampled_from([(), ("e",)]),
+)
+def test_nothing_flagged_is_released(
+    tiny: DetoxiGen, policy: GuardPolicy, salt: int, share: float, seed: int, alpha: float, stop: tuple[str, ...]
+) -> None:
+    judge = fickle(salt, share)
+    params = PARAMS.replace(guard=policy.replace(scorer=Scripted(judge)), seed=seed, alpha=alpha, stop=stop)
+    chunks = list(tiny.stream("Hello there", params))
+    whole = chunks[-1].generation
+    assert whole is not None
+    units = [chunk.text for chunk in chunks if chunk.text]
+    replaced = whole.finish_reason == "guard" and policy.on_exhausted == "replace"
+    if replaced:
+        assert units.pop().strip() == policy.replacement
+    before = ""
+    for unit in units:
+        assert judge(unit) <= policy.threshold
+        tail = before[-policy.context_chars :] if policy.context_chars else ""
+        assert not tail or judge(tail + unit) <= policy.threshold
+        before += unit
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert not any(mark in before for mark in stop)
+    assert len(whole.interventions) <= (policy.max_rewinds + 1) * (len(units) + 1)
+    assert (whole.finish_reason == "guard") == bool(
+        whole.interventions and whole.interventions[-1].action == policy.on_exhausted
+    )
+    # Slower verdicts change nothing but how much was thrown away; nor does another way of asking.
+    slow = params.replace(guard=policy.replace(scorer=Scripted(judge, delay_s=0.004)))
+    again = tiny.generate("Hello there", slow)
+    assert (again.text, again.finish_reason, again.interventions) == (
+        whole.text,
+        whole.finish_reason,
+        whole.interventions,
+    )
+    assert again.trace == whole.trace
+    assert again.usage.completion_tokens == whole.usage.completion_tokens == len(whole.trace or ())
+
+
+def test_every_way_of_asking_gives_the_same_text(tiny: DetoxiGen) -> None:
+    params = PARAMS.replace(guard=GuardPolicy(scorer=Scripted(fickle(3, 0.2)), unit=4))
+
+    async def streamed() -> list[str]:
+        return ["".join([chunk.text async for chunk in tiny.astream(prompt, params)]) for prompt in PROMPTS]
+
+    async def whole() -> list[str]:
+        return [r.text for r in await asyncio.gather(*(tiny.agenerate(prompt, params) for prompt in PROMPTS))]
+
+    expected = [tiny.generate(prompt, params).text for prompt in PROMPTS]
+    assert [r.text for r in tiny.batch(PROMPTS, params)] == expected
+    assert asyncio.run(streamed()) == asyncio.run(whole()) == expected
+
+
+def test_a_guard_that_flags_nothing_changes_nothing(tiny: DetoxiGen) -> None:
+    for prompt in PROMPTS:
+        plain = tiny.generate(prompt)
+        guarded = tiny.generate(prompt, guard=GuardPolicy(scorer=Scripted(lambda text: 0.0)))
+        assert (guarded.text, guarded.finish_reason, guarded.trace) == (plain.text, plain.finish_reason, plain.trace)
+        assert (guarded.interventions, guarded.usage) == ((), plain.usage)
+
+
+def test_neighbours_are_not_touched(tiny: DetoxiGen) -> None:
+    alone = [tiny.generate(prompt).text for prompt in PROMPTS]
+    guarded = PARAMS.replace(guard=GuardPolicy(scorer=Scripted(fickle(1, 0.5), delay_s=0.003), unit=2))
+    mixed = tiny.batch([*PROMPTS, *PROMPTS], [PARAMS] * 4 + [guarded] * 4)
+    assert [r.text for r in mixed[:4]] == alone
+    assert [r.text for r in mixed[4:]] == [tiny.generate(prompt, guarded).text for prompt in PROMPTS]
+    assert sum(len(r.interventions) for r in mixed[4:]) > 4
+
+
+def test_a_flagged_word_is_decoded_again_without_it(tiny: DetoxiGen) -> None:
+    plain = tiny.generate("Hello there")
+    letter = next(c for c in plain.text[8:] if c.isalpha() and c.isascii())
+    policy = GuardPolicy(scorer=Scripted(with_letter(letter)), unit=3, max_rewinds=100, keep_discarded=True)
+    guarded = tiny.generate("Hello there", guard=policy)
+    assert letter in plain.text
+    assert letter not in guarded.text.replace(policy.replacement, "")
+    first = guarded.interventions[0]
+    assert (first.action, first.alpha, first.next_alpha) == ("rewind", 1.5, 3.0)
+    assert first.text is not None
+    assert letter in first.text
+    assert first.text in plain.text
+    assert guarded.usage.discarded_tokens >= first.tokens > 0
+    assert tiny.stats().tokens_rewound > 0
+
+
+@pytest.mark.parametrize("on_exhausted", ["replace", "stop", "raise"])
+def test_exhausted(tiny: DetoxiGen, on_exhausted: str) -> None:
+    policy = GuardPolicy(scorer=Scripted(lambda text: 0.8), max_rewinds=2, on_exhausted=on_exhausted)
+    if on_exhausted == "raise":
+        with pytest.raises(GuardError, match=r"0\.80, over 0\.5, after 2 rewinds"):
+            tiny.generate("Hello there", guard=policy)
+        return
+    r = tiny.generate("Hello there", guard=policy)
+    assert (r.text, r.finish_reason) == ("[removed]" if on_exhausted == "replace" else "", "guard")
+    assert [event.action for event in r.interventions] == ["rewind", "rewind", on_exhausted]
+    assert [event.alpha for event in r.interventions] == [1.5, 3.0, 4.0]
+    assert r.usage.completion_tokens == 0
+    assert r.usage.discarded_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "score",
+    [lambda texts: 1 / 0, lambda texts: [float("nan")] * len(texts), lambda texts: [0.0] * 9, lambda texts: ["x"]],
+)
+def test_a_broken_scorer_fails_its_request_and_no_other(tiny: DetoxiGen, score: Any) -> None:
+    class Broken:
+        name = "broken"
+
+        def score(self, texts: Sequence[str]) -> Any:
+            return score(texts)
+
+    expected = [tiny.generate(prompt).text for prompt in PROMPTS]
+    results = tiny.batch(
+        [*PROMPTS, "y"], [PARAMS] * 4 + [PARAMS.replace(guard=GuardPolicy(scorer=Broken()))], return_exceptions=True
+    )
+    assert [r.text for r in results[:4]] == expected
+    assert isinstance(results[4], ScorerError)
+    released = []
+    with pytest.raises(ScorerError):
+        released.extend(tiny.stream("y", PARAMS.replace(guard=GuardPolicy(scorer=Broken()))))
+    assert released == []
+
+
+def test_a_text_that_cannot_be_scored_fails_alone(tiny: DetoxiGen) -> None:
+    def judge(text: str) -> float:
+        if "bad" in text:
+            raise ValueError("cannot read this")
+        return 0.0
+
+    policy = GuardPolicy(scorer=Scripted(judge), scan_input=True)
+    results = tiny.batch(["good", "bad", "good"], PARAMS.replace(guard=policy), return_exceptions=True)
+    assert [type(r).__name__ for r in results] == ["Generation", "ScorerError", "Generation"]
+
+
+def test_a_slow_scorer_fails_its_request_within_its_limit(tiny: DetoxiGen) -> None:
+    scorer = Scripted(lambda text: 0.0, delay_s=3.0)
+    started = time.monotonic()
+    other = threading.Thread(target=tiny.generate, args=("x",))
+    other.start()
+    with pytest.raises(ScorerError, match=r"no answer in 0\.2 s"):
+        tiny.generate("Hello there", guard=GuardPolicy(scorer=scorer, unit=2, scorer_timeout_s=0.2))
+    other.join(5)
+    assert not other.is_alive()
+    assert time.monotonic() - started < 2.5
+
+
+def test_cancelled_while_a_verdict_is_out(tiny: DetoxiGen) -> None:
+    scorer = Scripted(lambda text: 0.0, delay_s=1.0)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(tiny.agenerate("Hello there", guard=GuardPolicy(scorer=scorer), max_new_tokens=3))
+        while not scorer.calls:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    deadline = time.monotonic() + 0.5
+    while tiny.stats().seats:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_units_of_one_step_are_one_call(tiny: DetoxiGen) -> None:
+    scorer = Scripted(lambda text: 0.0)
+    policy = GuardPolicy(scorer=scorer, context_chars=0, scan_input=False)
+    tiny.batch(["x"] * 8, [PARAMS.replace(guard=policy, seed=1)] * 8)
+    texts = sum(len(call) for call in scorer.calls)
+    assert texts >= 8
+    assert len(scorer.calls) <= texts / 3
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_scan_input(tiny: DetoxiGen, messages: bool) -> None:
+    prompt: Any = [{"role": "user", "content": "a bad word"}] if messages else "a bad word"
+    policy = GuardPolicy(scorer=Scripted(with_letter("d")), scan_input=True)
+    before = tiny.stats().submitted
+    chunks = list(tiny.stream(prompt, guard=policy))
+    r = chunks[-1].generation
+    assert r is not None
+    assert ("".join(chunk.text for chunk in chunks), r.text, r.finish_reason) == ("[removed]", "[removed]", "guard")
+    assert asyncio.run(tiny.agenerate(prompt, guard=policy)).text == "[removed]"
+    assert tiny.batch([prompt], PARAMS.replace(guard=policy))[0].text == "[removed]"
+    assert tiny.stats().submitted == before
+    with pytest.raises(GuardError):
+        tiny.generate(prompt, guard=policy.replace(on_exhausted="raise"))
+    assert tiny.generate("kind", guard=policy, max_new_tokens=1).finish_reason in {"length", "guard", "stop"}
+
+
+def test_events_log_and_trace(tiny: DetoxiGen, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log, events = tmp_path / "audit.jsonl", []
+    policy = GuardPolicy(
+        scorer=Scripted(fickle(5, 0.5)), unit=3, on_event=events.append, audit_log=str(log), keep_discarded=True
+    )
+    r = tiny.generate("Hello there", guard=policy)
+    assert tuple(events) == r.interventions
+    assert len(events) > 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["score"] for line in lines] == [event.score for event in events]
+    assert all(line["seed"] == 11 and line["text"] for line in lines)
+    assert r.trace is not None
+    page = r.trace.to_html()
+    assert page.count("taken back: score") == len(events)
+    assert json.loads(json.dumps(r.summary()))["interventions"][0]["action"] == "rewind"
+    # Without being asked to, nothing keeps what was discarded; and a hook that raises hurts nobody.
+    quiet = tiny.generate("Hello there", guard=policy.replace(keep_discarded=False, on_event=lambda event: 1 / 0))
+    assert quiet.text == r.text
+    assert all(event.text is None and event.banned is None for event in quiet.interventions)
+    assert any("on_event raised" in record.message for record in caplog.records if record.levelno == logging.ERROR)
+
+
+def test_an_audit_log_that_cannot_be_written_is_refused_at_once(tiny: DetoxiGen, tmp_path: Path) -> None:
+    with pytest.raises(InvalidParamsError, match="audit_log"):
+        tiny.generate("x", guard=GuardPolicy(audit_log=str(tmp_path / "no" / "such" / "folder.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", 0.0), ("threshold", 1.0), ("threshold", float("nan")), ("threshold", True), ("unit", 0),
+        ("unit", "word"), ("context_chars", -1), ("ladder", (-1.0,)), ("ladder", "2"), ("max_rewinds", -1),
+        ("max_rewinds", 1000), ("on_exhausted", "ignore"), ("scorer", 3), ("scorer", ""), ("scorer_timeout_s", 0.0),
+        ("scan_input", "yes"), ("on_event", 3), ("no_such_field", 1), ("max_unit_tokens", 0),
+    ],
+)  # fmt: skip
+def test_bad_policies_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidParamsError, match=field):
+        GuardPolicy(**{field: value})
+
+
+# -- the engine's side: a reply that is over and goes on after all
+
+
+def test_a_parked_reply_goes_on_as_if_it_never_stopped() -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "fr"))
+    greedy = DecodingParams(alpha=1.5, temperature=0.0, max_new_tokens=12, seed=1)
+    req, plain = request([5, 6, 7], greedy, keep=True)
+    engine.submit(req)
+    neighbour, other = request([9, 8], greedy.replace(max_new_tokens=60), keep=True)
+    engine.submit(neighbour)
+    plain.wait()
+
+    for back in (1, 5, 12):
+        req, sink = request([5, 6, 7], greedy, keep=True)
+        answers: list[Any] = [None, None, None, Rewind(back), None, Ended("stop")]
+        sink.on_end = lambda reason, answers=answers: answers.pop(0)  # type: ignore[method-assign]
+        engine.submit(req)
+        sink.wait()
+        assert sink.outcome == "stop"
+        kept = 12 - back
+        again = sink.steps[:kept] + sink.steps[12:]
+        assert [step.token_id for step in again] == plain.ids
+        for step, expected in zip(again, plain.steps, strict=True):
+            ids, p = step.distribution or ()
+            wanted_ids, wanted = expected.distribution or ()
+            assert dict(zip(ids.tolist(), p.tolist(), strict=True)) == pytest.approx(
+                dict(zip(wanted_ids.tolist(), wanted.tolist(), strict=True)), abs=1e-5
+            )
+    assert len(other.wait().ids) == 60
+    assert engine.stats().rows == 0
+    engine.close()
+
+
+# -- text that another model writes
+
+
+def in_pieces(text: str, size: int = 3) -> Iterator[str]:
+    return (text[i : i + size] for i in range(0, len(text), size))
+
+
+FOREIGN = "It rains. This is a bad day. We stay at home. And then"
+
+
+@pytest.mark.parametrize(
+    ("on_exhausted", "expected"),
+    [("replace", "It rains. [removed] We stay at home. And then"), ("stop", "It rains. ")],
+)
+def test_foreign_text(on_exhausted: str, expected: str) -> None:
+    events: list[Any] = []
+    policy = GuardPolicy(scorer=Scripted(with_letter("b")), on_exhausted=on_exhausted, context_chars=0)
+    assert "".join(guard_text(in_pieces(FOREIGN), policy, events.append)) == expected
+    assert [event.action for event in events] == [on_exhausted]
+
+    async def pieces() -> Any:
+        for piece in in_pieces(FOREIGN):
+            yield piece
+
+    async def joined() -> str:
+        return "".join([text async for text in aguard_text(pieces(), policy)])
+
+    assert asyncio.run(joined()) == expected
+    with pytest.raises(GuardError):
+        list(guard_text(in_pieces(FOREIGN), policy.replace(on_exhausted="raise")))
+
+
+@given(st.text(alphabet="abc .!?\n", max_size=80), st.integers(1, 9))
+@settings(deadline=None, max_examples=50)
+def test_foreign_text_that_is_fit_comes_whole(text: str, size: int) -> None:
+    policy = GuardPolicy(scorer=Scripted(lambda text: 0.0))
+    assert "".join(guard_text(in_pieces(text, size), policy)) == text
+
+
+def test_foreign_text_fails_closed() -> None:
+    released: list[str] = []
+    with pytest.raises(ScorerError):
+        released.extend(guard_text(in_pieces(FOREIGN), GuardPolicy(scorer=Scripted(lambda text: float("nan")))))
+    slow = GuardPolicy(scorer=Scripted(lambda text: 0.0, delay_s=1.0), scorer_timeout_s=0.05)
+    with pytest.raises(ScorerError, match="no answer"):
+        released.extend(guard_text(in_pieces(FOREIGN), slow))
+    assert released == []
