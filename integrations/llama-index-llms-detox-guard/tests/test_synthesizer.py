@@ -11,15 +11,15 @@ from llama_index.core.base.response.schema import PydanticResponse
 from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.llms import MockLLM
 from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
-from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
-
-from detox_guard import GuardError, GuardPolicy, Intervention, ScorerError, StepError
 from llama_index.llms.detox_guard import (
     DetoxiGenLLM,
     DetoxSynthesizer,
     detox_options,
     get_detox_response_synthesizer,
 )
+from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
+
+from detox_guard import GuardError, GuardPolicy, Intervention, ScorerError, StepError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +33,7 @@ MODES = list(ResponseMode)
 ASK_NOTHING = (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
 ACCUMULATES = (ResponseMode.ACCUMULATE, ResponseMode.COMPACT_ACCUMULATE)
 READ_NO_CONTEXT = (ResponseMode.NO_TEXT, ResponseMode.GENERATION)
-REWIND = Intervention(
-    unit=0, start=0, tokens=3, score=0.9, threshold=0.5, alpha=2.0, next_alpha=3.0, action="rewind"
-)
+REWIND = Intervention(unit=0, start=0, tokens=3, score=0.9, threshold=0.5, alpha=2.0, next_alpha=3.0, action="rewind")
 
 
 async def answered(
@@ -82,8 +80,7 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
         assert CLEAN in text
         assert report["interventions"]
     else:
-        assert "The library opens at nine." in text
-        assert "[removed]" in text
+        assert HELD in text
         assert report["interventions"]
     assert "stupid" not in text
     assert report["guard"] == ("decode" if ours and mode not in ASK_NOTHING else "hold")
@@ -116,8 +113,7 @@ async def test_tree_summarize_hands_the_guard_to_its_worker_threads(is_async: bo
 async def test_a_foreign_sentence_is_held_until_it_is_judged(is_async: bool, streaming: bool) -> None:
     with recorded_events() as events:
         text, response = await answered(synthesizer_for(ForeignLLM(), streaming=streaming), is_async=is_async)
-    assert text.startswith("The library opens at nine.")
-    assert "stupid" not in text
+    assert text == HELD
     (taken,) = response.metadata["detox"]["interventions"]
     assert (taken["where"], taken["score"], taken["action"]) == ("hold", 0.9, "replace")
     (event,) = events.named("DetoxInterventionEvent")
@@ -351,13 +347,13 @@ def test_it_wraps_any_synthesizer() -> None:
         def _update_prompts(self, prompts: dict[str, Any]) -> None: ...
 
     response = DetoxSynthesizer(Echo(llm=MockLLM()), policy=POLICY).synthesize(QUERY, nodes("a"))
-    assert str(response) in (HELD, HELD.split(" It")[0])
+    assert str(response) == HELD
 
 
 def test_prompts_are_packed_by_our_tokenizer() -> None:
-    engine = FakeEngine(context_window=400)
+    engine = FakeEngine(context_window=1000)
     synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine, max_new_tokens=20), response_mode="compact")
-    synthesizer.synthesize(QUERY, nodes("one two three " * 200))
+    synthesizer.synthesize(QUERY, nodes("one two three " * 400))
     sizes = [sum(len(engine.encode(m["content"])) for m in prompt.messages) for prompt, _ in engine.asked]
     assert len(sizes) > 1
-    assert max(sizes) <= 400
+    assert max(sizes) <= 980

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core import Settings
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.response_synthesizers.context_only import ContextOnly
+from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.postprocessor import DetoxNodePostprocessor
 from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["get_detox_response_synthesizer", "guard_chat_engine"]
 
+_ASK_NO_LLM = {ResponseMode.NO_TEXT: NoText, ResponseMode.CONTEXT_ONLY: ContextOnly}
 ChatEngine = TypeVar("ChatEngine", ContextChatEngine, CondensePlusContextChatEngine)
 
 
@@ -44,7 +49,13 @@ def get_detox_response_synthesizer(
         for name, helper in helpers.items():
             if factory_options.get(name) is None:
                 factory_options[name] = helper.from_llm_metadata(llm.metadata, tokenizer=llm.encode)
-    inner = get_response_synthesizer(llm=llm, response_mode=ResponseMode(response_mode), **factory_options)
+    mode = ResponseMode(response_mode)
+    if mode in _ASK_NO_LLM:  # upstream's factory keeps the LLM from these, and they then want one from `Settings`
+        taken = inspect.signature(BaseSynthesizer.__init__).parameters
+        options = {name: value for name, value in factory_options.items() if name in taken}
+        inner = _ASK_NO_LLM[mode](llm=llm, **options)
+    else:
+        inner = get_response_synthesizer(llm=llm, response_mode=mode, **factory_options)
     return DetoxSynthesizer(
         inner,
         policy=policy,

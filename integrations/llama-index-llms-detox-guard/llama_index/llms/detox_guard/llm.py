@@ -153,9 +153,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         return [response async for response in responses][-1]
 
     @llm_completion_callback()
-    async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> CompletionResponseAsyncGen:
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop; closing the generator frees the seat."""
         return await self._arun(Reply.as_completion, self._plain(prompt, formatted), kwargs)
 
