@@ -15,6 +15,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_completion_callback
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from detox_guard import Chunk, DecodingParams, Generation, Steering, Usage
@@ -207,6 +208,11 @@ class Callbacks(BaseCallbackHandler):
     def start_trace(self, trace_id: str | None = None) -> None: ...
 
     def end_trace(self, trace_id: str | None = None, trace_map: Any = None) -> None: ...
+
+
+def memory() -> ChatMemoryBuffer:
+    """A memory without a database: upstream's default one leaves its connection open."""
+    return ChatMemoryBuffer.from_defaults(token_limit=1000, tokenizer_fn=str.split)
 
 
 def nodes(*texts: str) -> list[NodeWithScore]:

@@ -16,7 +16,7 @@ from llama_index.llms.detox_guard import (
     get_detox_response_synthesizer,
     guard_chat_engine,
 )
-from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, recorded_events
+from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, memory, recorded_events
 
 from detox_guard import GuardPolicy
 
@@ -85,7 +85,9 @@ async def test_eight_queries_are_under_way_together(index: VectorStoreIndex) -> 
 
 
 def chat_engine(mode: str, index: VectorStoreIndex, llm: Any) -> Any:
-    return ENGINES[mode].from_defaults(retriever=index.as_retriever(), llm=llm, system_prompt="Be brief.")
+    return ENGINES[mode].from_defaults(
+        retriever=index.as_retriever(), llm=llm, memory=memory(), system_prompt="Be brief."
+    )
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
@@ -120,7 +122,7 @@ def test_a_simple_chat_engine_remembers() -> None:
     from llama_index.core.chat_engine import SimpleChatEngine
 
     fake = FakeEngine()
-    engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(engine=fake))
+    engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(engine=fake), memory=memory())
     assert str(engine.chat("Hello")) == CLEAN
     assert "".join(engine.stream_chat("Again").response_gen) == CLEAN
     assert len(fake.asked[1][0].messages) == 3

@@ -46,7 +46,7 @@ async def test_actions(action: str, kept: int, rude: bool, is_async: bool) -> No
     if kept == 3:
         assert "It closes at six." in texts[1]
         assert out[1].node.metadata == {"detox_guard": {"score": 0.9, "action": action}}
-        assert out[1].node.metadata_seperator not in texts[1].strip()  # the mark is nothing that an LLM reads
+        assert "0.9" not in texts[1]  # the mark is nothing that an LLM reads
     assert [node.node.get_content() for node in given] == TEXTS
     assert out[0] is given[0]
 
@@ -109,6 +109,7 @@ async def test_evaluator(text: str, passing: bool) -> None:
     assert result.feedback
 
 
+@pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # the runner's own
 def test_evaluator_in_the_batch_runner() -> None:
     runner = BatchEvalRunner({"toxicity": ToxicityEvaluator(WordScorer())}, workers=2)
     results = runner.evaluate_response_strs(queries=["a", "b"], response_strs=["Entry is free.", "How stupid."])

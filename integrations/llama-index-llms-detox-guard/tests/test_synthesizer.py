@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from llama_index.core import PromptTemplate
-from llama_index.core.base.response.schema import PydanticResponse
 from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.llms import MockLLM
 from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
@@ -183,7 +182,7 @@ async def test_structured_answers_are_judged_string_by_string(is_async: bool, st
     kwargs = {} if structured_llm else {"output_cls": Opening}
     synthesizer = synthesizer_for(llm.as_structured_llm(Opening) if structured_llm else llm, **kwargs)
     _, response = await answered(synthesizer, is_async=is_async)
-    answer = response.response if isinstance(response, PydanticResponse) else response.response
+    answer = response.response
     answer = answer if isinstance(answer, Opening) else Opening.model_validate_json(answer)
     assert answer == Opening(hour=9, remarks=["Do come.", "[removed]"])
     assert len(response.metadata["detox"]["interventions"]) == 1

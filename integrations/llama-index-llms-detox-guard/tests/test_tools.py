@@ -14,7 +14,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard import DetoxiGenLLM
-from llama_index_harness import FakeEngine
+from llama_index_harness import FakeEngine, memory
 
 
 def opening(day: str) -> str:
@@ -27,6 +27,10 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+pytestmark = [  # of llama-index-workflows: an agent's constructor looks at every member of itself, retired ones too
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning"),
+]
 TOOLS = [FunctionTool.from_defaults(opening), FunctionTool.from_defaults(add)]
 
 
@@ -141,17 +145,11 @@ async def test_as_structured_llm() -> None:
 
 # -- agents
 
-upstream_warns = pytest.mark.filterwarnings(  # an agent's constructor looks at every member of itself, retired ones too
-    "ignore::pydantic.warnings.PydanticDeprecatedSince20"
-)
-
-
-@upstream_warns
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_function_agent(streaming: bool) -> None:
     engine = FakeEngine([call("opening", day="Monday"), "It opens at nine on Monday."])
     agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine), streaming=streaming)
-    handler = agent.run("When does it open on Monday?")
+    handler = agent.run("When does it open on Monday?", memory=memory())
     deltas = [event.delta async for event in handler.stream_events() if isinstance(event, AgentStream)]
     result = await handler
     assert str(result) == "It opens at nine on Monday."
@@ -162,15 +160,13 @@ async def test_function_agent(streaming: bool) -> None:
     assert "tool_call" not in "".join(deltas)
 
 
-@upstream_warns
 async def test_function_agent_is_forced_to_its_first_tool() -> None:
     engine = FakeEngine([call("add", a=1, b=2), "Three."])
     agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine), initial_tool_choice="add")
-    assert str(await agent.run("One and two?")) == "Three."
+    assert str(await agent.run("One and two?", memory=memory())) == "Three."
     assert [params.grammar is not None for _, params in engine.asked] == [True, False]
 
 
-@upstream_warns
 async def test_react_agent_stops_before_it_invents_an_observation() -> None:
     engine = FakeEngine(
         [
@@ -180,7 +176,7 @@ async def test_react_agent_stops_before_it_invents_an_observation() -> None:
         tools=False,
     )
     agent = ReActAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine))
-    result = await agent.run("When does it open on Monday?")
+    result = await agent.run("When does it open on Monday?", memory=memory())
     assert str(result) == "At nine on Monday."
     assert [done.tool_output.content for done in result.tool_calls] == ["at nine on Monday"]
     assert all(params.stop == ("Observation:",) for _, params in engine.asked)
