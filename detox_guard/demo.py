@@ -40,16 +40,16 @@ def run_demo(guard: DetoxiGen, params: DecodingParams, output: Path, console: Co
     """Decode every prompt twice in one batch, show the pairs, and write the HTML page. Raises what failed."""
     pairs = make_pairs(PROMPTS, [params] * len(PROMPTS))
     started = time.monotonic()
-    run_all(guard, [reply for pair in pairs for reply in (pair.plain, pair.guarded)], words="Decoding the demo")
+    run_all(guard, [reply for pair in pairs for reply in pair.replies], words="Decoding the demo")
     wall_s = time.monotonic() - started
     for pair in pairs:
-        for reply in (pair.plain, pair.guarded):
+        for reply in pair.replies:
             if reply.error is not None:
                 raise reply.error
     score_pairs(pairs, load_scorer())
     show_pairs(console, pairs)
     console.print(summary(pairs))
-    tokens = sum(len(reply.generation.trace or ()) for p in pairs for reply in (p.plain, p.guarded) if reply.generation)
+    tokens = sum(len(reply.generation.trace or ()) for p in pairs for reply in p.replies if reply.generation)
     console.print(f"{tokens} tokens in {wall_s:.0f} s; scored by the embedded scorer.", style="dim")
     sections: Any = trace_sections(pairs)
     write_whole(output, render_page("detox-guard demo", sections))

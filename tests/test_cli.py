@@ -114,7 +114,7 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_every_field_has_an_option() -> None:
-    assert set(options._DECODING) | {"trace"} == set(DecodingParams.model_fields)
+    assert set(options._DECODING) | {"trace", "guard"} == set(DecodingParams.model_fields)
     assert set(options._TRAINING) == set(TrainingConfig.model_fields)
 
 
@@ -301,7 +301,7 @@ def test_chat_keeps_the_history_and_obeys_commands(loaded: tuple[str, ...], monk
 
     monkeypatch.setattr(DetoxiGen, "stream", watched)
     said = "hello\n\nand you?\n/alpha 3\n/system be kind\nhi\n/reset\nagain\n/quit\nnever read\n"
-    result = run("chat", "--max-new-tokens", "5", "--ignore-eos", *loaded, stdin=said)
+    result = run("chat", "--max-new-tokens", "8", "--seed", "3", "--ignore-eos", *loaded, stdin=said)
     assert result.exit_code == 0, result.stderr
     assert seen == [
         (["user"], 2.0),
@@ -324,6 +324,27 @@ def test_chat_compare_shows_both(loaded: tuple[str, ...]) -> None:
     assert result.exit_code == 0
     assert "guarded" in result.stdout
     assert "plain" in result.stdout
+
+
+def test_guard_options(loaded: tuple[str, ...], tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    words = ("generate", PROMPT, "--seed", "1", "--max-new-tokens", "12", *loaded)
+    plain = run(*words, "--json")
+    guarded = run(*words, "--json", "--guard-threshold", "0.0001", "--audit-log", log, "--compare")
+    (record,) = rows(guarded)
+    assert record["steered"]["text"] == rows(plain)[0]["text"]
+    assert record["finish_reason"] == "guard"
+    assert record["text"] == "[removed]"
+    assert record["usage"]["discarded_tokens"] > 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["action"] for line in lines] == [event["action"] for event in record["interventions"]]
+    shown = run(*words, "--guard-threshold", "0.0001", "--compare")
+    assert all(name in shown.stdout for name in ("plain", "steered", "guarded", "rewinds", "[removed]"))
+    talk = run("chat", "--guard", "--max-new-tokens", "5", *loaded, stdin="hi\n")
+    assert talk.exit_code == 0, talk.stderr
+    refused = run(*words, "--guard-threshold", "2")
+    assert refused.exit_code == 2
+    assert "threshold" in refused.stderr
 
 
 def test_chat_needs_a_template(tmp_path: Path) -> None:

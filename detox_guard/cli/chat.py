@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from detox_guard.params import DecodingParams
 
 if TYPE_CHECKING:
     from detox_guard.generation import DetoxiGen
+    from detox_guard.trace import Intervention
 
 __all__ = ["chat"]
 
@@ -41,10 +43,15 @@ def chat(
     dtype: options.Dtype = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    with_guard: options.Guard = False,
+    guard_threshold: options.GuardThreshold = None,
+    audit_log: options.AuditLog = None,
     **fields: Any,
 ) -> None:
     """Talk with the guarded model. Ctrl-C stops a reply, Ctrl-D or /quit ends; /help lists the commands."""
-    params = DecodingParams(**options.given(fields)).replace(trace=compare)
+    taken_back: SimpleQueue[Intervention] = SimpleQueue()
+    policy = options.guard_policy(with_guard, guard_threshold, audit_log, on_event=taken_back.put)
+    params = DecodingParams(**options.given(fields), trace=compare, guard=policy)
     guard = session.load_guard(
         model,
         detoxifier,
@@ -52,7 +59,7 @@ def chat(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        steered=params.alpha > 0,
+        steered=params.alpha > 0 or policy is not None,
     )
     with guard:
         if not guard.backbone.has_chat_template:
@@ -60,7 +67,7 @@ def chat(
                 f"{guard.backbone.id} has no chat template, so it cannot chat",
                 hint="take an instruction-tuned model, or complete plain text with: detox-guard generate",
             )
-        talk = _Talk(guard, params, compare, system)
+        talk = _Talk(guard, params, compare, system, taken_back)
         if session.stdin_is_terminal():
             stdout_console().print(f"[dim]{session.visible_name(guard.backbone.id)} · α {params.alpha:g} · /help[/]")
         talk.run()
@@ -74,6 +81,7 @@ class _Talk:
     params: DecodingParams
     compare: bool
     system: str | None
+    taken_back: SimpleQueue[Intervention] = field(default_factory=SimpleQueue)
     turns: list[dict[str, str]] = field(default_factory=list)
     failed: bool = False
 
@@ -140,6 +148,7 @@ class _Talk:
         try:
             with closing(self.guard.stream(messages, self.params)) as chunks:
                 for chunk in chunks:
+                    self._note(terminal)
                     pieces.append(chunk.text)
                     sys.stdout.write(visible(chunk.text) if terminal else chunk.text)
                     sys.stdout.flush()
@@ -149,14 +158,22 @@ class _Talk:
             print(flush=True)
         return "".join(pieces)
 
+    def _note(self, terminal: bool) -> None:
+        """Say dimly, where it happened, that something was taken back."""
+        while not self.taken_back.empty():
+            event = self.taken_back.get()
+            if terminal:
+                then = f", again at α {event.next_alpha:g}" if event.next_alpha is not None else f", {event.action}"
+                _say(f" ↶ {event.tokens} tokens taken back (score {event.score:.2f}){then} ", end="")
+
     def _compared(self, messages: list[dict[str, str]]) -> str:
         params = self.params if self.params.seed is not None else self.params.replace(seed=session.draw_seed())
         (pair,) = make_pairs([messages], [params])
         try:
-            session.run_all(self.guard, [pair.plain, pair.guarded], words="Replying")
+            session.run_all(self.guard, pair.replies, words="Replying")
         except KeyboardInterrupt:
             _say("(stopped)")
-        for reply in (pair.guarded, pair.plain):
+        for reply in pair.replies[::-1]:
             if reply.error is not None:
                 raise reply.error
         score_pairs([pair], session.load_named_scorer(None))

@@ -28,16 +28,26 @@ BETTER = 0.02
 
 @dataclass
 class Pair:
-    """One prompt, decoded without and with steering from one seed, and the scores of both texts."""
+    """One prompt, decoded without and with steering from one seed, and the scores of the texts.
+
+    Where a guard is asked for, `guarded` is steered and guarded, and `steered` is steering alone.
+    """
 
     plain: Reply
     guarded: Reply
     plain_score: float | None = None
     guarded_score: float | None = None
+    steered: Reply | None = None
+    steered_score: float | None = None
+
+    @property
+    def replies(self) -> list[Reply]:
+        """What is to be decoded, in the order shown."""
+        return [reply for reply in (self.plain, self.steered, self.guarded) if reply is not None]
 
     @property
     def whole(self) -> bool:
-        return self.plain.generation is not None and self.guarded.generation is not None
+        return all(reply.generation is not None for reply in self.replies)
 
     @property
     def gain(self) -> float:
@@ -46,9 +56,13 @@ class Pair:
 
 
 def make_pairs(prompts: Sequence[Prompt], params: Sequence[DecodingParams]) -> list[Pair]:
-    """Every prompt twice: with alpha 0, and as asked."""
+    """Every prompt with alpha 0, and as asked; where that has a guard, without it too."""
     return [
-        Pair(Reply(prompt, own.replace(alpha=0.0)), Reply(prompt, own))
+        Pair(
+            Reply(prompt, own.replace(alpha=0.0, guard=None)),
+            Reply(prompt, own),
+            steered=Reply(prompt, own.replace(guard=None)) if own.guard else None,
+        )
         for prompt, own in zip(prompts, params, strict=True)
     ]
 
@@ -58,9 +72,11 @@ def score_pairs(pairs: Sequence[Pair], scorer: ToxicityScorer) -> None:
     from detox_guard.scoring import checked_scores
 
     whole = [pair for pair in pairs if pair.whole]
-    scores = checked_scores(scorer, [reply.text for pair in whole for reply in (pair.plain, pair.guarded)])
-    for i, pair in enumerate(whole):
-        pair.plain_score, pair.guarded_score = scores[2 * i : 2 * i + 2]
+    scores = iter(checked_scores(scorer, [reply.text for pair in whole for reply in pair.replies]))
+    for pair in whole:
+        pair.plain_score = next(scores)
+        pair.steered_score = next(scores) if pair.steered else None
+        pair.guarded_score = next(scores)
 
 
 def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:
@@ -77,20 +93,30 @@ def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:
 
 
 def pair_table(pair: Pair) -> Table:
-    """Two columns of equal width: plain, guarded."""
+    """Columns of equal width: plain, steered if there is a guard, guarded."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=pair.guarded_score is not None, padding=(0, 1))
-    alpha = pair.guarded.params.alpha
-    table.add_column("plain", _footer(pair.plain_score), ratio=1, overflow="fold", header_style="dim")
+    alpha = f"α {pair.guarded.params.alpha:g}"
+    last = _footer(pair.guarded_score)
     note = _verdict(pair)
-    guarded_footer = _footer(pair.guarded_score)
     if note is not None and pair.guarded_score is not None:
-        guarded_footer = _footer(pair.guarded_score).append_text(note)
-    table.add_column(f"guarded · α {alpha:g}", guarded_footer, ratio=1, overflow="fold", header_style="dim")
-    table.add_row(_body(pair.plain), _body(pair.guarded))
+        last.append_text(note)
+    columns = [("plain", _footer(pair.plain_score)), (f"guarded · {alpha}{_taken_back(pair.guarded)}", last)]
+    if pair.steered is not None:
+        columns.insert(1, (f"steered · {alpha}", _footer(pair.steered_score)))
+    for name, footer in columns:
+        table.add_column(name, footer, ratio=1, overflow="fold", header_style="dim")
+    table.add_row(*map(_body, pair.replies))
     return table
+
+
+def _taken_back(reply: Reply) -> str:
+    """How often the guard took something back, for a heading."""
+    events = reply.generation.interventions if reply.generation else ()
+    rewinds = sum(event.action == "rewind" for event in events)
+    return f" · {rewinds} rewind{'s' * (rewinds != 1)}" if rewinds else ""
 
 
 def legend() -> Text:
@@ -123,13 +149,16 @@ def summary(pairs: Sequence[Pair]) -> str:
 
 
 def trace_sections(pairs: Sequence[Pair]) -> list[tuple[str, str, object]]:
-    """What `detox_guard.trace.render_page` takes: the plain reply and the guarded one of every whole pair."""
+    """What `detox_guard.trace.render_page` takes: the replies of every whole pair."""
     sections: list[tuple[str, str, object]] = []
     for pair in pairs:
         for name, reply, score in (
             ("plain", pair.plain, pair.plain_score),
+            ("steered", pair.steered, pair.steered_score),
             ("guarded", pair.guarded, pair.guarded_score),
         ):
+            if reply is None:
+                continue
             if reply.generation is not None and reply.generation.trace is not None:
                 caption = name if score is None else f"{name}, toxicity {score:.2f}"
                 sections.append((prompt_text(reply.prompt), caption, reply.generation.trace))

@@ -62,6 +62,9 @@ def generate(
     dtype: options.Dtype = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    with_guard: options.Guard = False,
+    guard_threshold: options.GuardThreshold = None,
+    audit_log: options.AuditLog = None,
     **fields: Any,
 ) -> None:
     """Complete prompts, or answer them with --chat, steered away from toxicity.
@@ -70,7 +73,8 @@ def generate(
     """
     if not prompts and file is None and session.stdin_is_terminal():
         raise typer.BadParameter("give prompts, a --file, or pipe them in", param_hint="PROMPTS")
-    params = DecodingParams(**options.given(fields))
+    policy = options.guard_policy(with_guard, guard_threshold, audit_log)
+    params = DecodingParams(**options.given(fields), guard=policy)
     params = params.replace(trace=params.trace and (compare or with_trace or trace is not None))
     if with_trace and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--with-trace")
@@ -85,7 +89,7 @@ def generate(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        steered=params.alpha > 0,
+        steered=params.alpha > 0 or policy is not None,
     )
     pairs = []
     for prompt in wanted:
@@ -93,7 +97,8 @@ def generate(
         broken = prompt if isinstance(prompt, DetoxGuardError) else None
         text = "" if isinstance(prompt, DetoxGuardError) else prompt
         pair = make_pairs([as_chat(text, system) if chat or system is not None else text], [own])[0]
-        pair.plain.error = pair.guarded.error = broken
+        for reply in pair.replies:
+            reply.error = broken
         pairs.append(pair)
     with guard:
         try:
@@ -144,7 +149,7 @@ def _batch(
     """Decode all together; print each as soon as it and those before it are done, and on Ctrl-C what there is."""
     console = stdout_console()
     owner = {id(pair.guarded): pair for pair in pairs}
-    replies = [reply for pair in pairs for reply in ((pair.plain, pair.guarded) if compare else (pair.guarded,))]
+    replies = [reply for pair in pairs for reply in (pair.replies if compare else [pair.guarded])]
     told: set[int] = set()
 
     def tell(reply: Reply) -> None:
@@ -167,7 +172,7 @@ def _batch(
         if compare and not as_json:
             assert judge is not None, "--compare loads a scorer"
             score_pairs(pairs, judge)
-            show_pairs(console, [pair for pair in pairs if pair.guarded.error is None or pair.plain.error is None])
+            show_pairs(console, [p for p in pairs if any(reply.error is None for reply in p.replies)])
             console.print(summary(pairs))
 
 
@@ -203,6 +208,8 @@ def _facts(reply: Reply, score: float | None) -> Any:
         return Text("cut off", "dim")
     usage = done.usage
     words = f"{done.finish_reason} · {usage.prompt_tokens} + {usage.completion_tokens} tokens · seed {done.seed}"
+    if done.interventions:
+        words += f" · {len(done.interventions)} interventions, {usage.discarded_tokens} tokens discarded"
     line = Text(words, "dim")
     return line if score is None else Text.assemble(line, (" · toxicity ", "dim"), score_text(score))
 
@@ -214,6 +221,8 @@ def _record(pair: Pair, judge: ToxicityScorer | None, compare: bool, with_trace:
     record: dict[str, Any] = {key: guarded.prompt, **_half(guarded, judge, with_trace)}
     if compare:
         record["plain"] = _half(pair.plain, judge, with_trace)
+        if pair.steered is not None:
+            record["steered"] = _half(pair.steered, judge, with_trace)
     return record
 
 
@@ -224,7 +233,8 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
     done = reply.generation
     if done is None:
         return {"text": reply.text, "finish_reason": "interrupted", "seed": reply.params.seed}
-    usage = {name: getattr(done.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens", "discarded_tokens")
+    usage = {name: getattr(done.usage, name) for name in counts}
     half: dict[str, Any] = {
         "text": done.text,
         "finish_reason": done.finish_reason,
@@ -232,6 +242,8 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
         "seed": done.seed,
         "alpha": reply.params.alpha,
     }
+    if reply.params.guard is not None:
+        half["interventions"] = [event.to_dict() for event in done.interventions]
     if judge is not None:
         half["score"] = _score(judge, reply)
     if with_trace and done.trace is not None:
@@ -244,7 +256,7 @@ def _write_page(path: Path, pairs: Sequence[Pair], compare: bool) -> None:
 
     whole = [pair for pair in pairs if pair.guarded.generation is not None]
     if whole:
-        sections: Any = [s for s in trace_sections(whole) if compare or not s[1].startswith("plain")]
+        sections: Any = [s for s in trace_sections(whole) if compare or s[1].startswith("guarded")]
         write_whole(path, render_page("detox-guard trace", sections))
 
 
@@ -252,7 +264,8 @@ def _finish(pairs: Sequence[Pair], compare: bool) -> None:
     """Report what failed. A lone prompt gives its error's own exit code; one among several gives 1."""
     failed = []
     for number, pair in enumerate(pairs, 1):
-        error = pair.guarded.error or (pair.plain.error if compare else None)
+        others = pair.replies if compare else []
+        error = next((reply.error for reply in (pair.guarded, *others) if reply.error), None)
         if error is not None:
             report(error, f"prompt {number}: " if len(pairs) > 1 else "")
             failed.append(error)

@@ -7,30 +7,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic_core import PydanticUndefined
 
 from detox_guard.params import DecodingParams
-from detox_guard.policy import Rule
+from detox_guard.policy import GuardPolicy, Rule
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from detox_guard.checked import Checked
 
 __all__ = [
+    "AuditLog",
     "Command",
     "Detoxifiers",
     "Device",
     "Dtype",
     "DtypeName",
+    "Guard",
+    "GuardThreshold",
     "Json",
     "Model",
     "Revision",
     "TrustRemoteCode",
     "decoding_options",
     "given",
+    "guard_policy",
     "training_options",
 ]
 
@@ -104,9 +109,33 @@ _TRAINING: Mapping[str, tuple[Any, str]] = {
     "notes": (str, "For the card."),
 }
 
+_GUARDING = "Guarding"
+Guard = Annotated[
+    bool,
+    typer.Option(
+        "--guard", help="Score each sentence before it is shown; decode again what fails.", rich_help_panel=_GUARDING
+    ),
+]
+GuardThreshold = Annotated[
+    float | None,
+    typer.Option(help="Highest score that is let through (default 0.5); implies --guard.", rich_help_panel=_GUARDING),
+]
+AuditLog = Annotated[
+    Path | None,
+    typer.Option(help="Append what the guard did as JSON lines; implies --guard.", rich_help_panel=_GUARDING),
+]
+
+
+def guard_policy(guard: bool, threshold: float | None, audit_log: Path | None, **fields: Any) -> GuardPolicy | None:
+    """The policy that the three options ask for; None where they ask for none."""
+    if not (guard or threshold is not None or audit_log is not None):
+        return None
+    asked: dict[str, Any] = {"threshold": threshold, "audit_log": None if audit_log is None else str(audit_log)}
+    return GuardPolicy(**{name: value for name, value in asked.items() if value is not None}, **fields)
+
 
 def decoding_options(command: Command) -> Command:
-    """The command, with an option for every field of `DecodingParams` but `trace`; they arrive in `**fields`."""
+    """The command, with options for all fields of `DecodingParams` but `trace` and `guard`; they come in `**fields`."""
     return _with_options(command, DecodingParams, _DECODING, "Decoding")
 
 
