@@ -242,7 +242,8 @@ async def test_dropping_everything_is_an_empty_response_with_a_report() -> None:
     text, response = await answered(synthesizer, is_async=False, context=["How stupid."])
     assert text == "Empty Response"
     assert len(response.metadata["detox"]["screened"]) == 1
-    assert [node.node.get_content() for node in response.source_nodes] == ["[removed]"]
+    (source,) = response.source_nodes
+    assert source.node.get_content().startswith("[removed")
 
 
 async def test_without_screening_the_context_is_read_as_it_is() -> None:

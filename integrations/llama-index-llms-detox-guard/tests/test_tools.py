@@ -130,6 +130,14 @@ async def test_structured_predict_decodes_under_the_schema(tools: bool, chat: bo
     assert all(params.grammar is not None for _, params in engine.asked)
 
 
+def test_a_grammar_sets_the_stops_of_the_llm_aside() -> None:
+    engine = FakeEngine([BOOK.model_dump_json(), "No.", "No."])
+    llm = DetoxiGenLLM(engine=engine, stop=[","], ignore_eos=True)
+    assert llm.structured_predict(Book, PROMPT, what="Emma") == BOOK
+    llm.chat([ChatMessage("Emma?")])
+    assert [(params.stop, params.ignore_eos) for _, params in engine.asked] == [((), False), ((",",), True)]
+
+
 def test_structured_predict_through_a_function_call() -> None:
     engine = FakeEngine([call("Book", title="Emma", pages=474)])
     llm = DetoxiGenLLM(engine=engine, pydantic_program_mode=PydanticProgramMode.FUNCTION)
@@ -144,6 +152,7 @@ async def test_as_structured_llm() -> None:
 
 
 # -- agents
+
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_function_agent(streaming: bool) -> None:

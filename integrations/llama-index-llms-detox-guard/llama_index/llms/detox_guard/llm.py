@@ -45,6 +45,7 @@ __all__ = ["DetoxiGenLLM"]
 
 _NO_LIMIT = 131_072  # for backbones without a limit of positions: the core's bound of one reply
 Shown = TypeVar("Shown", CompletionResponse, ChatResponse)
+_NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
 _REACT_STOP = ("Observation:",)
 
 
@@ -302,12 +303,14 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
             options["grammar"] = detox_guard.Grammar.tool_calls(
                 tools, name=None if name in ("any", "required", True) else name
             )
+        if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
+            options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
+        elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", engine.params.stop):
+            options["stop"] = _REACT_STOP
         params = engine.params.replace(**options)
         reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel)
         if isinstance(prompt, str):
             return reply, prompt, params
-        if not params.stop and is_react(prompt):
-            params = params.replace(stop=_REACT_STOP)
         if engine.has_chat_template:
             return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools)), params
         if tools:
