@@ -29,8 +29,10 @@ from detox_guard.errors import (
     StepError,
     UnsupportedBackboneError,
 )
+from detox_guard.grammar import Grammar
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.policy import GuardPolicy, Rung
+from detox_guard.tools import ToolCall, ToolCallStream, parse_tool_calls
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone, load_backbone
@@ -40,12 +42,15 @@ if TYPE_CHECKING:
     from detox_guard.hold import aguard_text, guard_text
     from detox_guard.reply import Chunk, Generation, Steering, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
+    from detox_guard.screening import Screened, screen
+    from detox_guard.text import ChatPrompt
     from detox_guard.trace import Intervention, Trace
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Backbone": "backbone",
+    "ChatPrompt": "text",
     "Chunk": "reply",
     "Detoxifier": "detoxifier",
     "DetoxifierCard": "detoxifier",
@@ -57,6 +62,7 @@ _LAZY = {
     "Intervention": "trace",
     "Steering": "reply",
     "SteeringStream": "detoxifier",
+    "Screened": "screening",
     "ToxicityScorer": "scoring",
     "Trace": "trace",
     "Usage": "reply",
@@ -64,12 +70,14 @@ _LAZY = {
     "guard_text": "hold",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
+    "screen": "screening",
 }
 
 __all__ = [
     "Backbone",
     "BackboneError",
     "BackboneNotFoundError",
+    "ChatPrompt",
     "Chunk",
     "DataError",
     "DecodingParams",
@@ -88,6 +96,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "Generation",
+    "Grammar",
     "GuardError",
     "GuardPolicy",
     "HuggingFaceScorer",
@@ -98,9 +107,12 @@ __all__ = [
     "RequestCancelledError",
     "Rung",
     "ScorerError",
+    "Screened",
     "Steering",
     "SteeringStream",
     "StepError",
+    "ToolCall",
+    "ToolCallStream",
     "ToxicityScorer",
     "Trace",
     "UnsupportedBackboneError",
@@ -110,6 +122,8 @@ __all__ = [
     "guard_text",
     "load_backbone",
     "load_scorer",
+    "parse_tool_calls",
+    "screen",
 ]
 
 

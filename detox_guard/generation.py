@@ -19,8 +19,9 @@ from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
 from detox_guard.sharing import shared_guard
-from detox_guard.text import Prompt, encode_prompt
+from detox_guard.text import Prompt, encode_prompt, template_of
 from detox_guard.threads import run_aside
+from detox_guard.tools import knows_tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -42,8 +43,9 @@ class DetoxiGen:
     """A local language model, steered away from toxicity while it decodes.
 
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
-    `batch` and their async twins take a plain string or chat messages (`[{"role": …, "content": …}, …]`), a
-    `DecodingParams`, and single fields of it as keywords: `guard.generate("Hi", alpha=3.0)`.
+    `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
+    `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
+    `guard.generate("Hi", alpha=3.0)`.
     """
 
     def __init__(
@@ -271,6 +273,11 @@ class DetoxiGen:
     def count_tokens(self, prompt: Prompt) -> int:
         """How many prompt tokens the backbone would read."""
         return len(encode_prompt(self.backbone, prompt))
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the backbone's chat template renders tools itself; if not, plain messages tell the model of them."""
+        return knows_tools(template_of(self.backbone))
 
     def stats(self) -> EngineStats:
         """Counters of the engine and what it holds now."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from detox_guard.checked import Checked
+from detox_guard.grammar import Grammar
 from detox_guard.policy import GuardPolicy, Rule
 
 __all__ = ["MAX_NEW_TOKENS", "DecodingParams", "EngineConfig"]
@@ -26,8 +27,9 @@ class DecodingParams(Checked):
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
-    (unless `ignore_eos`). `trace` keeps the figures of every step. `guard` checks text before it is released and
-    decodes what fails again; None is steering alone.
+    (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply itself, so `stop`,
+    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step. `guard` checks text
+    before it is released and decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -43,6 +45,7 @@ class DecodingParams(Checked):
     stop: Annotated[tuple[StopString, ...], Field(max_length=64)] = ()
     stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     trace: bool = True
     guard: GuardPolicy | None = None
 
@@ -62,6 +65,15 @@ class DecodingParams(Checked):
         if isinstance(value, str | int) and not isinstance(value, bool):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("grammar")
+    @classmethod
+    def _ends_itself(cls, value: Grammar | None, info: ValidationInfo) -> Grammar | None:
+        if value is not None:
+            for name in ("stop", "stop_token_ids", "ignore_eos"):
+                if info.data.get(name):
+                    raise ValueError(f"{name} cannot go with a grammar, which says itself where the reply ends")
+        return value
 
 
 class EngineConfig(Checked):

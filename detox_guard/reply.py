@@ -53,7 +53,10 @@ class Steering:
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole reply. `finish_reason`: "stop" (end token, stop string or stop id), "length", or "guard"."""
+    """A whole reply. `finish_reason`: "stop" (end token, stop string, stop id, end of the grammar), "length", "guard".
+
+    Under a grammar the text is whole only if that is "stop"; "guard" may have put its replacement into it.
+    """
 
     text: str
     finish_reason: Finish
@@ -102,7 +105,12 @@ class Reply:
         prompt_ids = encode_prompt(backbone, prompt)
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.request = Request(prompt_ids, params, seed, end_ids, self)
+        constraint = None
+        if params.grammar is not None:
+            from detox_guard.constraint import compile_grammar
+
+            constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
+        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
         self.params = params
         self.inbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         self.put: Callable[[Chunk | Exception], object] = self.inbox.put

@@ -25,7 +25,7 @@ class Nucleus(NamedTuple):
     log_p: Tensor
     """`[N, K]` their log-probabilities over the full vocabulary."""
     keep: Tensor
-    """`[N, K]` bool: in the nucleus. At least one a row."""
+    """`[N, K]` bool: in the nucleus, and possible at all (`log_p` above -inf). At least one a row."""
 
 
 def nucleus(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Nucleus:
@@ -38,7 +38,7 @@ def nucleus(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Nucleus:
     k_bound = torch.where(top_k > 0, top_k, vocab)
     if bool(((top_p >= 1) & (k_bound >= vocab)).all()):
         ids = torch.arange(vocab, device=log_p.device).expand(log_p.shape)
-        return Nucleus(ids, log_p, torch.ones_like(log_p, dtype=torch.bool))
+        return Nucleus(ids, log_p, log_p > -torch.inf)
     for width in (*(w for w in _WIDTHS if w < vocab), vocab):
         best, ids = log_p.topk(width, dim=-1)
         before = best.exp().cumsum(-1) - best.exp()
@@ -46,6 +46,7 @@ def nucleus(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Nucleus:
         open_p = (before < top_p.unsqueeze(-1)) | (top_p >= 1).unsqueeze(-1)
         keep = open_p & (rank < k_bound.unsqueeze(-1))
         keep[:, 0] = True
+        keep &= best > -torch.inf
         # Covered when the last candidate is already outside: then nothing further can be inside.
         if width == vocab or bool((~keep[:, -1]).all()):
             return Nucleus(ids, best, keep)

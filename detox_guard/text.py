@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import PromptError
+from detox_guard.tools import function_of, knows_tools, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,8 +17,24 @@ if TYPE_CHECKING:
 __all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt", "prompt_texts"]
 
 Message = Mapping[str, Any]
-"""One chat message: at least `role` and `content`, both str."""
-Prompt = str | Sequence[Message]
+"""One chat message: at least `role` and `content`, both str. See `ChatPrompt` for those of tools."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Chat messages, with the tools that the model may call. Taken wherever a prompt is.
+
+    `tools` are OpenAI-style: `{"type": "function", "function": {"name", "description", "parameters"}}`. An assistant's
+    message may carry `tool_calls` (`[{"id", "type": "function", "function": {"name", "arguments": dict}}]`), a result
+    has role "tool", and `tool_call_id` and `name`. The chat template renders all that if it knows tools
+    (`DetoxiGen.supports_tools`); else plain messages say it (`detox_guard.tools`).
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+Prompt = str | Sequence[Message] | ChatPrompt
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
@@ -30,8 +48,10 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         _check_text("prompt", prompt)
         ids = backbone.tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, ChatPrompt):
+        ids = _encode_messages(backbone, prompt.messages, prompt.tools)
     elif isinstance(prompt, list | tuple):
-        ids = _encode_messages(backbone, prompt)
+        ids = _encode_messages(backbone, prompt, ())
     else:
         raise PromptError("prompt", prompt, "a string or a list of chat messages")
     if not ids:
@@ -40,13 +60,23 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
 
 
 def prompt_texts(prompt: Prompt) -> list[str]:
-    """What a reader of the prompt reads: the string itself, or each message's content."""
-    return [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+    """What a reader of the prompt reads: the string itself, or each message's content (tool results too)."""
+    if isinstance(prompt, str):
+        return [prompt]
+    messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
+    return [str(message["content"]) for message in messages]
 
 
-def _encode_messages(backbone: Backbone, messages: Sequence[Message]) -> list[int]:
-    if not messages:
+def template_of(backbone: Backbone) -> str | None:
+    """The chat template, where there are several the one for tools; None without any."""
+    return backbone.tokenizer.get_chat_template(tools=[]) if backbone.has_chat_template else None
+
+
+def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    if not isinstance(messages, list | tuple) or not messages:
         raise PromptError("messages", messages, "at least one message")
+    for i, tool in enumerate(tools):
+        function_of(tool, f"tools[{i}]")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise PromptError(f"messages[{i}]", message, "a mapping with role and content")
@@ -58,9 +88,15 @@ def _encode_messages(backbone: Backbone, messages: Sequence[Message]) -> list[in
         )
     from jinja2 import TemplateError
 
+    native = knows_tools(template_of(backbone))
+    rendered = [dict(message) for message in messages] if native else with_tools(messages, tools)
     try:
         encoded: Any = backbone.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+            rendered,
+            tools=list(tools) if native and tools else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise PromptError(

@@ -1,6 +1,17 @@
 """The engine: token ids in, token ids out. Knows rows, caches and steps; knows no text and no framework."""
 
 from detox_guard.engine.scheduler import Engine, EngineStats
-from detox_guard.engine.types import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenStep
+from detox_guard.engine.types import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenConstraint, TokenStep
 
-__all__ = ["Ended", "Engine", "EngineStats", "Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenStep"]
+__all__ = [
+    "Ended",
+    "Engine",
+    "EngineStats",
+    "Finish",
+    "Request",
+    "Rewind",
+    "Sink",
+    "StreamSpec",
+    "TokenConstraint",
+    "TokenStep",
+]

@@ -100,6 +100,7 @@ class _Seat:
             self.seen,
             request.banned,
             request.keep_distributions,
+            None if request.constraint is None else request.constraint.allowed(),
         )
 
 
@@ -386,6 +387,7 @@ class _Worker:
         if seat.seen is not None:
             seat.seen = torch.unique(torch.cat([seat.seen, seat.seen.new_tensor([step.token_id])]))
         try:
+            whole = request.constraint is not None and request.constraint.accept(step.token_id)
             verdict = request.sink.on_token(step)
             if isinstance(verdict, Rewind):
                 self._rewind(seat, verdict.tokens)
@@ -395,6 +397,8 @@ class _Worker:
             return False
         if verdict is not None:
             return self._end(seat, verdict.reason)
+        if whole:
+            return self._end(seat, "stop")
         if len(seat.emitted) >= request.params.max_new_tokens:
             return self._end(seat, "length")
         return False
@@ -452,6 +456,8 @@ class _Worker:
         if not 0 < tokens <= len(seat.emitted):
             raise EngineError(f"rewind: {tokens} tokens, but {len(seat.emitted)} were emitted")
         del seat.emitted[len(seat.emitted) - tokens :]
+        if seat.request.constraint is not None:
+            seat.request.constraint.rollback(tokens)
         for row, start in zip(seat.rows, seat.starts, strict=True):
             self._cache.rewind(row, row.length - start - seat.kept)
         self._stats.tokens_rewound += tokens

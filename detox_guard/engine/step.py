@@ -1,7 +1,7 @@
 """One decoding decision for many requests at once: logits in, one `TokenStep` a request out. Knows no cache, no model.
 
-Order of operations, for every request on its own parameters: bans and repetition penalty (all its streams alike),
-temperature, the generator's nucleus, the plausibility floor, the contrast, the draw.
+Order of operations, for every request on its own parameters: constraint, bans and repetition penalty (all its streams
+alike), temperature, the generator's nucleus, the plausibility floor, the contrast, the draw.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Turn:
     banned: frozenset[int] = frozenset()
     """Ids that may not be chosen, whatever any stream says."""
     keep_distribution: bool = False
+    allowed: Tensor | None = None
+    """`[vocab]` bool: the tokens that its constraint leaves; all its streams live in them."""
 
     @property
     def guarded(self) -> bool:
@@ -67,8 +69,8 @@ class Chooser:
         for turn in turns:
             if turn.guarded and len(turn.rows) != 1 + streams:
                 raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
-            if turn.banned:
-                logits[torch.tensor(list(turn.rows)).unsqueeze(-1), torch.tensor(list(turn.banned))] = -torch.inf
+            if turn.banned or turn.allowed is not None:
+                logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(_ruled_out(turn, logits), -torch.inf)
             if turn.seen is not None:
                 for row in turn.rows:
                     penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)
@@ -87,7 +89,9 @@ class Chooser:
         sane = ~(log_gen.isnan().any(-1) | log_streams.isnan().any(-1).any(-1))
 
         top_k = torch.tensor([t.params.top_k for t in turns], device=self.device)
-        nuc = nucleus(log_gen.nan_to_num(nan=-torch.inf), self._column([t.params.top_p for t in turns]), top_k)
+        nuc = nucleus(
+            log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf), self._column([t.params.top_p for t in turns]), top_k
+        )
         keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
         at = nuc.ids.unsqueeze(1).expand(-1, streams, -1)
         p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams.gather(-1, at), alpha, keep)
@@ -116,7 +120,7 @@ class Chooser:
                 fallback.double(),
                 plain.double(),
                 (before * (nuc.ids == plain.unsqueeze(-1))).sum(-1).double(),
-                sane.double(),
+                (sane & ~p.isnan().any(-1)).double(),
             ],
             dim=-1,
         ).tolist()  # the one transfer to the host a step
@@ -136,7 +140,7 @@ class Chooser:
                 distribution=(nuc.ids[i].cpu(), p[i].cpu()) if turn.keep_distribution else None,
             )
             if f[9]
-            else StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
+            else _nothing_to_choose(turn)
             for i, (turn, f) in enumerate(zip(turns, figures, strict=True))
         ]
 
@@ -161,6 +165,21 @@ class Chooser:
 
     def _integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _ruled_out(turn: Turn, logits: Tensor) -> Tensor:
+    """`[vocab]` bool: what this turn may not choose."""
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool) if turn.allowed is None else turn.allowed
+    fit = allowed.clone()
+    fit[list(turn.banned)] = False
+    # Where the constraint leaves nothing else, the ban yields: who banned it will see it again.
+    return ~(fit if fit.any() else allowed).to(logits.device)
+
+
+def _nothing_to_choose(turn: Turn) -> StepError:
+    if turn.allowed is not None and not turn.allowed.any():
+        return StepError("the constraint allows no token", hint="simplify the grammar")
+    return StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
 
 
 def _first_max(p: Tensor, ids: Tensor) -> Tensor:

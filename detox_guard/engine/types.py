@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from detox_guard.params import DecodingParams
 
-__all__ = ["Ended", "Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenStep"]
+__all__ = ["Ended", "Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenConstraint", "TokenStep"]
 
 Finish = Literal["stop", "length", "guard"]
 """How a reply ended: an end token, stop string or stop id; `max_new_tokens`; or a guard that let no more through."""
@@ -90,6 +90,20 @@ class Sink(Protocol):
         """The request failed or was cancelled; no other call follows."""
 
 
+class TokenConstraint(Protocol):
+    """What one reply may be. Stateful, so of one request alone; the engine's thread calls it."""
+
+    def allowed(self) -> Tensor | None:
+        """`[vocab]` bool on the CPU: what may come next, end tokens included; None = anything. Must not raise: all
+        False fails the request."""
+
+    def accept(self, token_id: int) -> bool:
+        """A token was emitted. True if the reply is whole and nothing may follow. An exception fails the request."""
+
+    def rollback(self, tokens: int) -> None:
+        """The last `tokens` emitted tokens were taken back."""
+
+
 @dataclass(eq=False)
 class Request:
     """One reply to decode. `end_ids` are the ids that end it (they are not emitted); `seed` is already drawn.
@@ -103,9 +117,10 @@ class Request:
     end_ids: frozenset[int]
     sink: Sink
     keep_distributions: bool = False
+    constraint: TokenConstraint | None = None
     steered: bool = False
     banned: frozenset[int] = frozenset()
-    """Ids that the next token may not be."""
+    """Ids that the next token may not be, unless the constraint leaves no other."""
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self) -> None:
