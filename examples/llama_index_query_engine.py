@@ -1,10 +1,11 @@
 """A query engine over a folder of notes: `Settings.llm = DetoxiGenLLM()`, and nothing else in the program changes."""
 
+import itertools
 import re
 import zlib
 
 import numpy as np
-from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core import Document, PromptTemplate, Settings, VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.llms.detox_guard import DetoxiGenLLM, DetoxNodePostprocessor
 
@@ -14,6 +15,7 @@ NOTES = {
     "complaint": "I was told to pay a fine of two pounds. The clerk is a stupid idiot and everybody there is an idiot.",
     "fines": "A book that is late costs ten pence a day, at most two pounds. Children's books are never fined.",
 }
+QUESTION = PromptTemplate("{context_str}\n\nAnswer in one short sentence: {query_str}")
 
 
 class WordHashes(BaseEmbedding):
@@ -22,7 +24,7 @@ class WordHashes(BaseEmbedding):
     def _get_text_embedding(self, text: str) -> list[float]:
         words = [word.rstrip("s") for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 2]
         vector = np.full(512, 1e-6)
-        for feature in [*words, *map(" ".join, zip(words, words[1:], strict=False))]:
+        for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
             vector[zlib.crc32(feature.encode()) % 512] += 1
         return (vector / np.linalg.norm(vector)).tolist()
 
@@ -39,7 +41,11 @@ def main() -> None:
     Settings.tokenizer = llm.encode  # prompts are packed by the model's own tokens
     documents = [Document(text=text, metadata={"title": title}) for title, text in NOTES.items()]
     index = VectorStoreIndex.from_documents(documents)
-    engine = index.as_query_engine(similarity_top_k=2, node_postprocessors=[DetoxNodePostprocessor(action="mask")])
+    engine = index.as_query_engine(
+        similarity_top_k=2,
+        text_qa_template=QUESTION,  # the default model is small: it reads plain prompts best
+        node_postprocessors=[DetoxNodePostprocessor(action="mask")],
+    )
 
     for question in ("When does the library open on Saturdays?", "Who has to pay a fine of two pounds?"):
         response = engine.query(question)

@@ -42,17 +42,20 @@ def screen_nodes(
     reads it as it is. Flagged nodes carry `MARK`. Raises `ScorerError`.
     """
     texts = [node.node.get_content(MetadataMode.NONE) for node in nodes]
-    metadata = [node.node.get_metadata_str(MetadataMode.LLM) for node in nodes]
-    judged = detox_guard.screen([*texts, *metadata], scorer=scorer, threshold=threshold, action="mask")
+    options: dict[str, Any] = {"scorer": scorer, "threshold": threshold, "action": "mask"}
+    judged = detox_guard.screen(texts, **options)
+    # Metadata is judged in front of the text that it belongs to: by themselves a few words say little.
+    about = [" ".join(node.node.get_metadata_str(MetadataMode.LLM).split()) for node in nodes]
+    described = detox_guard.screen([f"{a} {t.text}" if a else "" for a, t in zip(about, judged, strict=True)], **options)
     out = []
-    for node, text, about in zip(nodes, judged[: len(nodes)], judged[len(nodes) :], strict=True):
-        score, flagged = max(text.score, about.score), text.flagged or about.flagged
+    for node, text, whole in zip(nodes, judged, described, strict=True):
+        score, flagged = max(text.score, whole.score), text.flagged or whole.flagged
         if not flagged:
             out.append(ScreenedNode(node, node, node, score, flagged))
             continue
         dispatcher.event(DetoxScreeningEvent(node_id=node.node_id, score=score, action=action))
         mark = {"score": round(score, 4), "action": action}
-        redacted = _copy(node, mark, text=text.text or "", bare=about.flagged)
+        redacted = _copy(node, mark, text=text.text or "", bare=whole.flagged)
         readable = {"drop": None, "mask": redacted, "mark": _copy(node, mark)}[action]
         out.append(ScreenedNode(node, readable, redacted, score, flagged))
     return out
