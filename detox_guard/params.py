@@ -84,8 +84,9 @@ class EngineConfig(Checked):
     None = the backbone's own limit. `max_cached_slots`: rows times the longest row, which is what the shared cache
     takes; a request that would exceed it waits for others to leave, so that one long prompt cannot fill the memory.
     `prefill_chunk`: prompt tokens computed between two decoding steps, so that a long prompt does not hold up the
-    streams that are running. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in oneDNN's blocked
-    layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
+    streams that are running. `prompt_cache_slots`: K/V slots kept of prompts that were computed lately, so that the
+    same prompt again costs nothing; 0 = none. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in
+    oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
     """
 
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
@@ -93,4 +94,5 @@ class EngineConfig(Checked):
     max_slots: Annotated[int, Field(ge=16)] | None = None
     max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
     prefill_chunk: Annotated[int, Field(ge=16)] = 512
+    prompt_cache_slots: Annotated[int, Field(ge=0)] = 4096
     pack_weights: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from harness import Recorder, decode, random_prompts, random_streams, request
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Engine, Rewind, StreamSpec, TokenStep
+from detox_guard.engine import Engine, Rewind, StreamSpec, TokenStep, scheduler
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -473,4 +473,32 @@ def test_a_request_that_would_overfill_the_cache_waits_its_turn() -> None:
     assert max(seats) == 1
     with pytest.raises(PromptTooLongError, match="at most 256 slots"):
         engine.submit(request([5] * 120, GREEDY)[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("kinds", ["r", "fr"])
+def test_an_equal_prompt_is_computed_once(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    prompts = random_prompts(backbone, 3, shortest=4)
+    fresh = Engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=0))
+    expected = [decode(fresh, [prompt], SAMPLED)[0].ids for prompt in prompts]
+    fresh.close()
+    computed: list[int] = []
+    start = scheduler.Prefill.__init__
+
+    def counted(self: Any, forward: Any, ids: Any, steered: Any) -> None:
+        computed.append(len(ids))
+        start(self, forward, ids, steered)
+
+    monkeypatch.setattr(scheduler.Prefill, "__init__", counted)
+    engine = Engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=200))
+    for _ in range(2):
+        assert [sink.ids for sink in decode(engine, prompts * 3, SAMPLED)] == expected * 3
+    assert sum(computed) == 3
+    # Neither an unguarded request nor another prompt takes what is not its own; and old ones are forgotten.
+    plain = decode(engine, [prompts[0]], SAMPLED.replace(alpha=0.0))[0]
+    assert not plain.steps[0].guarded
+    assert sum(computed) == 4
+    decode(engine, random_prompts(backbone, 12, shortest=20, seed=5), SAMPLED)
+    assert sum(len(rows) * rows[0][0][0].shape[2] for _, rows in engine._worker._recent.values()) <= 200
     engine.close()

@@ -108,7 +108,8 @@ def tinted(trace: Trace | None, text: str) -> Text:
         # Ink is set with the background, so that it reads on dark and light terminals alike.
         style = Style(color="#1c1b1a", bgcolor=f"rgb({red},{green},{blue})", underline=token.replaced)
         shown.append(visible(token.text), style)
-    return shown
+    # A guard's replacement is no token's.
+    return shown.append(visible(text[sum(len(token.text) for token in trace.tokens) :]))
 
 
 def score_text(score: float) -> Text:

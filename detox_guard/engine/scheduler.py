@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -196,6 +196,8 @@ class _Worker:
         # Requests out of the queue but not seated yet, in order, and their prompts' computation once it has begun.
         self._entering: list[Request] = []
         self._prefill: Prefill | None = None
+        # Prompts computed lately: (ids, steered) -> logits of the first token and K/V, a row a stream.
+        self._recent: OrderedDict[tuple[tuple[int, ...], bool], tuple[Tensor, list[LayerKV]]] = OrderedDict()
 
     # -- called from any thread
 
@@ -294,15 +296,23 @@ class _Worker:
             self._admit()
         if not self._entering:
             return
-        if self._prefill is None:
-            steered = [request.steered for request in self._entering]
-            self._prefill = Prefill(self._forward, [request.prompt_ids for request in self._entering], steered)
-        if not self._prefill.advance(self._config.prefill_chunk):
-            return
-        ready = self._prefill.finish()
-        self._prefill = None
+        # Equal prompts are computed once: samples of one prompt, a chat's retry, a question asked again.
+        asked = [(tuple(request.prompt_ids), request.steered) for request in self._entering]
+        missing = [key for key in dict.fromkeys(asked) if key not in self._recent]
+        if missing:
+            if self._prefill is None:
+                self._prefill = Prefill(self._forward, [ids for ids, _ in missing], [steered for _, steered in missing])
+            if not self._prefill.advance(self._config.prefill_chunk):
+                return
+            for key, (first, computed) in zip(missing, self._prefill.finish(), strict=True):
+                # Copies: what `finish` gives are views into tensors of the whole group.
+                copies: list[LayerKV] = [[(k.clone(), v.clone()) for k, v in layers] for layers in computed]
+                self._recent[key] = first.clone(), copies
+            self._prefill = None
         seated = []
-        for logits, rows in ready:
+        for key in asked:
+            self._recent.move_to_end(key)
+            logits, rows = self._recent[key]
             request = self._entering[0]
             seat = _Seat(request, logits)
             if request.params.repetition_penalty != 1.0:
@@ -313,7 +323,16 @@ class _Worker:
                 self._seats.append(seat)
                 del self._entering[0]
             seated.append(seat)
+        self._forget_prompts()
         self._emit(seated, None)
+
+    def _forget_prompts(self) -> None:
+        """Drop the prompts that were used longest ago, down to the configured size."""
+        slots = {key: len(rows) * rows[0][0][0].shape[2] for key, (_, rows) in self._recent.items()}
+        total = sum(slots.values())
+        while self._recent and total > self._config.prompt_cache_slots:
+            key, _ = self._recent.popitem(last=False)
+            total -= slots[key]
 
     def _admit(self) -> None:
         """Take requests from the queue in arrival order: a group whose prompts fit one chunk, or one longer prompt."""
