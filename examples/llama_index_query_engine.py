@@ -15,7 +15,7 @@ NOTES = {
     "complaint": "I was told to pay a fine of two pounds. The clerk is a stupid idiot and everybody there is an idiot.",
     "fines": "A book that is late costs ten pence a day, at most two pounds. Children's books are never fined.",
 }
-QUESTION = PromptTemplate("{context_str}\n\nAnswer in one short sentence: {query_str}")
+QUESTION = PromptTemplate("Read this:\n{context_str}\n\nNow answer in one sentence. {query_str}")
 
 
 class WordHashes(BaseEmbedding):
@@ -36,7 +36,7 @@ class WordHashes(BaseEmbedding):
 
 
 def main() -> None:
-    llm = DetoxiGenLLM(max_new_tokens=32, temperature=0.0)
+    llm = DetoxiGenLLM(max_new_tokens=32, temperature=0.3, seed=1)
     Settings.llm, Settings.embed_model = llm, WordHashes()
     Settings.tokenizer = llm.encode  # prompts are packed by the model's own tokens
     documents = [Document(text=text, metadata={"title": title}) for title, text in NOTES.items()]
