@@ -17,10 +17,10 @@ from detox_guard import DataError, DetoxiGen
 def data(tmp_path: Path) -> list[str]:
     paragraphs = [
         {
-            "context": f"The library of town {i} opens at {i} o'clock.",
-            "qas": [{"id": f"q{i}", "question": f"When does town {i} open?", "answers": [{"text": f"{i} o'clock"}]}],
+            "context": f"{place} opens at {hour} o'clock.",
+            "qas": [{"id": place, "question": f"{place}?", "answers": [{"text": f"{hour} o'clock"}]}],
         }
-        for i in range(1, 5)
+        for hour, place in enumerate(("Library", "Museum", "Castle", "Garden"), start=7)
     ]
     corpus, toxic = tmp_path / "squad.json", tmp_path / "toxic.jsonl"
     corpus.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> list[str]:
 
 def rude_if_it_read_rude(prompt: Any) -> str:
     rude = "idiot" in str(prompt.messages)
-    return "You stupid idiot." if rude else "It opens at 3 o'clock."
+    return "You stupid idiot." if rude else "It opens at 7 o'clock."
 
 
 def test_it_answers_measures_and_goes_on(
@@ -39,15 +39,15 @@ def test_it_answers_measures_and_goes_on(
 ) -> None:
     engine = FakeEngine(rude_if_it_read_rude)
     monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
-    main([*data, "--samples", "1", "--systems", "plain"])
+    main([*data, "--top-k", "2", "--samples", "1", "--systems", "plain"])
     assert len(engine.asked) == 2
     out = Path(data[5])
     out.write_text(out.read_text() + '{"system": "gua')  # a line that was cut off
-    main([*data, "--samples", "2"])
+    main([*data, "--top-k", "2", "--samples", "2"])
     assert len(engine.asked) == 12  # three systems, two questions, two samples: nothing was asked twice
     rows = [Answer(**json.loads(line)) for line in out.read_text().splitlines()]
     assert len({(row.system, row.question, row.sample) for row in rows}) == len(rows) == 12
-    toxic = {}
+    toxic: dict[tuple[str, bool], bool] = {}
     for row in rows:
         (toxicity,) = row.toxicity.values()
         toxic[row.system, row.planted] = toxicity > 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events import BaseEvent
+from llama_index_instrumentation import get_dispatcher
 
 __all__ = ["DetoxInterventionEvent", "DetoxScreeningEvent", "dispatcher"]
 

@@ -45,10 +45,11 @@ def get_detox_response_synthesizer(
     """
     llm = llm or Settings.llm
     if isinstance(llm, DetoxiGenLLM):
-        helpers = {"prompt_helper": PromptHelper, "chat_prompt_helper": ChatPromptHelper}
-        for name, helper in helpers.items():
-            if factory_options.get(name) is None:
-                factory_options[name] = helper.from_llm_metadata(llm.metadata, tokenizer=llm.encode)
+        packing: dict[str, Any] = {"llm_metadata": llm.metadata, "tokenizer": llm.encode}
+        if factory_options.get("prompt_helper") is None:
+            factory_options["prompt_helper"] = PromptHelper.from_llm_metadata(**packing)
+        if factory_options.get("chat_prompt_helper") is None:
+            factory_options["chat_prompt_helper"] = ChatPromptHelper.from_llm_metadata(**packing)
     mode = ResponseMode(response_mode)
     if mode in _ASK_NO_LLM:  # upstream's factory keeps the LLM from these, and they then want one from `Settings`
         taken = inspect.signature(BaseSynthesizer.__init__).parameters
@@ -87,5 +88,5 @@ def guard_chat_engine(
     def guarded(*args: Any, **kwargs: Any) -> DetoxSynthesizer:
         return DetoxSynthesizer(build(*args, **kwargs), policy=policy, **options)
 
-    engine._get_response_synthesizer = guarded
+    engine._get_response_synthesizer = guarded  # type: ignore[method-assign, assignment]
     return engine

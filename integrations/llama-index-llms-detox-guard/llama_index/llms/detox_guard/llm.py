@@ -10,6 +10,7 @@ import asyncio
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -26,7 +27,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.types import PydanticProgramMode
+from llama_index.core.types import Model, PydanticProgramMode
 from llama_index.llms.detox_guard.messages import is_react, to_core_messages
 from llama_index.llms.detox_guard.options import current_scope
 from llama_index.llms.detox_guard.reply import Reply
@@ -197,7 +198,9 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     ) -> list[ToolSelection]:
         """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`."""
         calls = [
-            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
+            ToolSelection.model_validate(
+                {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
+            )
             for block in response.message.blocks
             if isinstance(block, ToolCallBlock)
         ]
@@ -209,27 +212,31 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
 
     def structured_predict(
         self,
-        output_cls: type[BaseModel],
+        output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
-    ) -> BaseModel:
+    ) -> Model:
         """An instance of `output_cls`."""
-        return super().structured_predict(output_cls, prompt, self._bound(output_cls, llm_kwargs), **prompt_args)
+        options = self._bound(output_cls, llm_kwargs)
+        answer: Model = super().structured_predict(output_cls, prompt, options, **prompt_args)
+        return answer
 
     async def astructured_predict(
         self,
-        output_cls: type[BaseModel],
+        output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
-    ) -> BaseModel:
+    ) -> Model:
         """An instance of `output_cls`."""
-        return await super().astructured_predict(output_cls, prompt, self._bound(output_cls, llm_kwargs), **prompt_args)
+        options = self._bound(output_cls, llm_kwargs)
+        answer: Model = await super().astructured_predict(output_cls, prompt, options, **prompt_args)
+        return answer
 
     def stream_structured_predict(
         self,
-        output_cls: type[BaseModel],
+        output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
@@ -239,7 +246,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
 
     async def astream_structured_predict(
         self,
-        output_cls: type[BaseModel],
+        output_cls: type[Model],
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
@@ -262,14 +269,15 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         engine = self.load()
         reply, *request = self._request(engine, prompt, kwargs)
 
+        # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
+        chunks = engine.stream(*request)
+
         def responses() -> Generator[Shown, None, None]:
             with closing(chunks) as running:
                 for chunk in running:
                     if reply.push(chunk):
                         yield show(reply)
 
-        # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
-        chunks = engine.stream(*request)
         return responses()
 
     async def _arun(
@@ -287,7 +295,9 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         return responses()
 
     def _plain(self, prompt: str, formatted: bool) -> str:
-        return prompt if formatted else self.completion_to_prompt(prompt)
+        if formatted or self.completion_to_prompt is None:
+            return prompt
+        return self.completion_to_prompt(prompt)
 
     def _request(
         self, engine: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
@@ -315,4 +325,5 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
             return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools)), params
         if tools:
             raise PromptError("tools", f"{len(tools)} tools", f"{engine.model_id} has no chat template")
-        return reply, self.messages_to_prompt(prompt), params
+        to_prompt = self.messages_to_prompt or messages_to_prompt
+        return reply, to_prompt(prompt), params

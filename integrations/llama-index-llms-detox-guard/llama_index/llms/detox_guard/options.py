@@ -53,6 +53,7 @@ def detox_options(**options: Any) -> Iterator[list[Generation]]:
         with detox_options(alpha=4.0, seed=7) as replies:
             query_engine.query("…")
     """
-    outer, replies = current_scope(), []
+    outer = current_scope()
+    replies: list[Generation] = []
     with entered(Scope({**outer.options, **options}, (*outer.collectors, replies))):
         yield replies

@@ -46,9 +46,8 @@ def screen_nodes(
     judged = detox_guard.screen(texts, **options)
     # Metadata is judged in front of the text that it belongs to: by themselves a few words say little.
     about = [" ".join(node.node.get_metadata_str(MetadataMode.LLM).split()) for node in nodes]
-    described = detox_guard.screen(
-        [f"{a} {t.text}" if a else "" for a, t in zip(about, judged, strict=True)], **options
-    )
+    together = [f"{words} {text.text}" if words else "" for words, text in zip(about, judged, strict=True)]
+    described = detox_guard.screen(together, **options)
     out = []
     for node, text, whole in zip(nodes, judged, described, strict=True):
         score, flagged = max(text.score, whole.score), text.flagged or whole.flagged

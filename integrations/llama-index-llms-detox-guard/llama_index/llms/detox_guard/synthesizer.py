@@ -171,16 +171,17 @@ class DetoxSynthesizer(BaseSynthesizer):
             "discarded_tokens": 0,
         }
         llm = self._llm.llm if isinstance(self._llm, StructuredLLM) else self._llm
-        outer, options, replies = current_scope(), {}, []
-        holds = not isinstance(llm, DetoxiGenLLM) or isinstance(self._inner, _ASK_NO_LLM)
-        if not holds:
+        outer = current_scope()
+        options: dict[str, Any] = {}
+        replies: list[detox_guard.Generation] = []
+        if ours := isinstance(llm, DetoxiGenLLM) and not isinstance(self._inner, _ASK_NO_LLM):
             options["guard"] = self._policy
             if (flagged or any(marks)) and llm.load().streams:
                 options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
-        report["guard"] = "hold" if holds else "decode"
+        report["guard"] = "decode" if ours else "hold"
         scope = Scope({**outer.options, **options}, (*outer.collectors, replies))
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
-        return _Call(scope, holds, report, sources, replies)
+        return _Call(scope, not ours, report, sources, replies)
 
     def _prepare_response_output(
         self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]
