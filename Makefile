@@ -21,8 +21,12 @@ bench: .venv/.installed
 	.venv/bin/detox-guard bench
 
 # Toxicity, perplexity and diversity on your copy of RealToxicityPrompts-style rows: make eval PROMPTS=file.jsonl
+# A run that was cut off goes on where it was; SAMPLES=8 is enough for a first look on a CPU.
+SAMPLES ?= 25
 eval: .venv/.installed-dev
-	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --judge embedded --judge profanity-check
+	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --samples $(SAMPLES) --output out/eval --judge embedded \
+	  --judge profanity-check --method default --method detoxigen --method resample --method guard
+	.venv/bin/detox-guard report out/eval --output out/report
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .

@@ -89,7 +89,7 @@ class GrammarConstraint:
         if not self._way and self._left <= self._look_at and not self._matcher.is_error():
             way = self._way_out()
             spare = self._left - len(way) - self._spare
-            if way and spare <= 0:
+            if way and spare <= 0 and max(way) < self._vocab_size:
                 self._way = way
             # A token seldom makes the way longer by more than two: until a quarter of the time is gone, all is well.
             self._look_at = self._left - max(1, spare // 4)

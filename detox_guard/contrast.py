@@ -69,6 +69,9 @@ def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`KL(p‖q)` in nats over the last axis; terms where p is zero count as zero."""
     p = log_p.exp()
+    divergence: Tensor = torch.linalg.vecdot(p, log_p - log_q)
+    if bool(divergence.isfinite().all()):
+        return divergence
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros((), dtype=p.dtype, device=p.device)).sum(-1)
 
 

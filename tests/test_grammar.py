@@ -152,8 +152,8 @@ def test_a_stream_is_the_reply_and_can_be_left(guard: DetoxiGen) -> None:
 @pytest.mark.parametrize(("at", "back"), [(0, 1), (6, 3), (6, 7), (40, 30)])
 def test_a_rewind_takes_the_grammar_back_too(alpha: float, at: int, back: int) -> None:
     backbone = make_tiny_backbone("llama")
-    schema = {"type": "array", "items": PERSON, "minItems": 3}
-    params = DecodingParams(grammar=Grammar.json_schema(schema), alpha=alpha, max_new_tokens=250)
+    schema = {"type": "array", "items": PERSON, "minItems": 2}
+    params = DecodingParams(grammar=Grammar.json_schema(schema), alpha=alpha, max_new_tokens=120)
     texts = []
     engine = Engine(backbone, random_streams(backbone, "r"))
     for rewinds in (0, 1):

@@ -81,17 +81,16 @@ class Chooser:
         greedy = torch.tensor([t.params.temperature == 0 for t in turns], device=self.device)
         warmth = self._column([t.params.temperature or 1.0 for t in turns])
         alpha = self._column([t.params.alpha for t in turns])
-        gen_logits = logits[rows[:, 0]]
-        log_gen = (gen_logits / warmth.unsqueeze(-1)).log_softmax(-1)
-        log_streams = (
-            (logits[rows[:, 1:]] / warmth[:, None, None]).log_softmax(-1) if streams else log_gen[:, None][:, :0]
-        )
-        sane = ~(log_gen.isnan().any(-1) | log_streams.isnan().any(-1).any(-1))
+        plain = logits.argmax(-1)[rows[:, 0]]
+        log_p = self._warmed(logits, rows, warmth).log_softmax(-1)
+        log_gen, log_streams = log_p[rows[:, 0]], log_p[rows[:, 1:]]
+        # A NaN or +inf anywhere in a row makes the whole row NaN, so one column tells.
+        sane = ~(log_gen[:, 0].isnan() | log_streams[:, :, 0].isnan().any(-1))
+        if not sane.all():
+            log_gen = log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
         top_k = torch.tensor([t.params.top_k for t in turns], device=self.device)
-        nuc = nucleus(
-            log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf), self._column([t.params.top_p for t in turns]), top_k
-        )
+        nuc = nucleus(log_gen, self._column([t.params.top_p for t in turns]), top_k)
         keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
         at = nuc.ids.unsqueeze(1).expand(-1, streams, -1)
         p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams.gather(-1, at), alpha, keep)
@@ -101,7 +100,6 @@ class Chooser:
         )
         pick = torch.where(greedy, _first_max(p, nuc.ids), drawn)
         token = nuc.ids.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
-        plain = gen_logits.argmax(-1)
         # alpha = 0 is a bypass, not a contrast of strength zero: greedy is the argmax that `model.generate` takes.
         token = torch.where(greedy & (alpha == 0), plain, token)
         chosen = nuc.ids == token.unsqueeze(-1)
@@ -143,6 +141,14 @@ class Chooser:
             else _nothing_to_choose(turn)
             for i, (turn, f) in enumerate(zip(turns, figures, strict=True))
         ]
+
+    def _warmed(self, logits: Tensor, rows: Tensor, warmth: Tensor) -> Tensor:
+        """`logits` over each row's temperature."""
+        if bool((warmth == 1).all()):
+            return logits
+        by_row = torch.ones(len(logits), device=self.device)
+        by_row[rows] = warmth.unsqueeze(-1)
+        return logits.div_(by_row.unsqueeze(-1))
 
     def _mix(
         self, turns: Sequence[Turn], log_gen: Tensor, log_streams: Tensor, alpha: Tensor, keep: Tensor
