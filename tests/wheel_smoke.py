@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import detox_guard
 import langchain_detox_guard
 from llama_index.llms import detox_guard as llama_index_detox_guard
+
+import detox_guard
 
 for module in (detox_guard, langchain_detox_guard, llama_index_detox_guard):
     where = Path(str(module.__file__)).resolve()
