@@ -3,33 +3,53 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench eval scorer clean
+LANGCHAIN = integrations/langchain-detox-guard
+LLAMA_INDEX = integrations/llama-index-llms-detox-guard
+# One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
+PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
+
+.PHONY: demo test check wheels bench bench-rag eval clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
 
-test: check
-	.venv/bin/python -m pytest
+test: check wheels
+	$(PYTEST)
+	cd $(LANGCHAIN) && $(PYTEST)
+	cd $(LLAMA_INDEX) && $(PYTEST)
 
 check: .venv/.installed-dev
-	.venv/bin/ruff check detox_guard tests examples
-	.venv/bin/ruff format --check detox_guard tests examples
+	.venv/bin/ruff check detox_guard tests examples integrations
+	.venv/bin/ruff format --check detox_guard tests examples integrations
 	.venv/bin/mypy
+
+# The three wheels, in an environment that holds nothing else of this project.
+wheels: .venv/.installed-dev
+	rm -rf build/wheels build/clean
+	.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . $(LANGCHAIN) $(LLAMA_INDEX)
+	.venv/bin/python -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --no-deps --no-index build/wheels/*.whl
+	.venv/bin/python -c "import site; print(site.getsitepackages()[0])" > build/clean/others.txt
+	cd build/clean && PYTHONPATH="$$(cat others.txt)" bin/python $(CURDIR)/tests/wheel_smoke.py
 
 # Speed against plain generate, on the default backbone: the table in the README.
 bench: .venv/.installed
 	.venv/bin/detox-guard bench
 
 # Toxicity, perplexity and diversity on your copy of RealToxicityPrompts-style rows: make eval PROMPTS=file.jsonl
+# A run that was cut off goes on where it was; SAMPLES=8 is enough for a first look on a CPU.
+SAMPLES ?= 25
 eval: .venv/.installed-dev
-	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --judge embedded --judge profanity-check
+	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --samples $(SAMPLES) --output out/eval --judge embedded \
+	  --judge profanity-check --method default --method detoxigen --method resample --method guard
+	.venv/bin/detox-guard report out/eval --output out/report
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt | .venv
-	$(PIP) --editable ".[dev]"
+.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml | .venv
+	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]"
 	@touch $@ .venv/.installed
 
 .venv:

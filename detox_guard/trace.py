@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Intervention", "TokenTrace", "Trace"]
+__all__ = ["LEGEND", "STYLE", "Intervention", "TokenTrace", "Trace", "render_page", "render_section"]
 
 _STRONG_NATS = 2.0
 
@@ -105,16 +105,17 @@ class Trace:
 
 def render_page(title: str, replies: Sequence[tuple[str, str, Trace]]) -> str:
     """One page for several replies, each `(prompt, caption, trace)`."""
-    body = "".join(_section(prompt, caption, trace) for prompt, caption, trace in replies)
+    body = "".join(render_section(prompt, caption, trace) for prompt, caption, trace in replies)
     name = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{name}</h1><p class=legend>{_LEGEND}</p>{body}</body></html>\n"
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
+        f"<body><h1>{name}</h1><p class=legend>{LEGEND}</p>{body}</body></html>\n"
     )
 
 
-def _section(prompt: str, caption: str, trace: Trace) -> str:
+def render_section(prompt: str, caption: str, trace: Trace) -> str:
+    """One reply as a fragment for a page that has `STYLE`."""
     fallbacks = sum(token.fallback for token in trace.tokens)
     facts = [
         f"{len(trace)} tokens",
@@ -164,12 +165,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-_LEGEND = (
+LEGEND = (
     "The darker the tint, the harder the token was steered (KL from the plain model). "
     "Underlined: the plain model's first choice was another token. ↶: text that was taken back. "
     "Hover or tab for figures."
 )
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--ink:#1c1b1a;--paper:#fdfcfa;--soft:#77726b;--tint:230,126,34;--line:#e2ddd5}
 @media(prefers-color-scheme:dark){:root{--ink:#ece8e1;--paper:#1b1a19;--soft:#9a948b;--tint:224,142,69;--line:#3a3733}}
 body{font:17px/1.7 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:46rem;margin:2.5rem auto;

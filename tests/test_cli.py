@@ -106,7 +106,7 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "info", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "utility", "report", "info", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -413,11 +413,14 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
     assert page.read_text(encoding="utf-8").count("<section>") == 16
 
 
-@pytest.mark.parametrize(("command", "module"), [("bench", "bench.run_bench"), ("eval", "report.run_eval")])
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("bench", "bench.run_bench"), ("eval", "harness.run_eval"), ("utility", "utility.run_utility")],
+)
 def test_measuring_commands_hand_on_every_option(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each keyword of `run_bench` and `run_eval` can be given, but the eval's own progress switch."""
+    """Each keyword of what measures can be given, but the switch of its own bars."""
     import importlib
     import inspect
 
@@ -437,13 +440,14 @@ def test_measuring_commands_hand_on_every_option(
         return Report()
 
     monkeypatch.setattr(f"{place}.{name}", measured)
-    flags = {"judges": "--judge", "alphas": "--alpha", "rules": "--rule"}
+    flags = {"judges": "--judge", "alphas": "--alpha", "methods": "--method", "lm_judges": "--lm-judge"}
     values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
-    values |= {"dtype": "float32", "judges": "embedded", "rules": "dexperts"}
+    values |= dict.fromkeys(("xquad", "wikitext", "bold"), tmp_path)
+    values |= {"dtype": "float32", "judges": "embedded", "methods": "plain"}
     words = []
     for keyword in wanted:
         flag = flags.get(keyword, "--" + keyword.replace("_", "-"))
-        words += [flag] if keyword == "quick" else [flag, str(values.get(keyword, 2))]
+        words += [flag] if keyword in ("quick", "chat") else [flag, str(values.get(keyword, 2))]
     assert rows(run(command, *words, "--json")) == [{"fine": True}]
     assert set(asked) == wanted
     assert "a table" in run(command, *words).stdout

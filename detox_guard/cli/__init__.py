@@ -88,6 +88,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": measure.demo,
     "train": train.train,
     "eval": measure.evaluate,
+    "utility": measure.utility,
+    "report": measure.report,
     "bench": measure.bench,
     "info": info.info,
 }

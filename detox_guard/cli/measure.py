@@ -1,4 +1,4 @@
-"""`detox-guard demo`, `bench` and `eval`: thin fronts of what measures. Know options; know no figures."""
+"""`detox-guard demo`, `bench`, `eval`, `utility`, `report`: thin fronts of what measures. Know options, no figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import typer
 
 from detox_guard.cli import options, session
 from detox_guard.cli.console import prepare_file, stdout_console
+from detox_guard.errors import InvalidParamsError
 
-__all__ = ["bench", "demo", "evaluate"]
+__all__ = ["bench", "demo", "evaluate", "report", "utility"]
 
 
 def demo(
@@ -68,50 +69,153 @@ def bench(
 
 
 def evaluate(
-    prompts: Annotated[Path, typer.Option(help="RealToxicityPrompts-style rows, .jsonl.")],
+    prompts: Annotated[
+        str | None, typer.Option(help="File (.jsonl, .csv, .tsv, .json, .txt) or hub set org/name[:split].")
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Column of the text; else prompt, text, comment or context.")
+    ] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Only the first words of each text.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns, through the chat template.")] = False,
+    passages: Annotated[
+        Path | None, typer.Option(help="Neutral text before each question, as in retrieval; implies --chat.")
+    ] = None,
+    passage_tokens: Annotated[int | None, typer.Option(min=1, help="How much of it (default 600).")] = None,
+    model: options.Model = None,
+    detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
+    expert: Annotated[str | None, typer.Option(help="A second, non-toxic soft prompt, for dexperts-expert.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="What is measured beside plain; repeat. See --list-methods.")
+    ] = None,
+    alphas: Annotated[list[float] | None, typer.Option("--alpha", help="A strength; repeat for several.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="The floor of the methods that have one.")] = None,
+    banned_words: Annotated[Path | None, typer.Option(help="A word a line, for banned-words.")] = None,
+    judges: Annotated[list[str] | None, typer.Option("--judge", help="A toxicity scorer; repeat for several.")] = None,
+    lm_judges: Annotated[
+        list[str] | None, typer.Option("--lm-judge", help="Another causal model for perplexity; repeat.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Replies a prompt (default 25).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply (default 20).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of all replies (default 1).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of all replies (default .9).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken of each class (default 100).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the choice of prompts and of the replies.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; a run cut off is taken up there.")] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Judge the stored replies of --output again; decode nothing.")
+    ] = False,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="What --method may be, and leave.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Toxicity, perplexity and diversity of several ways of decoding, side by side on your prompts."""
+    from detox_guard.evaluation import harness
+    from detox_guard.evaluation.methods import METHODS
+
+    if list_methods:
+        print("\n".join(f"{name:16} {words}" for name, words in METHODS.items()))
+        return
+    judging = options.given(
+        {
+            "judges": judges and tuple(judges),
+            "lm_judges": lm_judges and tuple(lm_judges),
+            "device": device,
+            "dtype": dtype,
+        }
+    )
+    decoding = options.given(
+        {
+            "prompts": prompts,
+            "field": field,
+            "words": words,
+            "chat": chat or None,
+            "passages": passages,
+            "passage_tokens": passage_tokens,
+            "model": model,
+            "detoxifier": detoxifier,
+            "expert": expert,
+            "methods": methods and tuple(methods),
+            "alphas": alphas and tuple(alphas),
+            "plausibility": plausibility,
+            "banned_words": banned_words,
+            "samples": samples,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "limit": limit,
+            "seed": seed,
+            "batch_rows": batch_rows,
+        }
+    )
+    _quiet_libraries()
+    # Both have bars of their own, so no spinner runs here: two at once would fight for the line.
+    if rescore:
+        if output is None or decoding:
+            given = ", ".join(decoding) or None
+            raise InvalidParamsError("--rescore", given, "--output, --judge, --lm-judge, --device and --dtype only")
+        _print(harness.rescore(output, **judging), as_json)
+        return
+    if prompts is None:
+        raise InvalidParamsError("--prompts", None, "a file or a hub data set")
+    _print(harness.run_eval(**decoding, **judging, **options.given({"output": output})), as_json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that eval has finished.")],
+    output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and a table.")] = Path("out/report"),
+    examples: Annotated[int, typer.Option(min=0, help="Prompts of each class shown with their replies.")] = 6,
+) -> None:
+    """One page about finished evaluations: toxicity against fluency, categories, steps, examples."""
+    from detox_guard.evaluation.report import write_report
+
+    print(write_report(runs, output, examples=examples))
+
+
+def utility(
+    output: Annotated[Path, typer.Option(help="Folder of the run; a run cut off is taken up there.")],
+    xquad: Annotated[Path | None, typer.Option(help="Questions in SQuAD's format, .json.")] = None,
+    wikitext: Annotated[Path | None, typer.Option(help="Plain text, .txt.")] = None,
+    bold: Annotated[list[Path] | None, typer.Option(help="Harmless beginnings, BOLD's .json; repeat.")] = None,
     model: options.Model = None,
     detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    judges: Annotated[list[str] | None, typer.Option("--judge", help="A scorer; repeat for several.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="As in eval, of one soft prompt; repeat for several.")
+    ] = None,
     alphas: Annotated[list[float] | None, typer.Option("--alpha", help="A strength; repeat for several.")] = None,
-    rules: Annotated[list[str] | None, typer.Option("--rule", help="A formula; repeat for several.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Replies a prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Toxic prompts, and non-toxic ones, taken.")] = None,
-    plausibility: Annotated[float | None, typer.Option(help="As in generate, for every system.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of all replies.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus of all replies.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="The floor of the methods that have one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions, windows and beginnings (default 200).")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Replies a beginning (default 5).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn and of the replies.")] = None,
     batch_rows: Annotated[int | None, typer.Option(min=2, help="Rows of the running batch.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the choice of prompts and of the replies.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for what was measured.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Toxicity, perplexity and diversity of guarded and plain text on your prompts."""
-    from detox_guard.evaluation.report import run_eval
+    """What steering costs where nothing is toxic: answers, language modelling, harmless mentions."""
+    from detox_guard.evaluation.utility import run_utility
 
     asked = options.given(
         {
+            "xquad": xquad,
+            "wikitext": wikitext,
+            "bold": bold and tuple(bold),
             "model": model,
             "detoxifier": detoxifier,
             "device": device,
             "dtype": dtype,
-            "judges": judges and tuple(judges),
+            "methods": methods and tuple(methods),
             "alphas": alphas and tuple(alphas),
-            "rules": rules and tuple(rules),
-            "samples": samples,
-            "max_new_tokens": max_new_tokens,
-            "limit": limit,
             "plausibility": plausibility,
-            "temperature": temperature,
-            "top_p": top_p,
-            "batch_rows": batch_rows,
+            "limit": limit,
+            "samples": samples,
             "seed": seed,
-            "output": output,
+            "batch_rows": batch_rows,
         }
     )
     _quiet_libraries()
-    _print(run_eval(prompts=prompts, **asked), as_json)  # it has bars of its own
+    _print(run_utility(output=output, **asked), as_json)
 
 
 def _quiet_libraries() -> None:

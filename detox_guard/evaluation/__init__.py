@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from detox_guard.evaluation.bench import BenchReport, run_bench
 from detox_guard.evaluation.context import ContextKL, context_kl
+from detox_guard.evaluation.harness import rescore, run_eval
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_passages, read_prompts
-from detox_guard.evaluation.report import EvalReport, evaluate, run_eval
+from detox_guard.evaluation.report import write_report
+from detox_guard.evaluation.results import EvalReport
+from detox_guard.evaluation.utility import UtilityReport, run_utility
 
 __all__ = [
     "BenchReport",
     "ContextKL",
     "EvalPrompt",
     "EvalReport",
+    "UtilityReport",
     "choose_prompts",
     "context_kl",
-    "evaluate",
     "load_judge",
     "read_passages",
     "read_prompts",
+    "rescore",
     "run_bench",
     "run_eval",
+    "run_utility",
+    "write_report",
 ]

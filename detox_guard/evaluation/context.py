@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
+from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
 from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Position
+    from detox_guard.detoxifier import Detoxifier, Position
     from detox_guard.generation import DetoxiGen
 
-__all__ = ["ContextKL", "SettingKL", "context_kl", "reply_kl"]
-
-_LayerKV = list[tuple[torch.Tensor, torch.Tensor]]
+__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "passage_of", "reply_kl"]
 
 INSTRUCTION = "Write a short comment for an online forum."
 _ROWS = 16
@@ -102,7 +100,7 @@ def context_kl(
 
     settings: list[SettingKL] = []
     for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:
-        turns = [_passage(backbone, passages, wanted, way) for way in range(contexts)] if wanted else [""]
+        turns = [passage_of(backbone, passages, wanted, way) for way in range(contexts)] if wanted else [""]
         kls: list[torch.Tensor] = []
         lengths: list[int] = []
         for way, turn in enumerate(turns):
@@ -136,8 +134,8 @@ def reply_kl(
     embed = backbone.model.get_input_embeddings()
     head = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
     soft = virtual.unsqueeze(0)
-    gen_prefix = _prefix(backbone, head)
-    detox_prefix = _prefix(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
+    gen_prefix = prefix_kv(backbone, head)
+    detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
     found: list[torch.Tensor] = []
     for first in range(0, len(replies), _ROWS):
         some = replies[first : first + _ROWS]
@@ -147,33 +145,30 @@ def reply_kl(
             ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
         tail = embed(ids.to(backbone.device))
         steered = tail if position == "front" else torch.cat([soft.expand(len(some), -1, -1), tail], dim=1)
-        gen = _log_probs(backbone, gen_prefix, tail, longest)
-        detox = _log_probs(backbone, detox_prefix, steered, longest)
+        gen = tail_log_probs(backbone, gen_prefix, tail, longest)
+        detox = tail_log_probs(backbone, detox_prefix, steered, longest)
         kl = (gen.exp() * (gen - detox)).sum(-1)
         found += [row[: len(reply) - 1].cpu() for row, reply in zip(kl, some, strict=True) if len(reply) > 1]
     return found
 
 
-def _prefix(backbone: Backbone, head: torch.Tensor) -> _LayerKV:
-    """Each layer's keys and values of `head [1, n, hidden]`; none for an empty one."""
-    if not head.shape[1]:
-        return []
-    model: Any = backbone.model
-    cache = DynamicCache()
-    model.base_model(inputs_embeds=head, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _log_probs(backbone: Backbone, prefix: _LayerKV, tail: torch.Tensor, keep: int) -> torch.Tensor:
-    """Log-probabilities `[rows, keep - 1, vocab]` at the last `keep` inputs but one of `tail [rows, m, hidden]`, all
-    rows behind one prefix. Padding is at the right, where causal attention hides it."""
-    model: Any = backbone.model
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(prefix):
-        cache.update(keys.expand(len(tail), -1, -1, -1), values.expand(len(tail), -1, -1, -1), layer)
-    logits = model(inputs_embeds=tail, past_key_values=cache, use_cache=True).logits
-    log_probs: torch.Tensor = logits[:, -keep:-1].float().log_softmax(-1)
-    return log_probs
+@torch.inference_mode()
+def forced_log_probs(
+    backbone: Backbone, detoxifier: Detoxifier | None, context: Sequence[int], reply: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities `[reply_len - 1, vocab]` in float32 of what follows each reply token but the last, in one
+    stream: the generator's own, or behind a detoxifier's virtual tokens."""
+    embed = backbone.model.get_input_embeddings()
+    head, tail = (
+        embed(torch.tensor([list(ids)], dtype=torch.long, device=backbone.device)) for ids in (context, reply)
+    )
+    if detoxifier is not None:
+        soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
+        if detoxifier.card.position == "front":
+            head = torch.cat([soft, head], dim=1)
+        else:
+            tail = torch.cat([soft, tail], dim=1)
+    return tail_log_probs(backbone, prefix_kv(backbone, head), tail, len(reply))[0]
 
 
 def _material(
@@ -202,7 +197,7 @@ def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def _passage(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
+def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
     """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
     start = way * len(passages) // 4 + way
     ids: list[int] = []

@@ -72,11 +72,11 @@ def prepare_folder(folder: Path) -> None:
         raise DataError(f"{folder}: nothing can be written there: {error}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file that is never seen half written. Raises `DataError`."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(new, path)
     except OSError as error:
         with contextlib.suppress(OSError):

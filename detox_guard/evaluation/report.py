@@ -1,276 +1,215 @@
-"""`run_eval`: plain against guarded continuations of a prompt file. Brings prompts, samples and judges together.
+"""`detox-guard report`: finished runs as one page and PNGs. Knows summaries and samples; measures nothing.
 
-The protocol is RealToxicityPrompts' (Gehman et al. 2020): several sampled continuations a prompt, judged without their
-prompt; perplexity of the continuations given the prompt, here under the plain backbone.
+The page fetches nothing and runs no script: pictures are inside it, in a light and a dark version, and replies, which
+may offend, are hidden until they are clicked.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
-import sys
-import time
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from detox_guard.errors import InvalidParamsError
-from detox_guard.evaluation.judges import load_judge
-from detox_guard.evaluation.machine import machine, prepare_folder, versions, write_whole
-from detox_guard.evaluation.metrics import Bootstrap, distinct_n, toxicity
-from detox_guard.evaluation.prompts import choose_prompts, read_prompts
-from detox_guard.evaluation.results import EvalReport, GroupFigures, SystemFigures
-from detox_guard.evaluation.samples import Run, System, decode
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.scoring import ToxicityScorer, checked_scores
+from detox_guard.errors import DataError
+from detox_guard.evaluation import pictures
+from detox_guard.evaluation.harness import RUN_FILE, SAMPLES_FILE, SCORES_FILE
+from detox_guard.evaluation.machine import prepare_folder, write_whole
+from detox_guard.evaluation.results import EvalReport, shown
+from detox_guard.trace import LEGEND, STYLE, Intervention, TokenTrace, Trace, render_section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy.typing as npt
-    import torch
+__all__ = ["PAGE_FILE", "write_report"]
 
-    from detox_guard.evaluation.prompts import EvalPrompt
-    from detox_guard.generation import ManySteering
-    from detox_guard.policy import Rule
+PAGE_FILE, TABLE_FILE = "report.html", "table.md"
+_MANY_CATEGORIES = 24
+_COLUMNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("expected max.", "{judge}:expected_max", {}),
+    ("P(any ≥ .5)", "{judge}:probability", {}),
+    ("share ≥ .5", "{judge}:share", {}),
+    ("perplexity", "{lm}:perplexity", {"digits": 1}),
+    ("median", "{lm}:perplexity_median", {"digits": 1}),
+    ("dist-2", "distinct_2", {}),
+    ("degenerate", "degenerate", {"percent": True}),
+    ("tokens", "tokens", {"digits": 1}),
+)
 
-    Scores = dict[str, npt.NDArray[np.float64]]  # judge -> [prompts, samples]
 
-__all__ = ["EvalReport", "evaluate", "run_eval"]
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    folder: Path
+    report: EvalReport
 
-SAMPLES_FILE, REPORT_FILE = "samples.jsonl", "report.json"
 
+def write_report(folders: Sequence[Path], output: Path, *, examples: int = 6) -> Path:
+    """Write `report.html`, its pictures and `table.md` for one run or several side by side; returns the page's path.
 
-def run_eval(
-    *,
-    model: str | Path | None = None,
-    detoxifier: ManySteering = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    prompts: Path,
-    judges: Sequence[str | ToxicityScorer] = ("embedded",),
-    alphas: Sequence[float] = (2.0,),
-    rules: Sequence[Rule] = ("dexperts",),
-    plausibility: float = 0.0,
-    samples: int = 8,
-    max_new_tokens: int = 20,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    limit: int = 100,
-    seed: int = 0,
-    batch_rows: int = 64,
-    output: Path | None = None,
-    progress: bool = True,
-) -> EvalReport:
-    """Measure the plain model and each rule x alpha on `limit` toxic and `limit` non-toxic prompts of a file.
-
-    Every system draws `samples` continuations a prompt with the same seeds. `batch_rows` is the size of the running
-    batch. `output`: a folder for `samples.jsonl` and `report.json`, each written whole. `progress` shows bars on
-    stderr where that is a terminal. Files and judges are checked before the model is loaded.
-    Raises `DataError`, `ScorerError`, `InvalidParamsError`, and what loading and decoding raise.
+    Shows the scorers and the judge of fluency that all runs have; `examples` prompts of each class with every method's
+    first sample. Raises `DataError` for a run that is not whole, and for runs without a scorer in common.
     """
-    chosen = choose_prompts(read_prompts(prompts), limit, seed)
-    common = DecodingParams(
-        alpha=0.0, plausibility=0.0, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
-    )
-    steered = [
-        System(f"{rule} α={alpha:g}", common.replace(alpha=float(alpha), rule=rule, plausibility=float(plausibility)))
-        for rule in rules
-        for alpha in alphas
-        if alpha != 0  # the plain model is always measured
+    runs = [_Run(folder.resolve().name, folder, EvalReport.load(folder)) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        raise DataError("two runs of the same name", hint="give each run's folder once, under a name of its own")
+    judges = [one for one in runs[0].report.summary["judges"] if all(one in r.report.summary["judges"] for r in runs)]
+    lms = [
+        one for one in runs[0].report.summary["lm_judges"] if all(one in r.report.summary["lm_judges"] for r in runs)
     ]
-    scorers = _judges(judges)
-    if output is not None:
-        prepare_folder(output)
-    config = EngineConfig(max_rows=batch_rows)
-    with DetoxiGen.from_pretrained(model, detoxifier=detoxifier, device=device, dtype=dtype, config=config) as guard:
-        report, runs, scores = _evaluate(
-            guard, chosen, [System("plain", common), *steered], scorers, samples, seed, progress
-        )
-    report.context["prompts"]["file"] = prompts.name
-    if output is not None:
-        write_whole(output / SAMPLES_FILE, _sample_lines(chosen, runs, scores))
-        write_whole(output / REPORT_FILE, report.to_json() + "\n")
-    return report
-
-
-def evaluate(
-    guard: DetoxiGen,
-    prompts: Sequence[EvalPrompt],
-    systems: Sequence[System],
-    judges: Sequence[str | ToxicityScorer] = ("embedded",),
-    *,
-    samples: int = 8,
-    seed: int = 0,
-    progress: bool = False,
-) -> EvalReport:
-    """`run_eval` on a guard and prompts at hand. `systems[0]` is what the others are compared with."""
-    return _evaluate(guard, prompts, systems, _judges(judges), samples, seed, progress)[0]
-
-
-def _evaluate(
-    guard: DetoxiGen,
-    prompts: Sequence[EvalPrompt],
-    systems: Sequence[System],
-    judges: Sequence[ToxicityScorer],
-    samples: int,
-    seed: int,
-    progress: bool,
-) -> tuple[EvalReport, list[Run], list[Scores]]:
-    for field, count in (("samples", samples), ("prompts", len(prompts))):
-        if count < 1:
-            raise InvalidParamsError(field, count, "at least 1")
-    # Inputs of the judge go wrong first, not after an hour of decoding.
-    for judge in judges:
-        checked_scores(judge, ["A first look."])
-    begin = time.perf_counter()
-    runs: list[Run] = []
-    with _progress(progress) as show:
-        for system in systems:
-            runs.append(decode(guard, prompts, system, samples, seed, show(system.name, len(prompts) * samples)))
-    scores = [{judge.name: _scored(judge, run) for judge in judges} for run in runs]
-    groups = [
-        _group(name, [i for i, prompt in enumerate(prompts) if prompt.group == name], runs, scores, seed)
-        for name in dict.fromkeys(prompt.group for prompt in prompts)
-    ]
-    backbone = guard.backbone
-    context: dict[str, Any] = {
-        "model": backbone.id,
-        "revision": backbone.revision,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "detoxifiers": [
-            {
-                "sha256": s.detoxifier.sha256,
-                "weight": s.weight,
-                "position": s.detoxifier.card.position,
-                "virtual_tokens": s.detoxifier.card.virtual_tokens,
-            }
-            for s in guard.streams
-        ],
-        "judges": [judge.name for judge in judges],
-        "samples": samples,
-        "seed": seed,
-        "decoding": systems[0].params.model_dump(include={"temperature", "top_p", "top_k", "max_new_tokens"}),
-        "prompts": {group.group: group.prompts for group in groups},
-        "wall_s": round(time.perf_counter() - begin, 1),
-        "machine": machine(backbone.device),
-        "versions": versions(),
+    if not judges or not lms:
+        raise DataError("the runs have no scorer, or no judge of fluency, in common", hint="eval --rescore adds one")
+    prepare_folder(output)
+    rows = [row for run in runs for row in _rows(run, len(runs) > 1)]
+    classes, categories = _groups(runs, "class"), _groups(runs, "category")[:_MANY_CATEGORIES]
+    drawn = {
+        "pareto": tuple(pictures.pareto(rows, classes, judges, lms[0], dark) for dark in (False, True)),
+        "categories": tuple(pictures.bars(rows, categories or classes, judges[0], dark) for dark in (False, True)),
+        "steps": tuple(pictures.curves(rows, dark) for dark in (False, True)),
     }
-    return EvalReport(tuple(groups), context), runs, scores
+    for name, pngs in drawn.items():
+        write_whole(output / f"{name}.png", pngs[0])
+    write_whole(output / TABLE_FILE, "\n".join(run.report.markdown() for run in runs))
+    body = "".join(
+        [
+            *(f"<p class=facts>{html.escape(run.name)}: {html.escape(run.report.foot())}</p>" for run in runs),
+            "<h2>Toxicity against fluency</h2>",
+            _picture(drawn["pareto"], "Expected maximum toxicity against perplexity, with 95 % intervals"),
+            *(_table(rows, group, judge, lms[0]) for group in classes for judge in judges),
+            "<h2>By category</h2>",
+            _picture(drawn["categories"], "Expected maximum toxicity by category, with 95 % intervals"),
+            "<h2>Along the reply</h2>",
+            _picture(drawn["steps"], "Divergences by step of the reply"),
+            f"<h2>Examples</h2><p class=legend>These replies were not chosen, and some may offend. {LEGEND}</p>",
+            *(_examples(run, examples) for run in runs),
+        ]
+    )
+    page = output / PAGE_FILE
+    write_whole(page, _page(" · ".join(run.name for run in runs), body))
+    return page
 
 
-def _judges(specs: Sequence[str | ToxicityScorer]) -> list[ToxicityScorer]:
-    if isinstance(specs, str) or not specs:
-        raise InvalidParamsError("judges", specs, "a list of at least one scorer")
-    return [load_judge(spec) for spec in specs]
-
-
-def _scored(judge: ToxicityScorer, run: Run) -> npt.NDArray[np.float64]:
-    texts = [sample.text for many in run.samples for sample in many]
-    return np.asarray(checked_scores(judge, texts), dtype=np.float64).reshape(len(run.samples), -1)
-
-
-def _group(name: str, at: list[int], runs: Sequence[Run], scores: Sequence[Scores], seed: int) -> GroupFigures:
-    bootstrap = Bootstrap(len(at), seed=seed)
-    plain_nll, plain_tokens = _sums(runs[0], at, "nll"), _sums(runs[0], at, "tokens")
-    systems = []
-    for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
-        nll, tokens = _sums(run, at, "nll"), _sums(run, at, "tokens")
-        total = float(tokens.sum())
-        replies = sum(len(run.samples[i]) for i in at)
-        guarded = run.system.params.alpha > 0
-
-        def rate(field: str, run: Run = run, total: float = total, guarded: bool = guarded) -> float | None:
-            return float(_sums(run, at, field).sum()) / total if guarded and total else None
-
-        params = run.system.params
-        systems.append(
-            SystemFigures(
-                system=run.system.name,
-                alpha=params.alpha,
-                rule=params.rule if guarded else None,
-                plausibility=params.plausibility,
-                toxicity={
-                    judge: toxicity(values[at], bootstrap, scores[0][judge][at] if number else None)
-                    for judge, values in own.items()
-                },
-                perplexity=bootstrap.perplexity(nll, tokens),
-                perplexity_ratio=bootstrap.perplexity_ratio(nll, tokens, plain_nll, plain_tokens) if number else None,
-                distinct=tuple(_distinct(run, at, n) for n in (1, 2, 3)),
-                reply_tokens=total / replies,
-                empty_rate=sum(not one.text.strip() for i in at for one in run.samples[i]) / replies,
-                fallback_rate=rate("fallbacks"),
-                kl_detoxifier=rate("kl_detoxifier"),
-                kl_steering=rate("kl_steering"),
-                tokens_per_s=run.tokens_per_s,
-            )
+def _rows(run: _Run, named: bool) -> list[pictures.Row]:
+    summary = run.report.summary
+    return [
+        pictures.Row(
+            f"{run.name}: {method}" if named else method,
+            {
+                (group["kind"], group["name"]): group["methods"][method]
+                for group in summary["groups"]
+                if method in group["methods"]
+            },
+            steps,
         )
-    return GroupFigures(name, len(at), tuple(systems))
-
-
-def _sums(run: Run, at: Sequence[int], field: str) -> npt.NDArray[np.float64]:
-    """One field of the samples, summed for each prompt."""
-    return np.array([sum(getattr(sample, field) for sample in run.samples[i]) for i in at], dtype=np.float64)
-
-
-def _distinct(run: Run, at: Sequence[int], n: int) -> float | None:
-    found = [distinct_n([sample.text for sample in run.samples[i]], n) for i in at]
-    known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _sample_lines(prompts: Sequence[EvalPrompt], runs: Sequence[Run], scores: Sequence[Scores]) -> str:
-    rows = [
-        {
-            "system": run.system.name,
-            "group": prompt.group,
-            "prompt": prompt.text,
-            "prompt_toxicity": prompt.toxicity,
-            "sample": j,
-            "seed": sample.seed,
-            "text": sample.text,
-            "finish_reason": sample.finish_reason,
-            "tokens": sample.tokens,
-            "nll": sample.nll,
-            "fallbacks": sample.fallbacks,
-            "kl_detoxifier": sample.kl_detoxifier,
-            "kl_steering": sample.kl_steering,
-            "scores": {judge: float(values[i, j]) for judge, values in own.items()},
-        }
-        for run, own in zip(runs, scores, strict=True)
-        for i, prompt in enumerate(prompts)
-        for j, sample in enumerate(run.samples[i])
+        for method, steps in summary["steps"].items()
     ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-class _Bars:
-    """Rich progress bars on stderr, one a system."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> Callable[[str, int], Callable[[int], None]]:
-        self._bars.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def _show(self, name: str, total: int) -> Callable[[int], None]:
-        task = self._bars.add_task(name, total=total)
-        return lambda done: self._bars.update(task, completed=done)
+def _groups(runs: Sequence[_Run], kind: str) -> list[pictures.Group]:
+    """Names of groups of a kind, the largest first; classes keep their order."""
+    sizes: dict[str, int] = {}
+    for run in runs:
+        for group in run.report.summary["groups"]:
+            if group["kind"] == kind:
+                sizes[group["name"]] = max(sizes.get(group["name"], 0), group["prompts"])
+    names = list(sizes) if kind == "class" else sorted(sizes, key=lambda name: -sizes[name])
+    return [(kind, name) for name in names]
 
 
-def _silent(_name: str, _total: int) -> Callable[[int], None]:
-    return lambda _done: None
+def _picture(pngs: Sequence[bytes], words: str) -> str:
+    light, dark = pngs
+
+    def data(png: bytes) -> str:
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data(dark)}">'
+        f'<img src="{data(light)}" alt="{html.escape(words)}"></picture>'
+    )
 
 
-def _progress(wanted: bool) -> Any:
-    return _Bars() if wanted and sys.stderr.isatty() else nullcontext(_silent)
+def _table(rows: Sequence[pictures.Row], group: pictures.Group, judge: str, lm: str) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in _COLUMNS)
+    lines = []
+    for row in rows:
+        figures = row.figures.get(group)
+        if figures is None:
+            continue
+        cells = []
+        for _, name, style in _COLUMNS:
+            figure = figures[name.format(judge=judge, lm=lm)]
+            value = html.escape(shown(figure["value"], **style))
+            change = shown(figure["ratio"], change=True)
+            cells.append(f"<td>{value}<br><small>{html.escape(change)}</small></td>")
+        lines.append(f"<tr><th>{html.escape(row.label)}</th>{''.join(cells)}</tr>")
+    caption = f"{group[1]} prompts, {judge}; below each figure its change from plain text, paired by prompt"
+    return (
+        f"<div class=wide><table><caption>{html.escape(caption)}</caption>"
+        f"<tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
+    )
+
+
+def _examples(run: _Run, count: int) -> str:
+    """The first prompts of each class, hidden until clicked, with every method's first sample and its scores."""
+    prompts = json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8"))["prompts"]
+    samples = {(row["prompt"], row["method"]): row for row in _lines(run.folder / SAMPLES_FILE) if row["sample"] == 0}
+    scores: dict[tuple[int, str], list[str]] = {}
+    for row in _lines(run.folder / SCORES_FILE):
+        if "scores" in row:
+            words = f"{row['judge']} {row['scores'][0]:.2f}"
+            scores.setdefault((row["prompt"], row["method"]), []).append(words)
+    wanted = dict.fromkeys(
+        i for _, name in _groups([run], "class")
+        for i in [i for i, prompt in enumerate(prompts) if name in prompt["classes"]][:count]
+    )  # fmt: skip
+    found = []
+    for i in wanted:
+        text = prompts[i]["text"]
+        parts = "".join(
+            render_section(text, " · ".join([method, *scores.get((i, method), [])]), _trace(samples[i, method]))
+            for method in run.report.summary["steps"]
+            if "trace" in samples.get((i, method), {})
+        )
+        kind = ", ".join(prompts[i]["classes"])
+        title = f"{run.name}, prompt {i + 1} ({kind}), {len(text.split())} words: show"
+        found.append(f"<details><summary>{html.escape(title)}</summary>{parts}</details>")
+    return "".join(found)
+
+
+def _trace(row: dict[str, Any]) -> Trace:
+    tokens, interventions = row["trace"]["tokens"], row["trace"]["interventions"]
+    return Trace(tuple(TokenTrace(**one) for one in tokens), tuple(Intervention(**one) for one in interventions))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _page(title: str, body: str) -> str:
+    name = html.escape(f"detox-guard: {title}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_MORE_STYLE}</style></head>'
+        f"<body><h1>{name}</h1>{body}</body></html>\n"
+    )
+
+
+_MORE_STYLE = """
+body{max-width:62rem}
+h2{font-size:1.05rem;margin:2.2rem 0 .6rem}
+img{max-width:100%;height:auto}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.8rem;line-height:1.35;margin:1rem 0;font-variant-numeric:tabular-nums}
+caption{text-align:left;color:var(--soft);padding:.3rem 0}
+th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-top:1px solid var(--line);white-space:nowrap;
+vertical-align:top}
+small{color:var(--soft)}
+summary{cursor:pointer;padding:.4rem 0}
+details{border-top:1px solid var(--line)}
+details section{border:0;margin:0;padding:.4rem 0}
+"""

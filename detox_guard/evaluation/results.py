@@ -1,136 +1,153 @@
-"""The figures of an evaluation, as a table and as one JSON line. Knows figures; knows not how they came about."""
+"""A run's summary, as tables for a terminal or a README and as one JSON line. Knows figures; knows not how they came.
+
+`summary["groups"]` lists classes and categories of prompts: `{"kind", "name", "prompts", "methods"}`, and
+`methods[method][figure]` is `{"value", "difference", "ratio"}`, each `{"value", "low", "high"}` with a 95 % bootstrap
+interval over prompts; difference and ratio are to plain text, paired by prompt (None for plain itself).
+Figures: `<scorer>:expected_max|probability|share|mean`; `<model>:perplexity` (mean of the continuations' own, those of
+1e4 and more left out, `:perplexity_dropped` their share), `:perplexity_median`, `:perplexity_corpus` (exp of nats a
+token); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`; `tokens` a
+reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`, `interventions` and `decoded_tokens` a
+reply. `steps[method]`: the divergences by step; `ms_per_token[method]`: the batch's time over all tokens.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from rich.console import RenderableType
 
-    from detox_guard.evaluation.metrics import Interval, Toxicity
+__all__ = ["SUMMARY_FILE", "EvalReport", "shown"]
 
-__all__ = ["EvalReport", "GroupFigures", "SystemFigures"]
-
-
-@dataclass(frozen=True)
-class SystemFigures:
-    """One system on one group of prompts. None is "does not apply" (plain text) or "not defined".
-
-    `perplexity` is of the continuations given their prompts, under the plain backbone at temperature 1, weighted by
-    token; its ratio is to plain text. `distinct`: 1-, 2-, 3-grams. Divergences: nats a token. `empty_rate`: share of
-    replies without a visible character, which judges find harmless. `tokens_per_s`: of the system's whole run, all
-    groups and streams together.
-    """
-
-    system: str
-    alpha: float
-    rule: str | None
-    plausibility: float
-    toxicity: dict[str, Toxicity]
-    perplexity: Interval
-    perplexity_ratio: Interval | None
-    distinct: tuple[float | None, ...]
-    reply_tokens: float
-    empty_rate: float
-    fallback_rate: float | None
-    kl_detoxifier: float | None
-    kl_steering: float | None
-    tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class GroupFigures:
-    """All systems on the prompts of one group: "toxic", "non-toxic", or "all" where the file has no labels."""
-
-    group: str
-    prompts: int
-    systems: tuple[SystemFigures, ...]
+SUMMARY_FILE = "summary.json"
+TEXT = {"dist-2": "distinct_2", "broken": "degenerate", "tokens": "tokens", "steering": "kl_steering"}
+DIGITS = {"tokens": 1}
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What `run_eval` measured. `context`: model, detoxifiers, judges, seeds, machine, versions."""
+    """What `run_eval` measured."""
 
-    groups: tuple[GroupFigures, ...]
-    context: dict[str, Any]
+    summary: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """From a run's folder. Raises `DataError` unless the run is whole."""
+        try:
+            summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: no {SUMMARY_FILE} that can be read: {error}", hint="finish the run") from error
+        if not isinstance(summary, dict) or not {"groups", "steps", "judges"} <= set(summary):
+            raise DataError(f"{folder}: its {SUMMARY_FILE} is of something else")
+        return cls(summary)
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(
-            {"eval": {"groups": [asdict(group) for group in self.groups], **self.context}}, allow_nan=False
-        )
+        return json.dumps({"eval": self.summary}, ensure_ascii=False, allow_nan=False)
 
     def table(self) -> RenderableType:
-        """A rich renderable: toxicity and text quality for each group of prompts. Brackets are 95 % intervals."""
+        """A rich renderable for each class of prompts, with 95 % intervals: toxicity; perplexity under the
+        first language model, share of degenerate replies, nats a token that steering cost."""
         from rich.console import Group
 
-        return Group(*(part for group in self.groups for part in self._tables(group)), self._foot())
+        classes = [group for group in self.summary["groups"] if group["kind"] == "class"]
+        return Group(*(part for group in classes for part in self._tables(group)), self.foot())
 
-    def _tables(self, group: GroupFigures) -> list[RenderableType]:
+    def markdown(self) -> str:
+        """A table for a README: each class, scorer and method a row."""
+        head = [
+            "prompts",
+            "scorer",
+            "method",
+            "expected max.",
+            "",
+            "P(any ≥ .5)",
+            "",
+            "perplexity",
+            "× plain",
+            "dist-2",
+        ]
+        lines = ["| " + " | ".join([*head, "degenerate"]) + " |", "|" + "---|" * (len(head) + 1)]
+        for group in (group for group in self.summary["groups"] if group["kind"] == "class"):
+            for judge in self.summary["judges"]:
+                for method, f in group["methods"].items():
+                    cells = [f"{group['prompts']} {group['name']}", judge, method]
+                    for name in ("expected_max", "probability"):
+                        figure = f[f"{judge}:{name}"]
+                        cells += [shown(figure["value"]), shown(figure["ratio"], change=True)]
+                    perplexity = f.get("backbone:perplexity", {})
+                    cells += [shown(perplexity.get("value"), digits=1), shown(perplexity.get("ratio"), digits=2)]
+                    cells += [shown(f["distinct_2"]["value"]), shown(f["degenerate"]["value"], percent=True)]
+                    lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join([*lines, "", self.foot()]) + "\n"
+
+    def foot(self) -> str:
+        """Where and how all this was measured, in a line."""
+        s = self.summary
+        place = s["machine"].get("gpu") or f"{s['machine']['cpu']}, {s['machine']['cores']} cores"
+        streams = {one["sha256"][:12]: one["position"] for m in s["methods"].values() for one in m["streams"]}
+        steering = ", ".join(f"{sha} ({position})" for sha, position in streams.items()) or "none"
+        return (
+            f"{s['model']}, {s['dtype']}; detoxifier {steering}; {s['samples']} samples a prompt, seed {s['seed']}; "
+            f"{place}. In brackets: 95 % bootstrap intervals over prompts; changes are to plain text, paired by prompt."
+        )
+
+    def _tables(self, group: Mapping[str, Any]) -> list[RenderableType]:
+        from rich.markup import escape
         from rich.table import Table
 
-        harm = Table(
-            title=f"{group.prompts} {group.group} prompts: toxicity of the continuations", title_justify="left"
-        )
-        for column in ("judge", "system", "expected max", "reduction", "P(any ≥ .5)", "reduction", "mean"):
-            harm.add_column(column, justify="left" if column in ("judge", "system") else "right")
-        for judge in self.context["judges"]:
-            for system in group.systems:
-                t = system.toxicity[judge]
-                harm.add_row(
-                    judge,
-                    system.system,
-                    _interval(t.expected_max),
-                    _interval(t.expected_max_reduction, percent=True),
-                    _interval(t.probability),
-                    _interval(t.probability_reduction, percent=True),
-                    _interval(t.mean),
-                )
-            harm.add_section()
-        text = Table(title=f"{group.prompts} {group.group} prompts: text", title_justify="left")
-        text.add_column("system")
-        for column in (
-            "perplexity", "/ plain", "dist-1/2/3", "tokens", "empty", "fallbacks",
-            "KL(gen‖detox)", "KL(p‖gen)", "tokens/s",
-        ):  # fmt: skip
+        title = f"{group['prompts']} {group['name']} prompts"
+        tables: list[RenderableType] = []
+        for judge in self.summary["judges"]:
+            harm = Table("method", title=f"{title}: toxicity by {escape(judge)}", title_justify="left")
+            for column in ("expected max", "change", "P(any ≥ .5)", "change"):
+                harm.add_column(column, justify="right")
+            for method, figures in group["methods"].items():
+                cells = [method]
+                for name in ("expected_max", "probability"):
+                    figure = figures[f"{judge}:{name}"]
+                    cells += [shown(figure["value"], digits=2), shown(figure["ratio"], change=True)]
+                harm.add_row(*map(escape, cells))
+            tables.append(harm)
+        text = Table("method", title=f"{title}: text", title_justify="left")
+        for column in ("ppl", "× plain", *TEXT, "ms/token"):
             text.add_column(column, justify="right")
-        for system in group.systems:
-            text.add_row(
-                system.system,
-                _interval(system.perplexity, digits=1),
-                _interval(system.perplexity_ratio),
-                " ".join(_number(value) for value in system.distinct),
-                _number(system.reply_tokens, 1),
-                f"{system.empty_rate:.1%}",
-                "–" if system.fallback_rate is None else f"{system.fallback_rate:.2%}",
-                _number(system.kl_detoxifier),
-                _number(system.kl_steering),
-                _number(system.tokens_per_s, 0),
-            )
-        return [harm, text]
-
-    def _foot(self) -> str:
-        c = self.context
-        place = c["machine"].get("gpu") or f"{c['machine']['cpu']}, {c['machine']['cores']} cores"
-        steering = ", ".join(f"{d['sha256'][:12]} ({d['position']})" for d in c["detoxifiers"]) or "none"
-        return (
-            f"{c['model']}, {c['dtype']}; detoxifier {steering}; {c['samples']} samples a prompt, seed {c['seed']}; "
-            f"{place}; {c['wall_s']:.0f} s. In brackets: 95 % bootstrap intervals over prompts."
-        )
+        lm = self.summary["lm_judges"][0]
+        for method, figures in group["methods"].items():
+            perplexity = figures[f"{lm}:perplexity"]
+            ms = self.summary["ms_per_token"][method]
+            cells = [method, shown(perplexity["value"], digits=1, bare=True), shown(perplexity["ratio"], digits=2)]
+            cells += [
+                shown(figures[name]["value"], bare=True, percent=name == "degenerate", digits=DIGITS.get(name, 2))
+                for name in TEXT.values()
+            ]
+            text.add_row(*map(escape, cells), "–" if ms is None else f"{ms:.1f}")
+        return [*tables, text]
 
 
-def _interval(interval: Interval | None, *, percent: bool = False, digits: int = 3) -> str:
-    if interval is None or interval.value is None:
+def shown(
+    interval: Mapping[str, float | None] | None,
+    *,
+    digits: int = 3,
+    percent: bool = False,
+    change: bool = False,
+    bare: bool = False,
+) -> str:
+    """`.123 [.100, .150]`; `change` shows a ratio as a signed percentage; `bare` without the interval; "–" for none."""
+    if interval is None or interval["value"] is None:
         return "–"
 
-    def shown(number: float | None) -> str:
-        return "–" if number is None else f"{number:.0%}" if percent else f"{number:.{digits}f}"
+    def number(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value - 1:+.0%}" if change else f"{value:.1%}" if percent else f"{value:.{digits}f}"
 
-    # Rich reads square brackets as markup.
-    return f"{shown(interval.value)} ({shown(interval.low)}, {shown(interval.high)})"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    value = number(interval["value"])
+    return value if bare else f"{value} [{number(interval['low'])}, {number(interval['high'])}]"

@@ -1,125 +1,100 @@
-"""Continuations of the prompts under one system, and what each of them cost. Knows the guard; judges nothing."""
+"""Continuations under one method or several, into a journal. Knows the guard; judges nothing.
+
+A row: `method`, `prompt` and `sample` (its key), `seed`, `text`, `finish_reason`, `token_ids`; divergences by step in
+nats (empty where nothing was steered), `fallbacks` and `clipped` summed over steps; `tries`, `decoded_tokens` of what
+was drawn for it; `interventions` of the guard; `wall_s`, this row's share of the time; and the `trace` of a prompt's
+first sample.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from detox_guard.evaluation.likelihood import reply_nll
-from detox_guard.text import encode_prompt
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable
 
-    from detox_guard.evaluation.prompts import EvalPrompt
+    from detox_guard.evaluation.journal import Journal
+    from detox_guard.evaluation.methods import Drawn, Method
+    from detox_guard.evaluation.prompts import Asked
     from detox_guard.generation import DetoxiGen
-    from detox_guard.params import DecodingParams
-    from detox_guard.reply import Generation
 
-    Tick = Callable[[int], None]
+__all__ = ["KEY", "Job", "decode", "seed_of"]
 
-__all__ = ["Run", "Sample", "System", "decode", "seed_of"]
-
-_POLL_S = 0.5
+KEY = ("method", "prompt", "sample")
 
 
 @dataclass(frozen=True)
-class System:
-    """One way of decoding under test. `params.alpha` 0 is the plain model."""
+class Job:
+    """One sample to draw: `index` is the prompt's place in the run."""
 
-    name: str
-    params: DecodingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One continuation. Divergences are summed over its tokens, in nats; `nll` is under the plain backbone."""
-
-    text: str
-    finish_reason: str
+    method: Method
+    index: int
+    prompt: Asked
+    sample: int
     seed: int
-    tokens: int
-    nll: float
-    fallbacks: int
-    kl_detoxifier: float
-    kl_steering: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """All samples of one system, `samples[prompt][i]`; `wall_s` is the decoding alone."""
-
-    system: System
-    samples: list[list[Sample]]
-    wall_s: float
 
     @property
-    def tokens_per_s(self) -> float:
-        return sum(one.tokens for many in self.samples for one in many) / self.wall_s
+    def key(self) -> tuple[str, int, int]:
+        return self.method.name, self.index, self.sample
 
 
 def seed_of(seed: int, prompt: int, sample: int, samples: int) -> int:
-    """The seed of one sample: the same for every system, so that systems differ by what they do and not by luck."""
+    """The seed of one sample: the same for every method, so that methods differ by what they do and not by luck."""
     return (seed * 1_000_003 + prompt * samples + sample) % 2**63
 
 
-def decode(guard: DetoxiGen, prompts: Sequence[EvalPrompt], system: System, samples: int, seed: int, tick: Tick) -> Run:
-    """`samples` continuations of every prompt, all in one batch. `tick` hears how many are done.
+def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callable[[], None]) -> None:
+    """Draw every sample that the journal lacks, twice as many at once as the batch has rows. `tick` hears of each.
 
-    Raises what `DetoxiGen.batch` raises.
+    Raises the first error of any; what was drawn until then is kept.
     """
-    asked = [(i, j) for i in range(len(prompts)) for j in range(samples)]
-    params = [system.params.replace(seed=seed_of(seed, i, j, samples), trace=True) for i, j in asked]
-    with _watched(guard, tick):
-        begin = time.perf_counter()
-        replies = guard.batch([prompts[i].text for i, _ in asked], params)
-        wall_s = time.perf_counter() - begin
-    return Run(
-        system,
-        [
-            _samples(guard, prompt.text, replies[i * samples : (i + 1) * samples])
-            for i, prompt in enumerate(prompts)
-        ],
-        wall_s,
-    )  # fmt: skip
-
-
-def _samples(guard: DetoxiGen, prompt: str, replies: Sequence[Generation]) -> list[Sample]:
-    traces = [reply.trace.tokens if reply.trace else () for reply in replies]
-    ids = [[token.token_id for token in tokens] for tokens in traces]
-    nats = reply_nll(guard.backbone, encode_prompt(guard.backbone, prompt), ids)
-    return [
-        Sample(
-            text=reply.text,
-            finish_reason=reply.finish_reason,
-            seed=reply.seed,
-            tokens=len(tokens),
-            nll=nll,
-            fallbacks=sum(token.fallback for token in tokens),
-            kl_detoxifier=sum(token.kl_detoxifier for token in tokens),
-            kl_steering=sum(token.kl_steering for token in tokens),
-        )
-        for reply, tokens, nll in zip(replies, traces, nats, strict=True)
-    ]
-
-
-@contextmanager
-def _watched(guard: DetoxiGen, tick: Tick) -> Iterator[None]:
-    """Report the engine's count of finished requests while the caller waits for a batch."""
-    over, before = threading.Event(), guard.stats().finished
-
-    def watch() -> None:
-        while not over.wait(_POLL_S):
-            tick(guard.stats().finished - before)
-
-    watcher = threading.Thread(target=watch, name="detox-guard-progress", daemon=True)
-    watcher.start()
+    waiting = [job for job in jobs if job.key not in journal]
+    mark = time.perf_counter()
+    pool = ThreadPoolExecutor(max(1, min(len(waiting), 2 * guard.config.max_rows)), "detox-guard-eval")
     try:
-        yield
-        tick(guard.stats().finished - before)
+        for done in as_completed([pool.submit(_row, guard, job) for job in waiting]):
+            now = time.perf_counter()
+            journal.add({**done.result(), "wall_s": round(now - mark, 6)})
+            mark = now
+            tick()
     finally:
-        over.set()
-        watcher.join()
+        # Not waited for: after an error or Ctrl-C the guard is closed next, which ends what is under way at once.
+        pool.shutdown(wait=False, cancel_futures=True)
+        journal.flush()
+
+
+def _row(guard: DetoxiGen, job: Job) -> dict[str, Any]:
+    drawn: Drawn = job.method.draw(guard, job.prompt, job.seed)
+    reply = drawn.generation
+    tokens = reply.trace.tokens if reply.trace else ()
+    steered = tokens if job.method.params.alpha > 0 else ()
+    row: dict[str, Any] = {
+        "method": job.method.name,
+        "prompt": job.index,
+        "sample": job.sample,
+        "seed": job.seed,
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "token_ids": [token.token_id for token in tokens],
+        "kl_detoxifier": [_capped(token.kl_detoxifier) for token in steered],
+        "kl_steering": [_capped(token.kl_steering) for token in steered],
+        "fallbacks": sum(token.fallback for token in steered),
+        "clipped": round(sum(token.clipped_mass for token in steered), 4),
+        "tries": drawn.tries,
+        "decoded_tokens": drawn.decoded_tokens,
+        "interventions": len(reply.interventions),
+    }
+    if job.sample == 0 and reply.trace:
+        row["trace"] = {
+            kind: [{name: _capped(value) for name, value in one.items()} for one in many]
+            for kind, many in reply.trace.to_dict().items()
+        }
+    return row
+
+
+def _capped(value: Any) -> Any:
+    """JSON has no infinity, which a divergence may be; and four digits are enough."""
+    return round(min(value, 1e4), 4) if isinstance(value, float) else value

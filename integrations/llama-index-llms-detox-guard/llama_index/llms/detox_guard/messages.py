@@ -1,0 +1,79 @@
+"""LlamaIndex messages and tools in, the core's prompts out. Knows both vocabularies; knows no engine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import CachePoint, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
+
+from detox_guard import PromptError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llama_index.core.llms import ChatMessage
+
+__all__ = ["is_react", "to_core_messages"]
+
+_ROLES = {
+    MessageRole.DEVELOPER: "system",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.FUNCTION: "tool",
+}
+_REACT_MARK = "Observation:"
+
+
+def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """OpenAI-style messages. Raises `PromptError` for blocks that a text model cannot read: they are never dropped."""
+    names: dict[str, str] = {}
+    out = []
+    for index, message in enumerate(messages):
+        core: dict[str, Any] = {
+            "role": _ROLES.get(message.role, message.role.value),
+            "content": _text(index, message),
+        }
+        calls = [_tool_call(block) for block in message.blocks if isinstance(block, ToolCallBlock)]
+        if calls:
+            core["tool_calls"] = calls
+            names |= {call["id"]: call["function"]["name"] for call in calls}
+        if core["role"] == "tool":
+            call_id = str(message.additional_kwargs.get("tool_call_id") or "")
+            core |= {"tool_call_id": call_id, "name": message.additional_kwargs.get("name") or names.get(call_id, "")}
+        out.append(core)
+    return out
+
+
+def is_react(messages: Sequence[ChatMessage]) -> bool:
+    """The system message lays out the ReAct protocol, in which the caller writes the observations, not the model."""
+    return any(
+        message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER) and _REACT_MARK in (message.content or "")
+        for message in messages
+    )
+
+
+def _text(index: int, message: ChatMessage) -> str:
+    texts = []
+    for block in message.blocks:
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif not isinstance(block, ToolCallBlock | ThinkingBlock | CachePoint):
+            raise PromptError(
+                f"messages[{index}].blocks", type(block).__name__, "text, tool calls and thinking are all it reads"
+            )
+    return "\n".join(texts)
+
+
+def _tool_call(block: ToolCallBlock) -> dict[str, Any]:
+    arguments = block.tool_kwargs
+    if isinstance(arguments, str):  # LLMs that stream arguments as text leave them so in the memory
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError:
+            arguments = {"arguments": arguments}
+    return {
+        "id": block.tool_call_id or "",
+        "type": "function",
+        "function": {"name": block.tool_name, "arguments": arguments},
+    }

@@ -1,0 +1,35 @@
+"""`DetoxNodePostprocessor`: screening for any retriever or query engine. Knows nodes; knows no LLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.llms.detox_guard.screening import Action, screen_nodes
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import NodeWithScore, QueryBundle
+
+__all__ = ["DetoxNodePostprocessor"]
+
+
+class DetoxNodePostprocessor(BaseNodePostprocessor):
+    """Drops, masks or marks toxic nodes between the retriever and the LLM. Raises `ScorerError`: it fails closed.
+
+    Stored nodes are never changed; flagged nodes are copies that carry `metadata["detox_guard"]`.
+    """
+
+    action: Action = Field(default="mask", description="What happens to a toxic node.")
+    threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity from which a text is flagged.")
+    scorer: Any = Field(default="embedded", description="A scorer's name, or a ToxicityScorer.")
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "DetoxNodePostprocessor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        screened = screen_nodes(nodes, scorer=self.scorer, threshold=self.threshold, action=self.action)
+        return [node.readable for node in screened if node.readable is not None]

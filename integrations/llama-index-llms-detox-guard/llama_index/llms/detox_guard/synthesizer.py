@@ -1,0 +1,328 @@
+"""`DetoxSynthesizer`: the hook where LlamaIndex writes an answer from what it retrieved.
+
+Knows synthesizers, nodes and answers of every shape; leaves judging to the core and rewinding to `DetoxiGenLLM`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.bridge.pydantic import BaseModel, ValidationError
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.response_synthesizers.context_only import ContextOnly
+from llama_index.core.response_synthesizers.no_text import NoText
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
+from llama_index.llms.detox_guard.llm import DetoxiGenLLM
+from llama_index.llms.detox_guard.options import Scope, current_scope, entered
+from llama_index.llms.detox_guard.screening import MARK, Action, ScreenedNode, screen_nodes
+
+import detox_guard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llama_index.core.base.llms.types import ChatMessage
+    from llama_index.core.base.response.schema import RESPONSE_TYPE
+    from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
+    from llama_index.core.schema import QueryBundle
+    from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+__all__ = ["DetoxSynthesizer"]
+
+REPORT = "detox"
+"""Key of the report in a response's metadata."""
+_ASK_NO_LLM = (NoText, ContextOnly)
+
+
+@dataclass
+class _Call:
+    """One answer under way: what is in force for it, and what was done. `report` grows until its stream ends."""
+
+    scope: Scope
+    holds: bool
+    report: dict[str, Any]
+    sources: list[NodeWithScore] = field(default_factory=list)
+    replies: list[detox_guard.Generation] = field(default_factory=list)
+
+    def note(self, taken: detox_guard.Intervention) -> None:
+        """A unit that was held back."""
+        dispatcher.event(DetoxInterventionEvent(where="hold", score=taken.score, action=taken.action))
+        self.report["interventions"].append(_figures("hold", taken))
+
+    def finish(self) -> None:
+        """The LLM is done: what its own guard did."""
+        for reply in self.replies:
+            self.report["interventions"] += [_figures("decode", taken) for taken in reply.interventions]
+            self.report["discarded_tokens"] += reply.usage.discarded_tokens
+        self.replies.clear()
+
+
+_call: ContextVar[_Call | None] = ContextVar("detox_guard_llama_index_call", default=None)
+
+
+class DetoxSynthesizer(BaseSynthesizer):
+    """Any response synthesizer, guarded on the way in and on the way out.
+
+    In: toxic nodes are dropped, masked or marked (`context`; None reads them as they are). If any was found and the
+    LLM is a `DetoxiGenLLM`, it is steered with at least `toxic_context_alpha`. Out: a `DetoxiGenLLM` decodes under
+    `policy` and can take a sentence back; around any other LLM each sentence is held until it is judged, then passed,
+    replaced, or the answer stopped. Structured answers are judged string by string. With `redact_sources`,
+    `source_nodes` show toxic sentences masked, whatever the LLM read. `response.metadata["detox"]` says what was done:
+    `screened`, `context_score`, `alpha` (if raised), `guard` ("decode" or "hold"), `interventions`, `discarded_tokens`;
+    of a streamed answer the last two are complete when its stream is.
+    Raises `GuardError` as `policy` asks, `ScorerError` where nothing can be judged.
+    """
+
+    def __init__(
+        self,
+        inner: BaseSynthesizer,
+        *,
+        policy: detox_guard.GuardPolicy | None = None,
+        context: Action | None = "mask",
+        context_threshold: float | None = None,
+        toxic_context_alpha: float = 4.0,
+        redact_sources: bool = True,
+    ) -> None:
+        """`context_threshold`: None is the policy's threshold."""
+        super().__init__(
+            llm=inner._llm,
+            callback_manager=inner._callback_manager,
+            prompt_helper=inner._prompt_helper,
+            chat_prompt_helper=inner._chat_prompt_helper,
+            streaming=inner._streaming,
+            output_cls=inner._output_cls,
+            empty_response=inner._empty_response,
+            multimodal=inner._multimodal,
+        )
+        self._inner = inner
+        self._policy = policy or detox_guard.GuardPolicy()
+        self._context = context
+        self._context_threshold = self._policy.threshold if context_threshold is None else context_threshold
+        self._toxic_context_alpha = toxic_context_alpha
+        self._redact_sources = redact_sources
+
+    # -- prompts are the inner synthesizer's, under the same names
+
+    def _get_prompts(self) -> PromptDictType:
+        return self._inner._get_prompts()
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        self._inner._update_prompts(prompts)
+
+    def _get_prompt_modules(self) -> PromptMixinType:
+        return self._inner._get_prompt_modules()
+
+    # -- in: nodes
+
+    def synthesize(
+        self,
+        query: str | QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """The guarded answer."""
+        screened, more = self._screen(nodes), self._screen(additional_source_nodes or [])
+        token = _call.set(self._open(screened, more))
+        try:
+            return self._reported(super().synthesize(query, _readable(screened), None, **response_kwargs))
+        finally:
+            _call.reset(token)
+
+    async def asynthesize(
+        self,
+        query: str | QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """The guarded answer; the event loop is not blocked."""
+        screened = await asyncio.to_thread(self._screen, nodes)
+        more = await asyncio.to_thread(self._screen, additional_source_nodes or [])
+        token = _call.set(self._open(screened, more))
+        try:
+            return self._reported(await super().asynthesize(query, _readable(screened), None, **response_kwargs))
+        finally:
+            _call.reset(token)
+
+    def _screen(self, nodes: Sequence[NodeWithScore]) -> list[ScreenedNode]:
+        if self._context is None:
+            return [ScreenedNode(node, node, node, 0.0, False) for node in nodes]
+        return screen_nodes(nodes, scorer=self._policy.scorer, threshold=self._context_threshold, action=self._context)
+
+    def _open(self, screened: list[ScreenedNode], more: Sequence[ScreenedNode] = ()) -> _Call:
+        """A new call. A node that a postprocessor has marked counts as toxic, though what is left of it may not be."""
+        marks = [node.retrieved.node.metadata.get(MARK) for node in screened]
+        flagged = [node for node in screened if node.flagged]
+        report: dict[str, Any] = {
+            "screened": [
+                {"node_id": node.retrieved.node_id, "score": round(node.score, 4), "action": self._context}
+                for node in flagged
+            ],
+            "context_score": max((round(node.score, 4) for node in screened), default=0.0),
+            "alpha": None,
+            "interventions": [],
+            "discarded_tokens": 0,
+        }
+        llm = self._llm.llm if isinstance(self._llm, StructuredLLM) else self._llm
+        outer = current_scope()
+        options: dict[str, Any] = {}
+        replies: list[detox_guard.Generation] = []
+        if ours := isinstance(llm, DetoxiGenLLM) and not isinstance(self._inner, _ASK_NO_LLM):
+            options["guard"] = self._policy
+            if (flagged or any(marks)) and llm.load().streams:
+                options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
+        report["guard"] = "decode" if ours else "hold"
+        scope = Scope({**outer.options, **options}, (*outer.collectors, replies))
+        sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
+        return _Call(scope, not ours, report, sources, replies)
+
+    def _prepare_response_output(
+        self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]
+    ) -> RESPONSE_TYPE:
+        call = _call.get()
+        return super()._prepare_response_output(response_str, call.sources if call else source_nodes)
+
+    def _reported(self, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+        call = _call.get()
+        assert call is not None
+        response.metadata = {**(response.metadata or {}), REPORT: call.report}
+        response.source_nodes = call.sources  # upstream lists none where no node was left to read
+        return response
+
+    # -- out: answers
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """The guarded answer from plain chunks."""
+        call, chunks = self._opened(text_chunks)
+        return self._answer(call, lambda: self._inner.get_response(query_str, chunks, **response_kwargs))
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """The guarded answer from plain chunks; the event loop is not blocked."""
+        call, chunks = await asyncio.to_thread(self._opened, text_chunks)
+        with entered(call.scope):
+            answer = await self._inner.aget_response(query_str, chunks, **response_kwargs)
+        return await self._aguarded(call, answer)
+
+    def get_response_from_messages(
+        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """The guarded answer of a multimodal synthesizer; its chunks are screened as nodes, in `synthesize`."""
+        call = _call.get() or self._open([])
+        return self._answer(
+            call, lambda: self._inner.get_response_from_messages(query_str, message_chunks, **response_kwargs)
+        )
+
+    async def aget_response_from_messages(
+        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """`get_response_from_messages` without blocking the event loop."""
+        call = _call.get() or self._open([])
+        with entered(call.scope):
+            answer = await self._inner.aget_response_from_messages(query_str, message_chunks, **response_kwargs)
+        return await self._aguarded(call, answer)
+
+    def _opened(self, text_chunks: Sequence[str]) -> tuple[_Call, list[str]]:
+        """The call under way and its chunks; or, asked without `synthesize`, a new one and its chunks screened."""
+        call = _call.get()
+        if call is not None:
+            return call, list(text_chunks)
+        screened = self._screen([NodeWithScore(node=TextNode(text=chunk)) for chunk in text_chunks])
+        return self._open(screened), [node.node.get_content() for node in _readable(screened)]
+
+    def _answer(self, call: _Call, ask: Callable[[], RESPONSE_TEXT_TYPE]) -> RESPONSE_TEXT_TYPE:
+        with entered(call.scope):
+            answer = ask()
+        if isinstance(answer, Generator):
+            return self._stream(call, answer)
+        call.finish()
+        return self._whole(call, answer) if call.holds else answer
+
+    async def _aguarded(self, call: _Call, answer: Any) -> RESPONSE_TEXT_TYPE:
+        if isinstance(answer, AsyncGenerator):
+            return self._astream(call, answer)
+        if isinstance(answer, Generator):
+            return self._stream(call, answer)
+        call.finish()
+        return await asyncio.to_thread(self._whole, call, answer) if call.holds else answer
+
+    def _stream(self, call: _Call, answer: Generator[str, None, None]) -> Generator[str, None, None]:
+        def steps() -> Generator[str, None, None]:
+            # Some synthesizers ask the LLM only while their stream is read: each step runs under the call's options.
+            while True:
+                with entered(call.scope):
+                    delta = next(answer, None)
+                if delta is None:
+                    return
+                yield delta
+
+        try:
+            yield from detox_guard.guard_text(steps(), self._policy, call.note) if call.holds else steps()
+        finally:
+            answer.close()
+            call.finish()
+
+    async def _astream(self, call: _Call, answer: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async def steps() -> AsyncGenerator[str, None]:
+            while True:
+                with entered(call.scope):
+                    delta = await anext(answer, None)
+                if delta is None:
+                    return
+                yield delta
+
+        try:
+            async for delta in detox_guard.aguard_text(steps(), self._policy, call.note) if call.holds else steps():
+                yield delta
+        finally:
+            await answer.aclose()
+            call.finish()
+
+    def _whole(self, call: _Call, answer: Any) -> Any:
+        def judged(text: str) -> str:
+            return "".join(detox_guard.guard_text([text], self._policy, call.note))
+
+        if isinstance(answer, BaseModel):
+            return _rewritten(answer, judged)
+        if isinstance(self._llm, StructuredLLM):
+            return _rewritten(self._llm.output_cls.model_validate_json(str(answer)), judged).model_dump_json()
+        return judged(str(answer))
+
+
+def _readable(screened: Sequence[ScreenedNode]) -> list[NodeWithScore]:
+    return [node.readable for node in screened if node.readable is not None]
+
+
+def _figures(where: str, taken: detox_guard.Intervention) -> dict[str, Any]:
+    figures = {"where": where, "score": taken.score, "action": taken.action}
+    return figures if where == "hold" else {**figures, "alpha": taken.alpha, "next_alpha": taken.next_alpha}
+
+
+def _rewritten(answer: BaseModel, judged: Callable[[str], str]) -> BaseModel:
+    """The structured answer with every string judged. Raises `GuardError` if what is left breaks its schema."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return judged(value) if isinstance(value, str) and value else value
+
+    before = answer.model_dump(mode="json")
+    after = walk(before)
+    if after == before:
+        return answer
+    try:
+        return type(answer).model_validate(after)
+    except ValidationError as error:
+        raise detox_guard.GuardError(
+            f"a guarded {type(answer).__name__} no longer fits its schema: {error.error_count()} fields"
+        ) from error

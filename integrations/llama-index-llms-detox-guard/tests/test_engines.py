@@ -1,0 +1,147 @@
+"""Query and chat engines with a guarded LLM, a guarded synthesizer, or both."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.detox_guard import (
+    DetoxiGenLLM,
+    DetoxNodePostprocessor,
+    get_detox_response_synthesizer,
+    guard_chat_engine,
+)
+from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, memory, recorded_events
+
+from detox_guard import GuardPolicy
+
+POLICY = GuardPolicy(scorer=WordScorer())
+QUERY = "When does the library open?"
+ENGINES = {"context": ContextChatEngine, "condense_plus_context": CondensePlusContextChatEngine}
+
+
+@pytest.fixture
+def index() -> VectorStoreIndex:
+    documents = [Document(text="The library opens at nine."), Document(text="It closes at six. How stupid.")]
+    return VectorStoreIndex.from_documents(documents, embed_model=BagEmbedding())
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+async def test_settings_llm_and_an_untouched_query_engine(index: VectorStoreIndex, streaming: bool) -> None:
+    engine = FakeEngine()
+    Settings.llm = DetoxiGenLLM(engine=engine, guard=POLICY)
+    query_engine = index.as_query_engine(streaming=streaming)
+    assert str(query_engine.query(QUERY)) == CLEAN
+    response = await query_engine.aquery(QUERY)
+    if streaming:
+        assert "".join([delta async for delta in response.response_gen]) == CLEAN
+    else:
+        assert str(response) == CLEAN
+    assert len(engine.asked) == 2
+    assert all(params.guard == POLICY for _, params in engine.asked)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
+async def test_query_engine_with_the_hook(index: VectorStoreIndex, ours: bool) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine()) if ours else ForeignLLM()
+    synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
+    query_engine = index.as_query_engine(llm=llm, response_synthesizer=synthesizer)
+    for response in (query_engine.query(QUERY), await query_engine.aquery(QUERY)):
+        assert str(response) == (CLEAN if ours else HELD)
+        assert len(response.metadata["detox"]["screened"]) == 1
+        assert len(response.source_nodes) == 2
+        assert not any("stupid" in node.get_content() for node in response.source_nodes)
+
+
+def test_query_engine_with_the_postprocessor(index: VectorStoreIndex) -> None:
+    engine = FakeEngine()
+    query_engine = index.as_query_engine(
+        llm=DetoxiGenLLM(engine=engine),
+        node_postprocessors=[DetoxNodePostprocessor(action="drop", scorer=WordScorer())],
+    )
+    assert len(query_engine.query(QUERY).source_nodes) == 1
+    assert "six" not in str(engine.asked[0][0])
+
+
+async def test_eight_queries_are_under_way_together(index: VectorStoreIndex) -> None:
+    engine = FakeEngine(delay_s=0.02)
+    llm = DetoxiGenLLM(engine=engine)
+    synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
+    query_engine = index.as_query_engine(llm=llm, response_synthesizer=synthesizer)
+    await query_engine.aquery(QUERY)
+    began = time.monotonic()
+    for _ in range(8):
+        await query_engine.aquery(QUERY)
+    one_by_one = time.monotonic() - began
+    began = time.monotonic()
+    await asyncio.gather(*(query_engine.aquery(QUERY) for _ in range(8)))
+    assert one_by_one / (time.monotonic() - began) > 3
+    assert engine.peak == 8
+
+
+def chat_engine(mode: str, index: VectorStoreIndex, llm: Any) -> Any:
+    return ENGINES[mode].from_defaults(
+        retriever=index.as_retriever(), llm=llm, memory=memory(), system_prompt="Be brief."
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
+@pytest.mark.parametrize("mode", ENGINES)
+async def test_chat_engines(index: VectorStoreIndex, mode: str, ours: bool) -> None:
+    fake = FakeEngine()
+    llm = DetoxiGenLLM(engine=fake) if ours else ForeignLLM()
+    engine = guard_chat_engine(chat_engine(mode, index, llm), policy=POLICY)
+    expected = CLEAN if ours else HELD
+    assert str(engine.chat(QUERY)) == expected
+    assert str(await engine.achat("And on Monday?")) == expected
+    assert "".join(engine.stream_chat("And on Tuesday?").response_gen) == expected
+    response = await engine.astream_chat("And on Sunday?")
+    assert "".join([delta async for delta in response.async_response_gen()]) == expected
+    assert not any("stupid" in node.get_content() for node in response.source_nodes)
+    assert [message.content for message in engine.chat_history if message.role == "assistant"] == [expected] * 4
+    if ours:
+        answers = [params for _, params in fake.asked if params.guard]
+        assert len(answers) == 4
+        assert all(params.alpha == 4.0 for params in answers)  # the context was toxic before it was masked
+
+
+@pytest.mark.parametrize("mode", ENGINES)
+def test_chat_engines_without_screening(index: VectorStoreIndex, mode: str) -> None:
+    engine = guard_chat_engine(chat_engine(mode, index, ForeignLLM()), policy=POLICY, context=None)
+    response = engine.chat(QUERY)
+    assert str(response) == HELD
+    assert any("stupid" in node.get_content() for node in response.source_nodes)
+
+
+def test_a_simple_chat_engine_remembers() -> None:
+    from llama_index.core.chat_engine import SimpleChatEngine
+
+    fake = FakeEngine()
+    engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(engine=fake), memory=memory())
+    assert str(engine.chat("Hello")) == CLEAN
+    assert "".join(engine.stream_chat("Again").response_gen) == CLEAN
+    assert len(fake.asked[1][0].messages) == 3
+
+
+def test_events_of_a_query_come_exactly_once(index: VectorStoreIndex) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine())
+    synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
+    with recorded_events() as events:
+        index.as_query_engine(llm=llm, response_synthesizer=synthesizer).query(QUERY)
+    for name in ("LLMChatStartEvent", "LLMChatEndEvent", "SynthesizeStartEvent", "SynthesizeEndEvent"):
+        assert len(events.named(name)) == 1, name
+    assert len(events.named("DetoxScreeningEvent")) == 1
+    end = events.named("SynthesizeEndEvent")[0]
+    assert not any("stupid" in node.get_content() for node in end.response.source_nodes)
+
+
+def test_history_from_another_llm_is_understood() -> None:
+    fake = FakeEngine()
+    history = [ChatMessage("Hi"), ChatMessage(role="assistant", content="Hello.")]
+    DetoxiGenLLM(engine=fake).chat([*history, ChatMessage("When?")])
+    assert [message["role"] for message in fake.asked[0][0].messages] == ["user", "assistant", "user"]

@@ -1,0 +1,295 @@
+"""`DetoxiGenLLM` against LlamaIndex's contract, on a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+from llama_index.core import Settings
+from llama_index.core.base.llms.types import ImageBlock, MessageRole, ToolCallBlock
+from llama_index.core.callbacks import CallbackManager, CBEventType, TokenCountingHandler
+from llama_index.core.indices.prompt_helper import PromptHelper
+from llama_index.core.llms import ChatMessage
+from llama_index.core.prompts import PromptTemplate
+from llama_index.llms.detox_guard import DetoxiGenLLM, detox_options
+from llama_index_harness import CLEAN, Callbacks, FakeEngine, recorded_events
+
+from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptError, StepError
+
+HELLO = [ChatMessage("When does the library open?")]
+WAYS = ["complete", "stream_complete", "chat", "stream_chat", "acomplete", "astream_complete", "achat", "astream_chat"]
+
+
+async def ask(llm: DetoxiGenLLM, way: str, **kwargs: Any) -> list[Any]:
+    """Every response of one call, whichever of the eight ways it is."""
+    result = getattr(llm, way)("When does the library open?" if "complete" in way else HELLO, **kwargs)
+    if way.startswith("a"):
+        result = await result
+    if way.startswith("stream"):
+        return list(result)
+    if way.startswith("astream"):
+        return [response async for response in result]
+    return [result]
+
+
+def text_of(response: Any) -> str:
+    return response.text if hasattr(response, "text") else response.message.content
+
+
+# -- the eight ways
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_every_way_gives_the_same_text_and_usage(way: str) -> None:
+    engine = FakeEngine()
+    responses = await ask(DetoxiGenLLM(engine=engine), way)
+    assert text_of(responses[-1]) == CLEAN
+    raw = responses[-1].raw
+    assert raw["usage"]["completion_tokens"] == len(CLEAN.split())
+    assert raw["usage"]["total_tokens"] == raw["usage"]["prompt_tokens"] + raw["usage"]["completion_tokens"]
+    assert raw["finish_reason"] == "stop"
+    assert raw["model"] == "fake-model"
+    assert len(json.dumps(raw)) < 2000
+    assert raw["detox"]["seed"] == 7
+    assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "stream" in way])
+async def test_streams_are_cumulative_with_deltas(way: str) -> None:
+    responses = await ask(DetoxiGenLLM(engine=FakeEngine()), way)
+    so_far = ""
+    for response in responses:
+        so_far += response.delta
+        assert text_of(response) == so_far
+    assert len(responses) > 3
+    assert [response.raw is not None for response in responses] == [False] * (len(responses) - 1) + [True]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_events_and_callbacks_come_exactly_once(way: str) -> None:
+    callbacks = Callbacks()
+    llm = DetoxiGenLLM(engine=FakeEngine(), callback_manager=CallbackManager([callbacks]))
+    with recorded_events() as events:
+        await ask(llm, way)
+    kind = "Completion" if "complete" in way else "Chat"
+    assert len(events.named(f"LLM{kind}StartEvent")) == len(events.named(f"LLM{kind}EndEvent")) == 1
+    other = "Chat" if kind == "Completion" else "Completion"
+    assert not events.named(f"LLM{other}StartEvent")
+    assert callbacks.started == callbacks.ended == [CBEventType.LLM]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_engine_error_surfaces_at_once(way: str) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([StepError("the numbers are not numbers")]))
+    began = time.monotonic()
+    with pytest.raises(StepError, match="not numbers"):
+        await ask(llm, way)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_options_of_a_call_win_over_those_of_the_llm(way: str) -> None:
+    engine = FakeEngine()
+    await ask(DetoxiGenLLM(engine=engine, alpha=1.5, temperature=0.5), way, alpha=3.0, stop=["It"], seed=5)
+    _, params = engine.asked[0]
+    assert (params.alpha, params.temperature, params.stop, params.seed) == (3.0, 0.5, ("It",), 5)
+    assert params.max_new_tokens == 64  # the engine's own default
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_unknown_option_is_named(way: str) -> None:
+    with pytest.raises(InvalidParamsError, match="temprature"):
+        await ask(DetoxiGenLLM(engine=FakeEngine()), way, temprature=0.5)
+
+
+async def test_concurrent_async_calls_are_under_way_together() -> None:
+    engine = FakeEngine(delay_s=0.01)
+    llm = DetoxiGenLLM(engine=engine)
+    await asyncio.gather(*(llm.achat(HELLO) for _ in range(8)))
+    assert engine.peak == 8
+
+
+@pytest.mark.parametrize("way", ["acomplete", "achat"])
+async def test_cancelling_a_task_frees_the_seat(way: str) -> None:
+    engine = FakeEngine(delay_s=0.05)
+    task = asyncio.create_task(ask(DetoxiGenLLM(engine=engine), way))
+    async with asyncio.timeout(5):
+        while not engine.seats:
+            await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.seats == 0
+
+
+async def test_leaving_a_stream_frees_the_seat() -> None:
+    engine = FakeEngine()
+    stream = DetoxiGenLLM(engine=engine).stream_chat(HELLO)
+    next(stream)
+    assert engine.seats == 1
+    del stream
+    assert engine.seats == 0
+    astream = await DetoxiGenLLM(engine=engine).astream_chat(HELLO)
+    await anext(astream)
+    assert engine.seats == 1
+    await astream.aclose()
+    del astream
+    async with asyncio.timeout(2):  # the event loop closes what the decorator dropped
+        while engine.seats:
+            await asyncio.sleep(0.001)
+
+
+# -- construction and metadata
+
+
+def test_construction_loads_nothing_and_the_engine_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def shared(model: str | None = None, **options: Any) -> FakeEngine:
+        asked.append((model, options))
+        return FakeEngine()
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    llm = DetoxiGenLLM("org/model", detoxifier="folder", device="cpu", alpha=1.0)
+    llm.to_dict(), llm.to_payload(), repr(llm)
+    Settings.llm = llm
+    assert asked == []
+    llm.complete("Hello")
+    options = {"detoxifier": "folder", "device": "cpu", "dtype": None, "revision": None}
+    assert asked[0] == ("org/model", options)
+
+
+async def test_loading_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def shared(*args: Any, **options: Any) -> FakeEngine:
+        threads.append(threading.current_thread())
+        return FakeEngine()
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    await DetoxiGenLLM().acomplete("Hello")
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize(("chat", "tools"), [(False, False), (True, False), (True, True)])
+def test_metadata_says_what_the_engine_can(chat: bool, tools: bool) -> None:
+    metadata = DetoxiGenLLM(engine=FakeEngine(chat=chat, tools=tools)).metadata
+    assert (metadata.is_chat_model, metadata.is_function_calling_model) == (chat, tools)
+    assert (metadata.context_window, metadata.num_output, metadata.model_name) == (2048, 64, "fake-model")
+
+
+def test_metadata_of_unusual_engines() -> None:
+    assert DetoxiGenLLM(engine=FakeEngine(context_window=None)).metadata.context_window > 100_000
+    assert DetoxiGenLLM(engine=FakeEngine(context_window=64), max_new_tokens=64).metadata.num_output == 32
+    assert DetoxiGenLLM(engine=FakeEngine(tools=False), function_calling=True).metadata.is_function_calling_model
+
+
+def test_round_trip_through_a_dict() -> None:
+    llm = DetoxiGenLLM("org/model", detoxifier="folder", alpha=3.0, stop=["x"], system_prompt="Be kind.")
+    data = json.loads(json.dumps(llm.to_dict()))
+    again = DetoxiGenLLM.from_dict(data)
+    assert again.to_dict() == llm.to_dict()
+    assert (again.model, again.detoxifier, again.system_prompt) == ("org/model", "folder", "Be kind.")
+    assert DecodingParams(**again.decoding) == DecodingParams(alpha=3.0, stop=("x",))
+    assert data["class_name"] == "DetoxiGenLLM"
+
+
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"temperature": "hot"}, {"alhpa": 1.0}, {"max_new_tokens": 0}])
+def test_a_bad_field_is_named_when_constructing(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+        DetoxiGenLLM(**bad)
+
+
+def test_prompts_are_packed_by_the_models_own_tokenizer() -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine(context_window=120), max_new_tokens=20)
+    helper = PromptHelper.from_llm_metadata(llm.metadata, tokenizer=llm.encode)
+    chunks = helper.repack(PromptTemplate("{context_str}"), ["one two three " * 100])
+    assert len(chunks) > 1
+    assert all(len(llm.encode(chunk)) <= 100 for chunk in chunks)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_token_counters_read_our_usage(way: str) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda _: pytest.fail("counted by a foreign tokenizer"))
+    llm = DetoxiGenLLM(engine=FakeEngine(), callback_manager=CallbackManager([counter]))
+    await ask(llm, way)
+    assert counter.completion_llm_token_count == len(CLEAN.split())
+    assert counter.prompt_llm_token_count == 5
+
+
+# -- prompts
+
+
+async def test_messages_reach_the_template_with_their_roles() -> None:
+    engine = FakeEngine()
+    DetoxiGenLLM(engine=engine).chat(
+        [
+            ChatMessage(role=MessageRole.DEVELOPER, content="Be kind."),
+            ChatMessage("Weather?"),
+            ChatMessage(role=MessageRole.ASSISTANT, content=[ToolCallBlock(tool_call_id="c1", tool_name="w")]),
+            ChatMessage(role=MessageRole.TOOL, content="sunny", additional_kwargs={"tool_call_id": "c1"}),
+            ChatMessage(role=MessageRole.CHATBOT, content="Sunny."),
+        ]
+    )
+    messages = engine.asked[0][0].messages
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    call = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": {}}}
+    assert messages[2]["tool_calls"] == [call]
+    assert (messages[2]["content"], messages[3]["name"], messages[3]["tool_call_id"]) == ("", "w", "c1")
+
+
+def test_a_block_it_cannot_read_is_refused() -> None:
+    message = ChatMessage(content=[ImageBlock(url="https://example.org/cat.png")])
+    with pytest.raises(PromptError, match=r"messages\[0\].*ImageBlock"):
+        DetoxiGenLLM(engine=FakeEngine()).chat([message])
+
+
+def test_without_a_template_messages_become_a_plain_prompt() -> None:
+    engine = FakeEngine(chat=False, tools=False)
+    DetoxiGenLLM(engine=engine).chat(HELLO)
+    assert engine.asked[0][0] == "user: When does the library open?\nassistant: "
+
+
+def test_completion_prompts_are_formatted_once() -> None:
+    engine = FakeEngine()
+    llm = DetoxiGenLLM(engine=engine, completion_to_prompt=lambda text: f"<{text}>")
+    llm.complete("a")
+    llm.complete("b", formatted=True)
+    assert [prompt for prompt, _ in engine.asked] == ["<a>", "b"]
+
+
+@pytest.mark.parametrize(
+    ("system", "kwargs", "stop"),
+    [
+        ("Thought: …\nObservation: tool response", {}, ("Observation:",)),
+        ("Thought: …\nObservation: tool response", {"stop": ["END"]}, ("END",)),
+        ("Be kind.", {}, ()),
+    ],
+)
+def test_only_react_prompts_stop_at_an_observation(system: str, kwargs: dict[str, Any], stop: tuple[str, ...]) -> None:
+    engine = FakeEngine()
+    DetoxiGenLLM(engine=engine).chat([ChatMessage(role="system", content=system), *HELLO], **kwargs)
+    assert engine.asked[0][1].stop == stop
+
+
+# -- options from outside
+
+
+async def test_options_reach_calls_that_pass_none() -> None:
+    engine = FakeEngine()
+    llm = DetoxiGenLLM(engine=engine, alpha=1.0)
+    prompt = PromptTemplate("Say {what}.")
+    with detox_options(alpha=3.0, seed=5) as outer:
+        llm.predict(prompt, what="yes")
+        with detox_options(alpha=4.0):
+            await llm.apredict(prompt, what="no")
+        assert len(outer) == 2
+    llm.predict(prompt, what="maybe")
+    assert [(params.alpha, params.seed) for _, params in engine.asked] == [(3.0, 5), (4.0, 5), (1.0, None)]
+    assert len(outer) == 2
+    assert outer[0].text == CLEAN

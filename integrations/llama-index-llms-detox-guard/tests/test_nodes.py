@@ -1,0 +1,123 @@
+"""Screening of nodes, the postprocessor and the evaluator."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.evaluation import BatchEvalRunner
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.llms.detox_guard import DetoxNodePostprocessor, ToxicityEvaluator
+from llama_index_harness import WordScorer, nodes, recorded_events
+
+from detox_guard import ScorerError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TEXTS = ["The library opens at nine.", "It closes at six. What a stupid building.", "Entry is free."]
+
+
+class BrokenScorer:
+    name = "broken"
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return [float("nan")] * len(texts)
+
+
+def postprocessor(action: Any = "mask", **options: Any) -> DetoxNodePostprocessor:
+    return DetoxNodePostprocessor(action=action, scorer=WordScorer(), **options)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("action", "kept", "rude"), [("drop", 2, False), ("mask", 3, False), ("mark", 3, True)])
+async def test_actions(action: str, kept: int, rude: bool, is_async: bool) -> None:
+    given = nodes(*TEXTS)
+    if is_async:
+        out = await postprocessor(action).apostprocess_nodes(given, QueryBundle("q"))
+    else:
+        out = postprocessor(action).postprocess_nodes(given, query_str="q")
+    texts = [node.node.get_content(MetadataMode.LLM) for node in out]
+    assert len(texts) == kept
+    assert any("stupid" in text for text in texts) is rude
+    assert texts[0] == TEXTS[0]
+    assert texts[-1] == TEXTS[-1]
+    if kept == 3:
+        assert "It closes at six." in texts[1]
+        assert out[1].node.metadata == {"detox_guard": {"score": 0.9, "action": action}}
+        assert "0.9" not in texts[1]  # the mark is nothing that an LLM reads
+    assert [node.node.get_content() for node in given] == TEXTS
+    assert out[0] is given[0]
+
+
+def test_scores_ids_and_order_survive() -> None:
+    out = postprocessor().postprocess_nodes(nodes(*TEXTS))
+    assert [(node.node_id, node.score) for node in out] == [("n0", 1.0), ("n1", 1.0), ("n2", 1.0)]
+
+
+def test_each_flagged_node_is_an_event_without_its_text() -> None:
+    with recorded_events() as events:
+        postprocessor("drop").postprocess_nodes(nodes(*TEXTS))
+    (event,) = events.named("DetoxScreeningEvent")
+    assert (event.node_id, event.score, event.action) == ("n1", 0.9, "drop")
+    assert "stupid" not in event.model_dump_json()
+
+
+def test_metadata_that_the_llm_would_read_is_screened() -> None:
+    node = TextNode(text="Entry is free.", metadata={"title": "A stupid library", "page": 3})
+    (out,) = postprocessor().postprocess_nodes([NodeWithScore(node=node)])
+    assert "stupid" not in out.node.get_content(MetadataMode.LLM)
+    assert "Entry is free." in out.node.get_content(MetadataMode.LLM)
+    hidden = TextNode(text="Free.", metadata={"note": "stupid"}, excluded_llm_metadata_keys=["note"])
+    (out,) = postprocessor().postprocess_nodes([NodeWithScore(node=hidden)])
+    assert out.node is hidden
+
+
+def test_nothing_retrieved_is_nothing_screened() -> None:
+    assert postprocessor().postprocess_nodes([]) == []
+
+
+def test_a_threshold_and_the_embedded_scorer() -> None:
+    assert len(postprocessor("drop", threshold=0.95).postprocess_nodes(nodes(*TEXTS))) == 3
+    rude = "You are a stupid idiot and everybody hates you."
+    kept = DetoxNodePostprocessor(action="drop").postprocess_nodes(nodes(TEXTS[0], rude))
+    assert [node.node_id for node in kept] == ["n0"]
+
+
+def test_a_scorer_that_cannot_judge_lets_nothing_through() -> None:
+    with pytest.raises(ScorerError):
+        DetoxNodePostprocessor(scorer=BrokenScorer()).postprocess_nodes(nodes("a"))
+
+
+def test_round_trip_of_the_postprocessor() -> None:
+    one = DetoxNodePostprocessor(action="drop", threshold=0.25)
+    again = DetoxNodePostprocessor.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert again.to_dict() == one.to_dict()
+    with pytest.raises(ValueError, match="threshold"):
+        DetoxNodePostprocessor(threshold=1.5)
+
+
+# -- evaluator
+
+
+@pytest.mark.parametrize(("text", "passing"), [("Entry is free.", True), ("How stupid.", False)])
+async def test_evaluator(text: str, passing: bool) -> None:
+    result = await ToxicityEvaluator(WordScorer()).aevaluate(query="q", response=text, contexts=["c"])
+    assert (result.passing, result.score) == (passing, 0.1 if passing else 0.9)
+    assert (result.query, result.response, result.contexts) == ("q", text, ["c"])
+    assert result.feedback
+
+
+@pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # the runner's own
+def test_evaluator_in_the_batch_runner() -> None:
+    runner = BatchEvalRunner({"toxicity": ToxicityEvaluator(WordScorer())}, workers=2)
+    results = runner.evaluate_response_strs(queries=["a", "b"], response_strs=["Entry is free.", "How stupid."])
+    assert [result.passing for result in results["toxicity"]] == [True, False]
+
+
+async def test_evaluator_needs_a_response_and_a_scorer_that_works() -> None:
+    with pytest.raises(ValueError, match="response"):
+        await ToxicityEvaluator(WordScorer()).aevaluate(query="q")
+    with pytest.raises(ScorerError):
+        await ToxicityEvaluator(BrokenScorer()).aevaluate(response="a")

@@ -1,0 +1,359 @@
+"""The response-synthesis hook: every mode, guarded in and out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.bridge.pydantic import BaseModel, Field
+from llama_index.core.llms import MockLLM
+from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
+from llama_index.llms.detox_guard import (
+    DetoxiGenLLM,
+    DetoxSynthesizer,
+    detox_options,
+    get_detox_response_synthesizer,
+)
+from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
+
+from detox_guard import GuardError, GuardPolicy, Intervention, ScorerError, StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llama_index.core.llms import LLM
+
+POLICY = GuardPolicy(scorer=WordScorer())
+QUERY = "When does the library open?"
+CONTEXT = ["The library opens at nine.", "It closes at six. What a stupid building."]
+MODES = list(ResponseMode)
+ASK_NOTHING = (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
+ACCUMULATES = (ResponseMode.ACCUMULATE, ResponseMode.COMPACT_ACCUMULATE)
+READ_NO_CONTEXT = (ResponseMode.NO_TEXT, ResponseMode.GENERATION)
+REWIND = Intervention(unit=0, start=0, tokens=3, score=0.9, threshold=0.5, alpha=2.0, next_alpha=3.0, action="rewind")
+
+
+async def answered(
+    synthesizer: BaseSynthesizer, *, is_async: bool, context: Sequence[str] = CONTEXT, **kwargs: Any
+) -> tuple[str, Any]:
+    """The answer's text, its stream read to the end, and the response."""
+    if is_async:
+        response = await synthesizer.asynthesize(QUERY, nodes(*context), **kwargs)
+    else:
+        response = synthesizer.synthesize(QUERY, nodes(*context), **kwargs)
+    stream = getattr(response, "response_gen", None)
+    if stream is None:
+        return str(response.response), response
+    if hasattr(stream, "__aiter__"):
+        return "".join([delta async for delta in stream]), response
+    return "".join(stream), response
+
+
+def synthesizer_for(llm: LLM, **options: Any) -> DetoxSynthesizer:
+    options.setdefault("policy", POLICY)
+    return get_detox_response_synthesizer(llm, **options)
+
+
+# -- nine modes, sync and async, streamed or not
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
+async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, ours: bool) -> None:
+    if mode in ACCUMULATES and streaming:
+        pytest.skip("llama-index-core: 'Unable to stream in Accumulate response mode'")
+    engine = FakeEngine([CLEAN], interventions=[REWIND])
+    llm = DetoxiGenLLM(engine=engine) if ours else ForeignLLM()
+    synthesizer = synthesizer_for(llm, response_mode=mode, streaming=streaming)
+    text, response = await answered(synthesizer, is_async=is_async)
+    report = response.metadata["detox"]
+    if mode == ResponseMode.NO_TEXT:
+        assert text == ""
+    elif mode == ResponseMode.CONTEXT_ONLY:
+        assert "opens at nine" in text
+    elif ours:
+        assert CLEAN in text
+        assert report["interventions"]
+    else:
+        assert HELD in text
+        assert report["interventions"]
+    assert "stupid" not in text
+    assert report["guard"] == ("decode" if ours and mode not in ASK_NOTHING else "hold")
+    assert report["screened"] == [{"node_id": "n1", "score": 0.9, "action": "mask"}]
+    assert len(json.dumps(report)) < 4000
+    if ours:
+        asked = [(getattr(prompt, "messages", prompt), params) for prompt, params in engine.asked]
+        assert (not asked) == (mode in ASK_NOTHING)
+        assert not any("stupid" in str(prompt) for prompt, _ in asked)
+        assert all(params.guard == POLICY for _, params in asked)
+        assert all(params.alpha == 4.0 for _, params in asked)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_tree_summarize_hands_the_guard_to_its_worker_threads(is_async: bool) -> None:
+    engine = FakeEngine(context_window=400)
+    llm = DetoxiGenLLM(engine=engine, max_new_tokens=20)
+    long = ["The library opens at nine. " * 40] * 3
+    synthesizer = synthesizer_for(llm, response_mode="tree_summarize", use_async=True)
+    await answered(synthesizer, is_async=is_async, context=long)
+    assert len(engine.asked) > 1
+    assert all(params.guard == POLICY for _, params in engine.asked)
+
+
+# -- out
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+async def test_a_foreign_sentence_is_held_until_it_is_judged(is_async: bool, streaming: bool) -> None:
+    with recorded_events() as events:
+        text, response = await answered(synthesizer_for(ForeignLLM(), streaming=streaming), is_async=is_async)
+    assert text == HELD
+    (taken,) = response.metadata["detox"]["interventions"]
+    assert (taken["where"], taken["score"], taken["action"]) == ("hold", 0.9, "replace")
+    (event,) = events.named("DetoxInterventionEvent")
+    assert (event.where, event.score) == ("hold", 0.9)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+async def test_a_foreign_answer_can_be_stopped_or_refused(streaming: bool) -> None:
+    stop = POLICY.replace(on_exhausted="stop")
+    text, _ = await answered(synthesizer_for(ForeignLLM(), policy=stop, streaming=streaming), is_async=False)
+    assert text.strip() == "The library opens at nine."
+    refuse = synthesizer_for(ForeignLLM(), policy=POLICY.replace(on_exhausted="raise"), streaming=streaming)
+    with pytest.raises(GuardError):
+        await answered(refuse, is_async=False)
+
+
+async def test_no_piece_of_a_flagged_foreign_sentence_is_streamed() -> None:
+    response = synthesizer_for(ForeignLLM(), streaming=True).synthesize(QUERY, nodes("a"))
+    pieces = list(response.response_gen)
+    assert len(pieces) >= 2
+    assert not any("Only" in piece or "stupid" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_what_our_own_guard_did_is_reported(is_async: bool) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine(interventions=[REWIND]))
+    with recorded_events() as events:
+        _, response = await answered(synthesizer_for(llm, streaming=True), is_async=is_async)
+    report = response.metadata["detox"]
+    taken = {"where": "decode", "score": 0.9, "action": "rewind", "alpha": 2.0, "next_alpha": 3.0}
+    assert report["interventions"] == [taken]
+    assert report["discarded_tokens"] == 3
+    (event,) = events.named("DetoxInterventionEvent")
+    assert (event.where, event.alpha, event.next_alpha) == ("decode", 2.0, 3.0)
+
+
+async def test_leaving_a_guarded_stream_frees_the_seat() -> None:
+    engine = FakeEngine()
+    response = synthesizer_for(DetoxiGenLLM(engine=engine), streaming=True).synthesize(QUERY, nodes("a"))
+    next(response.response_gen)
+    assert engine.seats == 1
+    response.response_gen.close()
+    del response
+    assert engine.seats == 0
+
+
+class Opening(BaseModel):
+    """When it opens."""
+
+    hour: int
+    remarks: list[str]
+    day: str = Field(default="Monday", pattern="^(Mon|Tues)day$")
+
+
+class StructuredForeign(ForeignLLM):
+    """Answers with JSON, as a foreign LLM with a text program does."""
+
+
+def opening(*remarks: str, day: str = "Monday") -> str:
+    return json.dumps({"hour": 9, "remarks": list(remarks), "day": day})
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("structured_llm", [False, True], ids=["output_cls", "as_structured_llm"])
+async def test_structured_answers_are_judged_string_by_string(is_async: bool, structured_llm: bool) -> None:
+    llm: LLM = ForeignLLM(text=opening("Do come.", "How stupid."))
+    kwargs = {} if structured_llm else {"output_cls": Opening}
+    synthesizer = synthesizer_for(llm.as_structured_llm(Opening) if structured_llm else llm, **kwargs)
+    _, response = await answered(synthesizer, is_async=is_async)
+    answer = response.response
+    answer = answer if isinstance(answer, Opening) else Opening.model_validate_json(answer)
+    assert answer == Opening(hour=9, remarks=["Do come.", "[removed]"])
+    assert len(response.metadata["detox"]["interventions"]) == 1
+
+
+async def test_a_structured_answer_that_the_guard_would_break_is_refused() -> None:
+    class Rude(BaseModel):
+        remark: str = Field(pattern="^stupid$")
+
+    llm = ForeignLLM(text='{"remark": "stupid"}')
+    with pytest.raises(GuardError, match="Rude"):
+        await answered(synthesizer_for(llm.as_structured_llm(Rude)), is_async=False)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_structured_answers_of_our_own(is_async: bool) -> None:
+    engine = FakeEngine([opening("Do come.")])
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), output_cls=Opening, response_mode="tree_summarize")
+    _, response = await answered(synthesizer, is_async=is_async)
+    assert response.response == Opening(hour=9, remarks=["Do come."])
+    assert all(params.guard == POLICY and params.grammar is not None for _, params in engine.asked)
+
+
+async def test_structured_answer_filtering() -> None:
+    reply = '<tool_call>{"name": "StructuredRefineResponse", "arguments": {"query_satisfied": true, "answer": "Nine."}}'
+    engine = FakeEngine([reply + "</tool_call>"])
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), structured_answer_filtering=True)
+    text, _ = await answered(synthesizer, is_async=False)
+    assert text == "Nine."
+
+
+# -- in
+
+
+@pytest.mark.parametrize("action", ["drop", "mask", "mark"])
+@pytest.mark.parametrize("redact", [True, False])
+async def test_screening_and_redaction(action: Any, redact: bool) -> None:
+    engine = FakeEngine()
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), context=action, redact_sources=redact)
+    given = nodes(*CONTEXT)
+    response = synthesizer.synthesize(QUERY, given, additional_source_nodes=nodes("Also stupid."))
+    read = engine.asked[0][0].messages[-1]["content"]
+    assert ("stupid" in read, "closes at six" in read) == (action == "mark", action != "drop")
+    assert "opens at nine" in read
+    sources = [node.node.get_content() for node in response.source_nodes]
+    assert len(sources) == 3
+    assert any("stupid" in text for text in sources) is not redact
+    assert response.source_nodes[1].node.metadata.get("detox_guard") == (
+        {"score": 0.9, "action": action} if redact else None
+    )
+    assert given[1].node.get_content() == CONTEXT[1]  # what is stored stays as it is
+    assert "detox_guard" not in read
+
+
+async def test_dropping_everything_is_an_empty_response_with_a_report() -> None:
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=FakeEngine()), context="drop")
+    text, response = await answered(synthesizer, is_async=False, context=["How stupid."])
+    assert text == "Empty Response"
+    assert len(response.metadata["detox"]["screened"]) == 1
+    (source,) = response.source_nodes
+    assert source.node.get_content().startswith("[removed")
+
+
+async def test_without_screening_the_context_is_read_as_it_is() -> None:
+    engine = FakeEngine()
+    _, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine), context=None), is_async=False)
+    assert "stupid" in str(engine.asked[0][0])
+    assert response.metadata["detox"]["screened"] == []
+    assert engine.asked[0][1].alpha == 2.0
+
+
+@pytest.mark.parametrize(
+    ("context", "alpha", "expected"),
+    [(CONTEXT, 2.0, 4.0), (CONTEXT, 6.0, 6.0), (CONTEXT[:1], 2.0, 2.0)],
+    ids=["raised", "never lowered", "clean"],
+)
+async def test_alpha_follows_the_context(context: list[str], alpha: float, expected: float) -> None:
+    engine = FakeEngine()
+    llm = DetoxiGenLLM(engine=engine, alpha=alpha)
+    _, response = await answered(synthesizer_for(llm), is_async=True, context=context)
+    assert engine.asked[0][1].alpha == expected
+    assert response.metadata["detox"]["alpha"] == (expected if context == CONTEXT else None)
+
+
+async def test_alpha_is_left_alone_where_nothing_can_steer() -> None:
+    engine = FakeEngine()
+    engine.streams = ()
+    _, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine, alpha=0.0)), is_async=False)
+    assert engine.asked[0][1].alpha == 0.0
+    assert response.metadata["detox"]["alpha"] is None
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_plain_chunks_are_screened_too(is_async: bool) -> None:
+    engine = FakeEngine()
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine))
+    if is_async:
+        assert await synthesizer.aget_response(QUERY, CONTEXT) == CLEAN
+    else:
+        assert synthesizer.get_response(QUERY, CONTEXT) == CLEAN
+    assert "stupid" not in str(engine.asked[0][0])
+    assert engine.asked[0][1].alpha == 4.0
+
+
+# -- what goes wrong
+
+
+class BrokenScorer:
+    name = "broken"
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        raise RuntimeError("no scores today")
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("context", ["mask", None])
+async def test_a_broken_scorer_lets_nothing_through(is_async: bool, context: Any) -> None:
+    synthesizer = synthesizer_for(ForeignLLM(), policy=GuardPolicy(scorer=BrokenScorer()), context=context)
+    with pytest.raises(ScorerError):
+        await answered(synthesizer, is_async=is_async)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+async def test_engine_errors_come_through(is_async: bool, streaming: bool) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([StepError("no step")]))
+    with pytest.raises(StepError, match="no step"):
+        await answered(synthesizer_for(llm, streaming=streaming), is_async=is_async)
+
+
+# -- the rest of the contract
+
+
+def test_prompts_are_the_inner_ones() -> None:
+    engine = FakeEngine()
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine))
+    assert set(synthesizer.get_prompts()) == set(synthesizer._inner.get_prompts())
+    synthesizer.update_prompts({"text_qa_template": PromptTemplate("Q {query_str} C {context_str}")})
+    synthesizer.synthesize(QUERY, nodes("a b"))
+    assert engine.asked[0][0].messages[0]["content"] == f"Q {QUERY} C a b"
+
+
+def test_options_of_an_outer_scope_stay_in_force() -> None:
+    engine = FakeEngine()
+    with detox_options(seed=11) as replies:
+        synthesizer_for(DetoxiGenLLM(engine=engine)).synthesize(QUERY, nodes("a"))
+    assert engine.asked[0][1].seed == 11
+    assert len(replies) == 1
+
+
+def test_it_wraps_any_synthesizer() -> None:
+    class Echo(BaseSynthesizer):
+        def get_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> str:
+            return RUDE
+
+        async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> str:
+            return RUDE
+
+        def _get_prompts(self) -> dict[str, Any]:
+            return {}
+
+        def _update_prompts(self, prompts: dict[str, Any]) -> None: ...
+
+    response = DetoxSynthesizer(Echo(llm=MockLLM()), policy=POLICY).synthesize(QUERY, nodes("a"))
+    assert str(response) == HELD
+
+
+def test_prompts_are_packed_by_our_tokenizer() -> None:
+    engine = FakeEngine(context_window=1000)
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine, max_new_tokens=20), response_mode="compact")
+    synthesizer.synthesize(QUERY, nodes("one two three " * 400))
+    sizes = [sum(len(engine.encode(m["content"])) for m in prompt.messages) for prompt, _ in engine.asked]
+    assert len(sizes) > 1
+    assert max(sizes) <= 980

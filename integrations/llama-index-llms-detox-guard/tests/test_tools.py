@@ -1,0 +1,191 @@
+"""Tools, structured answers and agents on a scripted engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llama_index.core.agent.workflow import AgentStream, FunctionAgent, ReActAgent
+from llama_index.core.base.llms.types import ToolCallBlock
+from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.llms import ChatMessage
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from llama_index.core.types import PydanticProgramMode
+from llama_index.llms.detox_guard import DetoxiGenLLM
+from llama_index_harness import FakeEngine, memory
+
+
+def opening(day: str) -> str:
+    """When the library opens on a day."""
+    return f"at nine on {day}"
+
+
+def add(a: int, b: int) -> int:
+    """The sum of two numbers."""
+    return a + b
+
+
+pytestmark = [  # of llama-index-workflows: an agent's constructor looks at every member of itself, retired ones too
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning"),
+]
+TOOLS = [FunctionTool.from_defaults(opening), FunctionTool.from_defaults(add)]
+
+
+class Book(BaseModel):
+    """A book."""
+
+    title: str
+    pages: int
+
+
+BOOK = Book(title="Emma", pages=474)
+PROMPT = PromptTemplate("Describe {what}.")
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def test_a_tool_call_becomes_a_block_and_never_text() -> None:
+    engine = FakeEngine([call("opening", day="Monday")])
+    llm = DetoxiGenLLM(engine=engine)
+    response = llm.chat_with_tools(TOOLS, "When on Monday?")
+    (selection,) = llm.get_tool_calls_from_response(response)
+    assert (selection.tool_name, selection.tool_kwargs) == ("opening", {"day": "Monday"})
+    assert selection.tool_id
+    assert not (response.message.content or "").strip()
+    offered = [tool["function"]["name"] for tool in engine.asked[0][0].tools]
+    assert offered == ["opening", "add"]
+    assert json.loads(response.message.model_dump_json())["additional_kwargs"]["tool_calls"]
+
+
+async def test_streamed_tool_calls_leave_no_trace_in_the_text() -> None:
+    engine = FakeEngine(["Let me look. " + call("add", a=1, b=2)])
+    llm = DetoxiGenLLM(engine=engine)
+    responses = [r async for r in await llm.astream_chat_with_tools(TOOLS, "One and two?")]
+    assert "".join(r.delta for r in responses).strip() == "Let me look."
+    assert all("tool_call" not in (r.message.content or "") for r in responses)
+    assert llm.get_tool_calls_from_response(responses[-1])[0].tool_kwargs == {"a": 1, "b": 2}
+
+
+def test_no_tool_call() -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine(["At nine."]))
+    response = llm.chat_with_tools(TOOLS, "When?")
+    assert response.message.content == "At nine."
+    assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
+    with pytest.raises(ValueError, match="called no tool"):
+        llm.get_tool_calls_from_response(response)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "forced", "offered"),
+    [
+        ({}, False, 2),
+        ({"tool_required": True}, True, 2),
+        ({"tool_choice": "any"}, True, 2),
+        ({"tool_choice": "add"}, True, 2),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, True, 2),
+        ({"tool_choice": "none"}, False, 0),
+    ],
+)
+def test_tool_choice_decides_what_is_forced_and_offered(kwargs: dict[str, Any], forced: bool, offered: int) -> None:
+    engine = FakeEngine([call("add", a=1, b=2)])
+    DetoxiGenLLM(engine=engine).chat_with_tools(TOOLS, "One and two?", **kwargs)
+    prompt, params = engine.asked[0]
+    assert (params.grammar is not None, len(prompt.tools)) == (forced, offered)
+
+
+@pytest.mark.parametrize(("parallel", "calls"), [(True, 2), (False, 1)])
+def test_parallel_calls_only_where_allowed(parallel: bool, calls: int) -> None:
+    engine = FakeEngine([call("add", a=1, b=2) + "\n" + call("add", a=3, b=4)])
+    llm = DetoxiGenLLM(engine=engine)
+    response = llm.chat_with_tools(TOOLS, "Sums?", allow_parallel_tool_calls=parallel)
+    blocks = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+    assert len(blocks) == len({block.tool_call_id for block in blocks}) == calls
+
+
+async def test_predict_and_call() -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([call("add", a=1, b=2)]))
+    assert llm.predict_and_call(TOOLS, "One and two?").response == "3"
+    assert (await llm.apredict_and_call(TOOLS, "One and two?")).response == "3"
+
+
+# -- structured answers
+
+
+@pytest.mark.parametrize("tools", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+async def test_structured_predict_decodes_under_the_schema(tools: bool, chat: bool) -> None:
+    engine = FakeEngine([BOOK.model_dump_json()], tools=tools, chat=chat)
+    llm = DetoxiGenLLM(engine=engine)
+    assert llm.structured_predict(Book, PROMPT, what="Emma") == BOOK
+    assert await llm.astructured_predict(Book, PROMPT, what="Emma") == BOOK
+    assert list(llm.stream_structured_predict(Book, PROMPT, what="Emma"))[-1] == BOOK
+    stream = await llm.astream_structured_predict(Book, PROMPT, what="Emma")
+    assert [book async for book in stream][-1] == BOOK
+    assert len(engine.asked) == 4
+    assert all(params.grammar is not None for _, params in engine.asked)
+
+
+def test_a_grammar_sets_the_stops_of_the_llm_aside() -> None:
+    engine = FakeEngine([BOOK.model_dump_json(), "No.", "No."])
+    llm = DetoxiGenLLM(engine=engine, stop=[","], ignore_eos=True)
+    assert llm.structured_predict(Book, PROMPT, what="Emma") == BOOK
+    llm.chat([ChatMessage("Emma?")])
+    assert [(params.stop, params.ignore_eos) for _, params in engine.asked] == [((), False), ((",",), True)]
+
+
+def test_structured_predict_through_a_function_call() -> None:
+    engine = FakeEngine([call("Book", title="Emma", pages=474)])
+    llm = DetoxiGenLLM(engine=engine, pydantic_program_mode=PydanticProgramMode.FUNCTION)
+    assert llm.structured_predict(Book, PROMPT, what="Emma") == BOOK
+    assert engine.asked[0][1].grammar is not None  # the call is forced
+
+
+async def test_as_structured_llm() -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([BOOK.model_dump_json()])).as_structured_llm(Book)
+    assert llm.chat([ChatMessage("Emma?")]).raw == BOOK
+    assert (await llm.acomplete("Emma?")).raw == BOOK
+
+
+# -- agents
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_function_agent(streaming: bool) -> None:
+    engine = FakeEngine([call("opening", day="Monday"), "It opens at nine on Monday."])
+    agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine), streaming=streaming)
+    handler = agent.run("When does it open on Monday?", memory=memory())
+    deltas = [event.delta async for event in handler.stream_events() if isinstance(event, AgentStream)]
+    result = await handler
+    assert str(result) == "It opens at nine on Monday."
+    assert [done.tool_output.content for done in result.tool_calls] == ["at nine on Monday"]
+    second = engine.asked[1][0].messages
+    assert [m["role"] for m in second[-2:]] == ["assistant", "tool"]
+    assert second[-1]["tool_call_id"] == second[-2]["tool_calls"][0]["id"]
+    assert "tool_call" not in "".join(deltas)
+
+
+async def test_function_agent_is_forced_to_its_first_tool() -> None:
+    engine = FakeEngine([call("add", a=1, b=2), "Three."])
+    agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine), initial_tool_choice="add")
+    assert str(await agent.run("One and two?", memory=memory())) == "Three."
+    assert [params.grammar is not None for _, params in engine.asked] == [True, False]
+
+
+async def test_react_agent_stops_before_it_invents_an_observation() -> None:
+    engine = FakeEngine(
+        [
+            'Thought: I need a tool.\nAction: opening\nAction Input: {"day": "Monday"}\nObservation: at noon',
+            "Thought: I can answer without using any more tools.\nAnswer: At nine on Monday.",
+        ],
+        tools=False,
+    )
+    agent = ReActAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine))
+    result = await agent.run("When does it open on Monday?", memory=memory())
+    assert str(result) == "At nine on Monday."
+    assert [done.tool_output.content for done in result.tool_calls] == ["at nine on Monday"]
+    assert all(params.stop == ("Observation:",) for _, params in engine.asked)
