@@ -4,7 +4,7 @@ from typing import Literal
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
-from langchain_core.messages import ToolMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware
 
@@ -30,19 +30,22 @@ def opening_hours(place: Place) -> str:
 
 
 @wrap_model_call
-def one_look_up(request, handler):
-    """A small model does not know when to call: first it must, then it must not. Leave this out with a larger one."""
-    looked = any(isinstance(message, ToolMessage) for message in request.messages)
-    return handler(request.override(tool_choice="none" if looked else "any"))
+def for_a_small_model(request, handler):
+    """First it must call, then it reads the result as plain notes. Leave it out with a model that knows tools."""
+    found = [message.text for message in request.messages if isinstance(message, ToolMessage)]
+    if not found:
+        return handler(request.override(tool_choice="read_reviews"))
+    question = HumanMessage("\n\n".join([*found, request.messages[0].text]))
+    return handler(request.override(tools=[], messages=[question]))
 
 
 def main() -> None:
     agent = create_agent(
-        ChatDetoxiGen(max_tokens=48, seed=7),
+        ChatDetoxiGen(max_tokens=40, temperature=0.0),
         tools=[read_reviews, opening_hours],
-        system_prompt="You are a travel guide. Use the tools, then answer in one sentence.",
+        system_prompt="You are a helpful travel guide.",
         middleware=[
-            one_look_up,
+            for_a_small_model,
             DetoxMiddleware(
                 alpha=2.0,  # in every call
                 tool_results="mask",  # before the model reads them
@@ -51,7 +54,7 @@ def main() -> None:
             ),
         ],
     )
-    out = agent.invoke({"messages": [("human", "What do people write about the harbour café?")]})
+    out = agent.invoke({"messages": [("human", "How did visitors like the harbour café?")]})
     for message in out["messages"]:
         message.pretty_print()
     print()

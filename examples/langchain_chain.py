@@ -7,7 +7,7 @@ from langchain_detox_guard import DetoxiGenLLM
 
 def main() -> None:
     llm = DetoxiGenLLM(max_tokens=24, seed=7)  # loads nothing yet; the first call does
-    prompt = PromptTemplate.from_template("{speaker} looked at the {thing} and thought that")
+    prompt = PromptTemplate.from_template("{speaker} looked at the {thing} and thought of")
     chain = prompt | llm.bind(stop=[".", "\n"]) | StrOutputParser()
 
     print("invoke:", chain.invoke({"speaker": "My neighbour", "thing": "broken fence"}))

@@ -189,9 +189,7 @@ class CallStream:
 def as_ai_message(text: str, **fields: Any) -> AIMessage:
     """A whole reply as a message: its content, its calls, and what was meant as a call but is not one."""
     content, calls, invalid = parse_tool_calls(text)
-    broken = [
-        invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid
-    ]
+    broken = [invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid]
     return AIMessage(
         content,
         tool_calls=[tool_call(name=call.name, args=call.arguments, id=call.id) for call in calls],

@@ -1,8 +1,8 @@
 """LangChain's standard tests against ChatDetoxiGen over the default backbone: what does not judge the model's wits.
 
-Three tests do, and are left to the scripted engine: one wants a call that nobody forces (`test_agent_loop`), two want
-arguments that only understanding the question can give (`test_bind_runnables_as_tools`,
-`test_unicode_tool_call_integration`).
+Five tests do, and are left to the scripted engine: one wants a call that nobody forces (`test_agent_loop`), four want
+arguments that only understanding the question can give (`test_tool_calling`, `test_tool_calling_async`,
+`test_bind_runnables_as_tools`, `test_unicode_tool_call_integration`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,24 @@ class TestDefaultBackbone(ChatModelIntegrationTests):
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
         """Few tokens; without `timeout` and `max_retries`, which a local model names as unknown."""
-        return {"temperature": 0, "max_tokens": 40, "stop": []}
+        return {"temperature": 0, "max_tokens": 32, "stop": []}
 
     @property
     def supports_json_mode(self) -> bool:
         return True
+
+    @property
+    def structured_output_kwargs(self) -> dict[str, Any]:
+        return {"max_tokens": 24}
+
+    @WITS
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_tool_calling(self, model: BaseChatModel) -> None:
+        super().test_tool_calling(model)
+
+    @WITS
+    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
+        await super().test_tool_calling_async(model)
 
     @WITS
     def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
