@@ -3,18 +3,34 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench eval scorer clean
+LANGCHAIN = integrations/langchain-detox-guard
+LLAMA_INDEX = integrations/llama-index-llms-detox-guard
+# One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
+PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
+
+.PHONY: demo test check wheels bench bench-rag eval clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
 
-test: check
-	.venv/bin/python -m pytest
+test: check wheels
+	$(PYTEST)
+	cd $(LANGCHAIN) && $(PYTEST)
+	cd $(LLAMA_INDEX) && $(PYTEST)
 
 check: .venv/.installed-dev
-	.venv/bin/ruff check detox_guard tests examples
-	.venv/bin/ruff format --check detox_guard tests examples
+	.venv/bin/ruff check detox_guard tests examples integrations
+	.venv/bin/ruff format --check detox_guard tests examples integrations
 	.venv/bin/mypy
+
+# The three wheels, in an environment that holds nothing else of this project.
+wheels: .venv/.installed-dev
+	rm -rf build/wheels build/clean
+	.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . $(LANGCHAIN) $(LLAMA_INDEX)
+	.venv/bin/python -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --no-deps --no-index build/wheels/*.whl
+	.venv/bin/python -c "import site; print(site.getsitepackages()[0])" > build/clean/others.txt
+	cd build/clean && PYTHONPATH="$$(cat others.txt)" bin/python $(CURDIR)/tests/wheel_smoke.py
 
 # Speed against plain generate, on the default backbone: the table in the README.
 bench: .venv/.installed
@@ -32,8 +48,8 @@ eval: .venv/.installed-dev
 	$(PIP) --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt | .venv
-	$(PIP) --editable ".[dev]"
+.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml | .venv
+	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]"
 	@touch $@ .venv/.installed
 
 .venv:

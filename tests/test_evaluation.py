@@ -42,7 +42,6 @@ from detox_guard.evaluation.context import reply_kl
 from detox_guard.evaluation.harness import open_run
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import OtherModelJudge, reply_nll
-from detox_guard.evaluation.machine import write_whole
 from detox_guard.evaluation.methods import (
     METHODS,
     Ingredients,
@@ -60,6 +59,7 @@ from detox_guard.evaluation.shapes import random_detoxifier
 from detox_guard.evaluation.summary import summarize
 from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard.evaluation.utility import run_utility
+from detox_guard.files import write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
 

@@ -1,0 +1,299 @@
+"""`ChatDetoxiGen`: a LangChain chat model. Knows messages, tools and schemas; leaves templates, grammars and decoding
+to the core."""
+
+from __future__ import annotations
+
+from contextlib import aclosing, closing
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
+
+from detox_guard import ChatPrompt, InvalidParamsError
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from langchain_detox_guard._engine import EngineFields, generation_info, langchain_errors, wide
+from langchain_detox_guard.tools import Asked, CallStream, as_ai_message, choice_of, schema_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+    from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+    from langchain_core.language_models.model_profile import ModelProfile
+    from langchain_core.messages import BaseMessage
+    from langchain_core.outputs import LLMResult
+    from langchain_core.runnables import Runnable, RunnableConfig
+    from langchain_core.tools import BaseTool
+
+_KEYWORDS = {"tools", "tool_choice", "response_format"}
+_WITHOUT_EFFECT = {"stream", "strict"}
+"""LangChain's own: `stream` picks the method before it comes here; `strict` is how every grammar is."""
+
+
+class ChatDetoxiGen(EngineFields, BaseChatModel):
+    """A local chat model, steered away from toxicity while it decodes, where another LangChain chat model stood.
+
+    `ChatDetoxiGen()` is the embedded default backbone with its detoxifier. Every field may also be given per call or
+    bound. Forced tool calls and structured output are held to their grammar while decoding, so even a small model's
+    arguments fit their schema. `response_metadata["detox"]` has the steering summary of each reply. Raises the errors
+    of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
+    """
+
+    model_config = (
+        EngineFields.model_config
+    )  # of two bases, pydantic would take LangChain's, which ignores misspellings
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat-detox-guard"
+
+    # -- tools and structured output
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Show `tools` to the model. `tool_choice`: None or "auto", "none", "any" ("required", True), a name, a dict.
+
+        "any" and a name force a call: the reply is decoded inside the grammar of the tools' schemas.
+        """
+        shown = [convert_to_openai_tool(tool) for tool in tools]
+        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Replies that fit `schema`: a pydantic class gives its instances, anything else a dict.
+
+        "json_schema" tells the model the schema and decodes inside it; "function_calling" does so as one forced tool
+        call; "json_mode" tells the model nothing (your prompt does) and needs no schema, but holds to one it is given.
+        """
+        if schema is None and method != "json_mode":
+            raise InvalidParamsError("schema", schema, f"needed by method {method!r}")
+        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+        parser: Any
+        if method == "function_calling":
+            name = convert_to_openai_tool(schema)["function"]["name"]  # type: ignore[arg-type]
+            bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}  # type: ignore[arg-type]
+            parser = (
+                PydanticToolsParser(tools=[schema], first_tool_only=True)
+                if is_class
+                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            )
+        elif method in ("json_schema", "json_mode"):
+            own = None if schema is None else schema_of(schema)
+            told = {"type": "json_schema", "json_schema": {"schema": own}}
+            bound = {"response_format": told if method == "json_schema" else {"type": "json_object", "schema": own}}
+            parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
+        else:
+            raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
+        traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+        llm = self.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
+        if not include_raw:
+            return llm | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    # -- what users call, where LangChain's own would not do
+
+    def generate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """LangChain's, with this call's keywords folded into the model, for the cache key and the cache's default."""
+        llm, rest = self._with(kwargs)
+        if llm._caches():
+            with langchain_errors():
+                llm.engine = llm._engine()
+        return super(ChatDetoxiGen, llm).generate(messages, stop, *args, **rest)
+
+    async def agenerate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """`generate` without blocking the event loop; cancelling the task frees its seat."""
+        llm, rest = self._with(kwargs)
+        if llm._caches():
+            with langchain_errors():
+                llm.engine = await llm._aengine()
+        return await super(ChatDetoxiGen, llm).agenerate(messages, stop, *args, **rest)
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """All replies. Their threads only wait: the engine decodes them together."""
+        return super().batch(inputs, wide(config, len(inputs)), return_exceptions=return_exceptions, **kwargs)
+
+    # -- what LangChain calls
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            engine = llm._engine()
+            return _result(engine, engine.generate(prompt, params), prompt)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            engine = await llm._aengine()
+            return _result(engine, await engine.agenerate(prompt, params), prompt)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with langchain_errors():
+            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            engine = llm._engine()
+            turn = _Turn(engine, prompt)
+            with closing(engine.stream(prompt, params)) as chunks:
+                for chunk in chunks:
+                    yield from turn.push(chunk)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        with langchain_errors():
+            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            engine = await llm._aengine()
+            turn = _Turn(engine, prompt)
+            async with aclosing(engine.astream(prompt, params)) as chunks:
+                async for chunk in chunks:
+                    for out in turn.push(chunk):
+                        yield out
+
+    def _resolve(
+        self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[ChatDetoxiGen, ChatPrompt, DecodingParams]:
+        llm, rest = self._with(kwargs)
+        for name in rest.keys() - _KEYWORDS - _WITHOUT_EFFECT:
+            raise InvalidParamsError(name, rest[name], "not a parameter of ChatDetoxiGen")
+        asked = Asked.of(**{name: rest[name] for name in _KEYWORDS & rest.keys()})
+        grammar = {} if asked.grammar is None else {"grammar": asked.grammar}
+        return llm, ChatPrompt(asked.messages(messages), asked.tools), llm._decoding_params(stop, **grammar)
+
+    # -- identity and counting
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return EngineFields._identifying_params.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The cache key: what was loaded and all that decides the text, which the serialized form does not say."""
+        stop = self.stop if stop is None else stop
+        return str(sorted({**self._identifying_params, **kwargs, "stop": stop}.items()))
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return self._ls(super()._get_ls_params(stop, **kwargs), stop, kwargs)
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        """`structured_output` means native and beside tools, to agents: with this model a schema is one more tool."""
+        return {
+            "text_inputs": True,
+            "text_outputs": True,
+            "image_inputs": False,
+            "audio_inputs": False,
+            "video_inputs": False,
+            "image_outputs": False,
+            "audio_outputs": False,
+            "video_outputs": False,
+            "reasoning_output": False,
+            "tool_calling": True,
+            "tool_choice": True,
+            "structured_output": False,
+        }
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The backbone's own tokens (loads it)."""
+        return self._engine().encode(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Prompt tokens as the model would read them, template and tools included (loads it)."""
+        with langchain_errors():
+            asked = Asked.of(tools)
+            return self._engine().count_tokens(ChatPrompt(asked.messages(messages), asked.tools))
+
+
+class _Turn:
+    """One streamed reply, as LangChain's chunks."""
+
+    def __init__(self, engine: DetoxiGen, prompt: ChatPrompt) -> None:
+        self._engine = engine
+        self._calls = CallStream() if prompt.tools else None
+
+    def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
+        """Nothing while a tool call is under way; on the last chunk, usage and metadata."""
+        content, calls = self._calls.push(chunk.text) if self._calls else (chunk.text, [])
+        if chunk.generation is None:
+            if content or calls:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=content, tool_call_chunks=calls))
+            return
+        if self._calls:
+            rest, broken = self._calls.finish(chunk.generation.text)
+            content, calls = content + rest, [*calls, *broken]
+        yield ChatGenerationChunk(
+            message=AIMessageChunk(
+                content=content,
+                tool_call_chunks=calls,
+                usage_metadata=_usage(chunk.generation),
+                response_metadata=generation_info(self._engine, chunk.generation),
+                chunk_position="last",
+            ),
+            generation_info={"finish_reason": chunk.generation.finish_reason},
+        )
+
+
+def _result(engine: DetoxiGen, reply: Generation, prompt: ChatPrompt) -> ChatResult:
+    fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
+    message = as_ai_message(reply.text, **fields) if prompt.tools else AIMessage(reply.text, **fields)
+    # No llm_output: LangChain would copy it into `response_metadata`, but only where nothing was streamed.
+    return ChatResult(
+        generations=[ChatGeneration(message=message, generation_info={"finish_reason": reply.finish_reason})]
+    )
+
+
+def _usage(reply: Generation) -> UsageMetadata:
+    usage = reply.usage
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+    )

@@ -1,0 +1,200 @@
+"""From LangChain's tools, choices and schemas to the core's prompts and grammars, and back to tool calls.
+
+Knows the forms that `bind_tools` and `with_structured_output` accept; knows no model and decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from detox_guard import Grammar, InvalidParamsError, PromptError, ToolCall, ToolCallStream, parse_tool_calls
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    merge_message_runs,
+)
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ToolDict = dict[str, Any]
+Choice = Literal["auto", "none", "any"] | dict[str, Any]
+"""A `tool_choice` in its one normal form; the dict names a single tool, as OpenAI writes it."""
+
+_ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
+_IGNORED_IN_REPLIES = {"tool_use", "tool_call", "function_call", "reasoning", "thinking", "non_standard"}
+"""Blocks of an earlier assistant message that say nothing which its text and `tool_calls` do not."""
+
+
+def choice_of(tool_choice: object, tools: Sequence[ToolDict]) -> Choice:
+    """The normal form of any `tool_choice` LangChain users write. Raises `InvalidParamsError`."""
+    names = [tool["function"]["name"] for tool in tools]
+    name: object = tool_choice
+    if tool_choice is None or tool_choice == "auto":
+        return "auto"
+    if tool_choice is False or tool_choice == "none":
+        return "none"
+    if tool_choice is True or tool_choice in ("any", "required"):
+        if not names:
+            raise InvalidParamsError("tool_choice", tool_choice, "needs at least one tool")
+        return "any"
+    if isinstance(tool_choice, dict):
+        if tool_choice.get("type") in ("auto", "none", "any", "required") and "name" not in tool_choice:
+            return choice_of(tool_choice["type"], tools)
+        name = (tool_choice.get("function") or tool_choice).get("name")
+    if name not in names:
+        raise InvalidParamsError("tool_choice", tool_choice, f"one of auto, none, any, {', '.join(names)}")
+    return {"type": "function", "function": {"name": name}}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks of the reply: the tools to show, the grammar to hold it to, the schema to tell it of."""
+
+    tools: tuple[ToolDict, ...] = ()
+    grammar: Grammar | None = None
+    schema: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tools: Sequence[Any] | None = None,
+        tool_choice: object = None,
+        response_format: dict[str, Any] | None = None,
+    ) -> Asked:
+        """Read the keywords that `bind_tools` and `with_structured_output` bind. Raises `InvalidParamsError`."""
+        shown = tuple(convert_to_openai_tool(tool) for tool in tools or ())
+        choice = choice_of(tool_choice, shown)
+        if response_format is not None:
+            if shown and choice != "none":
+                raise InvalidParamsError(
+                    "response_format", response_format, "not together with tools", hint="let the schema be a tool"
+                )
+            return cls._formatted(response_format)
+        if choice == "none":
+            return cls()
+        if choice == "auto":
+            return cls(shown)
+        name = None if choice == "any" else choice["function"]["name"]
+        return cls(shown, Grammar.tool_calls(shown, name=name))
+
+    @classmethod
+    def _formatted(cls, response_format: dict[str, Any]) -> Asked:
+        kind = response_format.get("type") if isinstance(response_format, dict) else None
+        if kind == "json_object":
+            schema = response_format.get("schema")
+            return cls(grammar=Grammar.json_object() if schema is None else Grammar.json_schema(schema))
+        if kind == "json_schema" and isinstance(response_format.get("json_schema"), dict):
+            schema = response_format["json_schema"].get("schema")
+            if isinstance(schema, dict):
+                return cls(grammar=Grammar.json_schema(schema), schema=schema)
+        raise InvalidParamsError("response_format", response_format, "OpenAI's json_object or json_schema")
+
+    def messages(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+        """The core's messages. A schema is told of in the system message: the grammar alone explains nothing."""
+        out = as_messages(messages)
+        if self.schema is not None:
+            told = f"Answer only with JSON that fits this schema:\n{json.dumps(self.schema, ensure_ascii=False)}"
+            if out[0]["role"] == "system":
+                out[0] = {**out[0], "content": f"{out[0]['content']}\n\n{told}"}
+            else:
+                out.insert(0, {"role": "system", "content": told})
+        return out
+
+
+def schema_of(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic class, a TypedDict, a function or a schema. Raises `InvalidParamsError`."""
+    if isinstance(schema, dict) and "title" not in schema and "name" not in schema and "function" not in schema:
+        return schema
+    try:
+        return convert_to_json_schema(schema)
+    except (TypeError, ValueError) as error:
+        raise InvalidParamsError("schema", schema, str(error)) from error
+
+
+def as_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """The core's messages. Runs of one role become one: many templates insist on turns. Raises `PromptError`."""
+    if not messages:
+        raise PromptError("messages", messages, "at least one message")
+    return [_as_message(i, message) for i, message in enumerate(merge_message_runs(list(messages)))]
+
+
+def _as_message(i: int, message: BaseMessage) -> dict[str, Any]:
+    out: dict[str, Any] = {"content": _text_of(i, message)}
+    if isinstance(message, ToolMessage):
+        named = {"name": message.name} if message.name else {}
+        return {"role": "tool", **out, "tool_call_id": message.tool_call_id, **named}
+    if isinstance(message, ChatMessage):
+        return {"role": message.role, **out}
+    for kind, role in _ROLES.items():
+        if isinstance(message, kind):
+            out = {"role": role, **out}
+            if isinstance(message, AIMessage) and message.tool_calls:
+                out["tool_calls"] = [
+                    {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["args"]}}
+                    for c in message.tool_calls
+                ]
+            return out
+    raise PromptError(f"messages[{i}]", message.type, "a system, human, ai, tool or chat message")
+
+
+def _text_of(i: int, message: BaseMessage) -> str:
+    for block in message.content if isinstance(message.content, list) else ():
+        kind = "text" if isinstance(block, str) else block.get("type")
+        if kind != "text" and not (isinstance(message, AIMessage) and kind in _IGNORED_IN_REPLIES):
+            raise PromptError(f"messages[{i}].content", kind, "text: this model reads nothing else")
+    return str(message.text)
+
+
+# -- back from the core
+
+
+class CallStream:
+    """Streamed text with its tool calls taken out: `push(delta)` gives content, and calls once they are complete."""
+
+    def __init__(self) -> None:
+        self._calls = ToolCallStream()
+        self._count = 0
+
+    def push(self, delta: str) -> tuple[str, list[ToolCallChunk]]:
+        return self._sorted(self._calls.push(delta))
+
+    def finish(self, text: str) -> tuple[str, list[ToolCallChunk]]:
+        """The rest; `text` is the whole reply, whose broken calls come as chunks that LangChain reads as invalid."""
+        content, chunks = self._sorted(self._calls.flush())
+        for raw in parse_tool_calls(text)[2]:
+            # LangChain completes cut JSON by itself, and would hand on arguments that nobody wrote.
+            chunks.append(tool_call_chunk(name=None, args=f"invalid: {raw}", id=None, index=self._count))
+            self._count += 1
+        return content, chunks
+
+    def _sorted(self, pieces: list[str | ToolCall]) -> tuple[str, list[ToolCallChunk]]:
+        chunks = []
+        for piece in pieces:
+            if isinstance(piece, ToolCall):
+                args = json.dumps(piece.arguments, ensure_ascii=False)
+                chunks.append(tool_call_chunk(name=piece.name, args=args, id=piece.id, index=self._count))
+                self._count += 1
+        return "".join(piece for piece in pieces if isinstance(piece, str)), chunks
+
+
+def as_ai_message(text: str, **fields: Any) -> AIMessage:
+    """A whole reply as a message: its content, its calls, and what was meant as a call but is not one."""
+    content, calls, invalid = parse_tool_calls(text)
+    broken = [
+        invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid
+    ]
+    return AIMessage(
+        content,
+        tool_calls=[tool_call(name=call.name, args=call.arguments, id=call.id) for call in calls],
+        invalid_tool_calls=broken,
+        **fields,
+    )

@@ -1,0 +1,388 @@
+"""ChatDetoxiGen against a scripted engine: what LangChain's standard suite does not ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import time
+from typing import Any
+
+import pytest
+from detox_guard import ChatPrompt, DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, PromptError
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.globals import set_llm_cache
+from langchain_core.load import dumpd, load
+from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from langchain_detox_guard import ChatDetoxiGen
+from scripted_engine import WINDOW, ScriptedEngine, call_text
+
+
+@tool
+def look_up(word: str) -> str:
+    """Look a word up."""
+    return word
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@pytest.fixture
+def chat(engine: ScriptedEngine) -> ChatDetoxiGen:
+    return ChatDetoxiGen(engine=engine, seed=1)
+
+
+def whole(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    return total
+
+
+def test_construction_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: pytest.fail("loaded"))
+    chat = ChatDetoxiGen(model="some/model")
+    chat.bind_tools([add], tool_choice="any")
+    chat.with_structured_output({"type": "object"})
+    assert chat.profile is not None
+    assert dumpd(chat)
+
+
+def test_defaults_are_the_cores() -> None:
+    assert ChatDetoxiGen()._decoding_params() == DecodingParams()
+
+
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"apha": 2.0}, {"tool": []}])
+def test_bad_names_are_named(chat: ChatDetoxiGen, bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+        chat.invoke("Hi", **bad)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ChatDetoxiGen(**bad)
+
+
+def test_an_engine_has_its_own_names(engine: ScriptedEngine) -> None:
+    with pytest.raises(ValueError, match="model"):
+        ChatDetoxiGen(engine=engine, model="some/model")
+
+
+def test_keywords_and_guard_reach_the_engine(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    policy = GuardPolicy(threshold=0.3)
+    chat.bind(alpha=3.0, max_tokens=5, guard=policy).invoke("Hi", stop=["x"])
+    assert engine.calls[-1][2] == DecodingParams(alpha=3.0, max_new_tokens=5, stop=("x",), seed=1, guard=policy)
+
+
+# -- messages
+
+
+def test_messages_become_the_cores(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    call = {"name": "add", "args": {"a": 1, "b": 2}, "id": "c1", "type": "tool_call"}
+    chat.bind_tools([add]).invoke(
+        [
+            SystemMessage("Be"),
+            SystemMessage("kind."),
+            HumanMessage([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]),
+            AIMessage([{"type": "text", "text": "so"}, {"type": "tool_use", "id": "c1", "name": "add", "input": {}}],
+                      tool_calls=[call]),
+            ToolMessage("3", tool_call_id="c1", name="add"),
+            ChatMessage("and?", role="critic"),
+        ]
+    )  # fmt: skip
+    prompt = engine.calls[-1][1]
+    assert isinstance(prompt, ChatPrompt)
+    function = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    assert list(prompt.messages) == [
+        {"role": "system", "content": "Be\nkind."},
+        {"role": "user", "content": "one two"},
+        {"role": "assistant", "content": "so", "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
+        {"role": "critic", "content": "and?"},
+    ]
+    assert [tool["function"]["name"] for tool in prompt.tools] == ["add"]
+
+
+def test_pictures_are_refused_by_name(chat: ChatDetoxiGen) -> None:
+    with pytest.raises(PromptError, match="image"):
+        chat.invoke([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])])
+
+
+def test_errors_are_langchains_too(chat: ChatDetoxiGen) -> None:
+    with pytest.raises(ContextOverflowError):
+        chat.invoke("word " * WINDOW)
+
+
+# -- streams
+
+
+async def test_all_ways_say_the_same(chat: ChatDetoxiGen) -> None:
+    message = chat.invoke("Hi")
+    chunks = list(chat.stream("Hi"))
+    achunks = [chunk async for chunk in chat.astream("Hi")]
+    others = [whole(chunks), whole(achunks), await chat.ainvoke("Hi"), chat.batch(["Ho", "Hi"])[1]]
+    others += [(await chat.abatch(["Hi", "Ho"]))[0], chat.invoke("Hi", streaming=True)]
+    for other in others:
+        assert other.content == message.content
+        assert other.usage_metadata == message.usage_metadata
+        assert other.response_metadata == message.response_metadata
+    assert len(chunks) > 3
+
+
+def test_the_last_chunk_alone_reports(chat: ChatDetoxiGen) -> None:
+    chunks = list(chat.stream("Hi"))
+    assert [bool(chunk.usage_metadata) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert not any(chunk.response_metadata.get("detox") for chunk in chunks[:-1])
+    last = chunks[-1]
+    assert last.chunk_position == "last"
+    assert last.response_metadata["finish_reason"] == "stop"
+    assert last.response_metadata["model_name"] == "scripted/words"
+    assert last.response_metadata["detox"]["alpha"] == 2.0
+    assert json.dumps(last.response_metadata["detox"])
+
+
+def test_callbacks_fire_exactly_once(chat: ChatDetoxiGen) -> None:
+    events: list[str] = []
+
+    class Log(BaseCallbackHandler):
+        def on_chat_model_start(self, *_: Any, **__: Any) -> None:
+            events.append("start")
+
+        def on_llm_new_token(self, token: str, **_: Any) -> None:
+            events.append(token)
+
+        def on_llm_end(self, *_: Any, **__: Any) -> None:
+            events.append("end")
+
+    text = "".join(str(chunk.content) for chunk in chat.stream("Hi", {"callbacks": [Log()]}))
+    assert (events[0], "".join(events[1:-1]), events[-1]) == ("start", text, "end")
+    events.clear()
+    chat.invoke("Hi", {"callbacks": [Log()]})
+    assert events == ["start", "end"]
+
+
+# -- tools
+
+CALL = call_text("add", {"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize(
+    ("choice", "normal"),
+    [
+        (None, "auto"), ("auto", "auto"), ("none", "none"), (False, "none"), ("any", "any"), ("required", "any"),
+        (True, "any"), ("add", "add"), ({"type": "function", "function": {"name": "add"}}, "add"),
+        ({"type": "tool", "name": "add"}, "add"), ({"type": "any"}, "any"),
+    ],
+)  # fmt: skip
+def test_every_tool_choice(chat: ChatDetoxiGen, engine: ScriptedEngine, choice: Any, normal: str) -> None:
+    chat.bind_tools([look_up, add], tool_choice=choice).invoke("Hi")
+    _, prompt, params = engine.calls[-1]
+    assert len(prompt.tools) == (0 if normal == "none" else 2)
+    expected = {
+        "any": Grammar.tool_calls(prompt.tools or [{}]) if normal == "any" else None,
+        "add": Grammar.tool_calls(prompt.tools, name="add") if normal == "add" else None,
+    }
+    assert params.grammar == expected.get(normal)
+
+
+@pytest.mark.parametrize("choice", ["subtract", {"type": "function", "function": {"name": "subtract"}}, 3])
+def test_an_unknown_tool_choice_is_named(chat: ChatDetoxiGen, choice: Any) -> None:
+    with pytest.raises(InvalidParamsError, match="tool_choice"):
+        chat.bind_tools([add], tool_choice=choice)
+
+
+def test_a_choice_without_tools_is_named(chat: ChatDetoxiGen) -> None:
+    with pytest.raises(InvalidParamsError, match="tool_choice"):
+        chat.bind_tools([], tool_choice="any")
+
+
+async def test_calls_stream_as_they_are_invoked(engine: ScriptedEngine) -> None:
+    engine.script = lambda *_: f"Let me see.\n{CALL}\n{CALL}"
+    chat = ChatDetoxiGen(engine=engine).bind_tools([add])
+    message = chat.invoke("Hi")
+    streams = [list(chat.stream("Hi")), [chunk async for chunk in chat.astream("Hi")]]
+    for other in [message, *(whole(chunks) for chunks in streams)]:  # type: ignore[arg-type]
+        assert str(other.content).strip() == "Let me see."
+        assert [(call["name"], call["args"]) for call in other.tool_calls] == [("add", {"a": 1, "b": 2})] * 2
+        assert len({call["id"] for call in other.tool_calls}) == 2
+        assert not other.invalid_tool_calls
+    assert all("tool_call" not in str(chunk.content) for chunk in streams[0])
+
+
+def test_a_broken_call_is_invalid_and_never_content(engine: ScriptedEngine) -> None:
+    """The reply was cut inside the arguments: nobody may get the half that was said as if it were the whole."""
+    engine.script = lambda *_: CALL[:50]
+    chat = ChatDetoxiGen(engine=engine).bind_tools([add])
+    for message in (chat.invoke("Hi"), whole(list(chat.stream("Hi")))):  # type: ignore[arg-type]
+        assert message.content == ""
+        assert not message.tool_calls
+        assert len(message.invalid_tool_calls) == 1
+
+
+def test_text_without_tools_is_left_alone(engine: ScriptedEngine) -> None:
+    engine.script = lambda *_: CALL
+    assert ChatDetoxiGen(engine=engine).invoke("Hi").content == CALL
+
+
+# -- structured output
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_methods_hold_to_the_schema(chat: ChatDetoxiGen, engine: ScriptedEngine, method: Any) -> None:
+    assert isinstance(chat.with_structured_output(Person, method=method).invoke("Hi"), Person)
+    _, prompt, params = engine.calls[-1]
+    assert params.grammar is not None
+    assert params.grammar.kind == ("tool_calls" if method == "function_calling" else "json_schema")
+    assert len(prompt.tools) == (method == "function_calling")
+    told = prompt.messages[0]
+    assert (told["role"] == "system" and '"age"' in told["content"]) == (method == "json_schema")
+
+
+def test_a_bare_schema_gives_a_dict(chat: ChatDetoxiGen) -> None:
+    assert chat.with_structured_output(SCHEMA).invoke("Hi") == {"name": "some name"}
+
+
+def test_json_mode_needs_no_schema(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    assert isinstance(chat.with_structured_output(method="json_mode").invoke("Hi"), dict)
+    assert engine.calls[-1][2].grammar == Grammar.json_object()
+
+
+def test_the_schema_joins_the_system_message(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    chat.with_structured_output(SCHEMA).invoke([SystemMessage("Be kind."), HumanMessage("Hi")])
+    roles = [message["role"] for message in engine.calls[-1][1].messages]
+    assert roles == ["system", "user"]
+    assert engine.calls[-1][1].messages[0]["content"].startswith("Be kind.\n\nAnswer only with JSON")
+
+
+def test_include_raw_keeps_the_message_and_the_error(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    good = chat.with_structured_output(Person, include_raw=True).invoke("Hi")
+    assert isinstance(good["raw"], AIMessage)
+    assert isinstance(good["parsed"], Person)
+    assert good["parsing_error"] is None
+    engine.script = lambda *_: '{"name": 3'
+    bad = chat.with_structured_output(Person, include_raw=True).invoke("Hi")
+    assert bad["parsed"] is None
+    assert bad["parsing_error"] is not None
+
+
+@pytest.mark.parametrize("bad", [{}, {"schema": SCHEMA, "method": "other"}, {"schema": 3}])
+def test_bad_structured_output_is_named(chat: ChatDetoxiGen, bad: dict[str, Any]) -> None:
+    with pytest.raises((InvalidParamsError, ValueError)):
+        chat.with_structured_output(**bad).invoke("Hi")
+
+
+def test_a_response_format_beside_tools_is_refused(chat: ChatDetoxiGen) -> None:
+    with pytest.raises(InvalidParamsError, match="response_format"):
+        chat.bind_tools([add]).bind(response_format={"type": "json_object"}).invoke("Hi")
+
+
+# -- caches, identity, counting
+
+
+async def test_the_cache_serves_the_same_and_never_another_alpha(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    text = chat.invoke("Hi").content
+    assert (chat.invoke("Hi").content, len(engine.calls)) == (text, 1)
+    assert ((await chat.ainvoke("Hi")).content, len(engine.calls)) == (text, 1)
+    for other in ({"alpha": 0.0}, {"seed": 2}, {"stop": ["dear"]}, {"max_tokens": 2}):
+        before = len(engine.calls)
+        fresh = chat.invoke("Hi", **other).content  # type: ignore[arg-type]
+        assert ChatDetoxiGen(engine=engine, **{"seed": 1, **other}).invoke("Hi").content == fresh
+        assert len(engine.calls) == before + 1, other
+    assert chat.bind_tools([add]).invoke("Hi").tool_calls  # type: ignore[attr-defined]
+
+
+def test_unseeded_sampling_is_not_cached(engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    ChatDetoxiGen(engine=engine).batch(["Hi"] * 3)
+    assert len(engine.calls) == 3
+
+
+def test_tracing_parameters() -> None:
+    params = ChatDetoxiGen(model="some/model", stop=["x"])._get_ls_params(temperature=0.5)
+    assert params == {
+        "ls_provider": "detox_guard", "ls_model_type": "chat", "ls_model_name": "some/model",
+        "ls_temperature": 0.5, "ls_max_tokens": 256, "ls_stop": ["x"],
+    }  # fmt: skip
+
+
+def test_tokens_are_the_models_own(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    assert chat.get_num_tokens("three words here") == 3
+    messages = [HumanMessage("three words here")]
+    prompt = ChatPrompt([{"role": "user", "content": "three words here"}], ())
+    assert chat.get_num_tokens_from_messages(messages) == engine.count_tokens(prompt)
+    assert chat.get_num_tokens_from_messages(messages, tools=[add]) > engine.count_tokens(prompt)
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+def test_serialization_is_names_and_numbers() -> None:
+    chat = ChatDetoxiGen(model="some/model", alpha=3.0, stop=["x"], guard=GuardPolicy(threshold=0.3, ladder=(2.5,)))
+    again = load(dumpd(chat), valid_namespaces=["langchain_detox_guard"], allowed_objects=[ChatDetoxiGen])
+    assert again == chat
+    assert pickle.loads(pickle.dumps(chat)) == chat
+
+
+# -- sharing the engine's batch
+
+
+def test_batch_runs_together() -> None:
+    engine = ScriptedEngine(step_s=0.005)
+    ChatDetoxiGen(engine=engine).batch(["Hi"] * 16)
+    assert engine.most_active == 16
+    engine.most_active = 0
+    ChatDetoxiGen(engine=engine).batch(["Hi"] * 16, {"max_concurrency": 2})
+    assert engine.most_active == 2
+
+
+def test_one_bad_prompt_is_isolated(chat: ChatDetoxiGen) -> None:
+    good, bad = chat.batch(["Hi", "word " * WINDOW], return_exceptions=True)
+    assert good.content
+    assert isinstance(bad, ContextOverflowError)
+
+
+@pytest.mark.parametrize("way", ["ainvoke", "astream"])
+async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
+    engine = ScriptedEngine(step_s=0.02)
+    chat = ChatDetoxiGen(engine=engine)
+
+    async def run() -> None:
+        if way == "astream":
+            _ = [chunk async for chunk in chat.astream("Hi")]
+        else:
+            await chat.ainvoke("Hi")
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0.07)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert (engine.active, engine.abandoned) == (0, 1)
+
+
+async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
+    def shared(*_: Any, **__: Any) -> ScriptedEngine:
+        time.sleep(0.2)
+        return engine
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    task = asyncio.create_task(ChatDetoxiGen().ainvoke("Hi"))
+    began = time.monotonic()
+    await asyncio.sleep(0.01)
+    assert time.monotonic() - began < 0.1
+    assert (await task).content

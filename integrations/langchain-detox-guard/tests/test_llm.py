@@ -1,0 +1,446 @@
+"""DetoxiGenLLM against a scripted engine: the list that no upstream suite has, one test each."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from typing import Any
+
+import pytest
+from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptTooLongError, StepError
+from langchain_core import exceptions
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.globals import set_llm_cache
+from langchain_core.load import dumpd, dumps, load
+from langchain_core.runnables import ConfigurableField
+from pydantic import ValidationError
+
+from langchain_detox_guard import DetoxiGenLLM
+from scripted_engine import WINDOW, ScriptedEngine
+
+LONG = "word " * (WINDOW + 1)
+
+
+class Log(BaseCallbackHandler):
+    """Every callback, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+
+    def on_llm_start(self, serialized: Any, prompts: list[str], **kwargs: Any) -> None:
+        self.events.append(("start", kwargs))
+
+    def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+        self.events.append(("token", token))
+
+    def on_llm_end(self, response: Any, **kwargs: Any) -> None:
+        self.events.append(("end", response))
+
+    def on_llm_error(self, error: BaseException, **kwargs: Any) -> None:
+        self.events.append(("error", (error, kwargs["response"])))
+
+    def of(self, kind: str) -> list[Any]:
+        return [value for name, value in self.events if name == kind]
+
+
+class AsyncLog(Log, AsyncCallbackHandler):
+    async def on_llm_start(self, *args: Any, **kwargs: Any) -> None:
+        Log.on_llm_start(self, *args, **kwargs)
+
+    async def on_llm_new_token(self, *args: Any, **kwargs: Any) -> None:
+        Log.on_llm_new_token(self, *args, **kwargs)
+
+    async def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
+        Log.on_llm_end(self, *args, **kwargs)
+
+    async def on_llm_error(self, *args: Any, **kwargs: Any) -> None:
+        Log.on_llm_error(self, *args, **kwargs)
+
+
+@pytest.fixture
+def llm(engine: ScriptedEngine) -> DetoxiGenLLM:
+    return DetoxiGenLLM(engine=engine, seed=1)
+
+
+# -- construction and parameters
+
+
+def test_construction_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: pytest.fail("loaded"))
+    llm = DetoxiGenLLM(model="some/model", alpha=3.0)
+    assert str(llm)
+    assert repr(llm)
+    assert dumpd(llm)
+    assert llm.model_copy(update={"alpha": 1.0}).alpha == 1.0
+
+
+def test_the_shared_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
+    asked = []
+
+    def shared(model: str | None = None, **names: Any) -> ScriptedEngine:
+        asked.append((model, names))
+        return engine
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    llm = DetoxiGenLLM(model="some/model", detoxifier="some/prompt", dtype="float32", seed=1)
+    llm.invoke("Hi", alpha=3.0)
+    llm.invoke("Hi", model="other/model")
+    names = {"detoxifier": "some/prompt", "device": None, "dtype": "float32", "revision": None}
+    assert asked == [("some/model", names), ("other/model", names)]
+
+
+def test_defaults_are_the_cores(llm: DetoxiGenLLM) -> None:
+    assert DetoxiGenLLM()._decoding_params() == DecodingParams()
+
+
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"top_p": 0.0}, {"rule": "other"}, {"apha": 2.0}, {"stop": [""]}])
+def test_bad_fields_are_named_at_once(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        DetoxiGenLLM(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"apha": 2.0}, {"engine": object()}])
+def test_bad_keywords_are_named(llm: DetoxiGenLLM, bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+        llm.invoke("Hi", **bad)
+
+
+def test_every_keyword_reaches_the_engine(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    changes: dict[str, Any] = {
+        "alpha": 3.0, "rule": "detoxigen", "plausibility": 0.1, "temperature": 0.5, "top_p": 0.8, "top_k": 5,
+        "repetition_penalty": 1.1, "seed": 4,
+    }  # fmt: skip
+    llm.invoke("Hi", stop=["never"], max_tokens=9, **changes)
+    assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
+    list(llm.stream("Hi", stop=["never"], max_tokens=9, **changes))
+    assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
+    assert llm.alpha == 2.0
+
+
+# -- batching
+
+
+def test_batch_is_one_call_and_callbacks_see_its_size(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    log = Log()
+    texts = llm.batch(["a", "b", "c"], {"callbacks": [log]})
+    assert engine.batch_sizes == [3]
+    assert [start["batch_size"] for start in log.of("start")] == [3, 3, 3]
+    assert len(log.of("end")) == 3
+    assert texts == [llm.invoke(p) for p in "abc"]
+
+
+async def test_abatch(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    log = AsyncLog()
+    texts = await llm.abatch(["a", "b", "c"], {"callbacks": [log]})
+    assert texts == [llm.invoke(p) for p in "abc"]
+    assert [start["batch_size"] for start in log.of("start")] == [3, 3, 3]
+
+
+def test_max_concurrency_is_the_native_batch_size(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    llm.batch(["a", "b", "c", "d", "e"], {"max_concurrency": 2})
+    assert engine.batch_sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_one_bad_prompt_is_isolated(llm: DetoxiGenLLM, is_async: bool) -> None:
+    log = AsyncLog() if is_async else Log()
+    config: Any = {"callbacks": [log]}
+    prompts = ["a", LONG, "b"]
+    if is_async:
+        first, bad, last = await llm.abatch(prompts, config, return_exceptions=True)
+    else:
+        first, bad, last = llm.batch(prompts, config, return_exceptions=True)
+    assert [first, last] == [llm.invoke("a"), llm.invoke("b")]
+    assert isinstance(bad, PromptTooLongError)
+    assert len(log.of("start")) == 3
+    assert len(log.of("end")) == 2
+    assert len(log.of("error")) == 1
+
+
+def test_isolated_prompts_run_together() -> None:
+    engine = ScriptedEngine(step_s=0.005)
+    DetoxiGenLLM(engine=engine).batch(["a"] * 16, return_exceptions=True)
+    assert engine.most_active == 16
+
+
+def test_a_bad_prompt_raises_otherwise(llm: DetoxiGenLLM) -> None:
+    with pytest.raises(PromptTooLongError):
+        llm.batch(["a", LONG])
+
+
+# -- streams and callbacks
+
+
+async def test_all_ways_say_the_same(llm: DetoxiGenLLM) -> None:
+    text = llm.invoke("Hi")
+    assert "".join(llm.stream("Hi")) == text
+    assert await llm.ainvoke("Hi") == text
+    assert "".join([piece async for piece in llm.astream("Hi")]) == text
+    assert llm.batch(["Hi", "Ho"])[0] == text
+    assert (await llm.abatch(["Ho", "Hi"]))[1] == text
+    assert llm.invoke("Hi", streaming=True) == text
+
+
+async def test_astream_is_native(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    assert len([piece async for piece in llm.astream("Hi")]) > 3
+    assert [how for how, _, _ in engine.calls] == ["astream"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_callbacks_fire_exactly_once(llm: DetoxiGenLLM, streaming: bool) -> None:
+    for way in ("invoke", "stream", "ainvoke", "astream"):
+        log = AsyncLog() if way.startswith("a") else Log()
+        bound = llm.with_config(callbacks=[log])
+        if way == "invoke":
+            bound.invoke("Hi", streaming=streaming)
+        elif way == "stream":
+            list(bound.stream("Hi"))
+        elif way == "ainvoke":
+            await bound.ainvoke("Hi", streaming=streaming)
+        else:
+            _ = [piece async for piece in bound.astream("Hi")]
+        assert len(log.of("start")) == len(log.of("end")) == 1, way
+        text = log.of("end")[0].generations[0][0].text
+        expects_tokens = streaming or "stream" in way
+        assert "".join(log.of("token")) == (text if expects_tokens else ""), way
+
+
+def test_an_error_while_streaming_carries_what_was_said(llm: DetoxiGenLLM) -> None:
+    log = Log()
+    with pytest.raises(StepError):
+        list(llm.stream("break", {"callbacks": [log]}))
+    ((error, response),) = log.of("error")
+    assert isinstance(error, StepError)
+    assert response.generations[0][0].text == "Hello, dear "
+    assert not log.of("end")
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream"])
+async def test_an_engine_error_surfaces_at_once(llm: DetoxiGenLLM, way: str) -> None:
+    async def run() -> None:
+        if way == "ainvoke":
+            await llm.ainvoke("break")
+        elif way == "astream":
+            _ = [piece async for piece in llm.astream("break")]
+        else:
+            list(getattr(llm, way)("break"))
+
+    began = time.monotonic()
+    with pytest.raises(StepError):
+        await run()
+    assert time.monotonic() - began < 1
+
+
+def test_errors_are_langchains_too(llm: DetoxiGenLLM) -> None:
+    with pytest.raises(exceptions.ContextOverflowError) as caught:
+        llm.invoke(LONG)
+    assert isinstance(caught.value, PromptTooLongError)
+    assert caught.value.field == "prompt"
+    assert str(caught.value) == str(caught.value.__cause__)
+
+
+# -- stop strings
+
+
+@pytest.mark.parametrize("stop", [["reader!"], ["ear read"], ["!", "dear"], ["nowhere"]])
+async def test_stop_strings_per_call_and_of_the_model(engine: ScriptedEngine, stop: list[str]) -> None:
+    plain = DetoxiGenLLM(engine=engine, seed=1)
+    stopping = DetoxiGenLLM(engine=engine, seed=1, stop=stop)
+    whole = plain.invoke("Hi")
+    expected = whole[: min([whole.find(s) for s in stop if s in whole], default=len(whole))]
+    assert plain.invoke("Hi", stop=stop) == stopping.invoke("Hi") == expected
+    assert "".join(plain.stream("Hi", stop=stop)) == "".join(stopping.stream("Hi")) == expected
+    assert plain.bind(stop=stop).batch(["Hi"]) == stopping.batch(["Hi"]) == [expected]
+    assert await plain.ainvoke("Hi", stop=stop) == await stopping.ainvoke("Hi") == expected
+    assert stopping.invoke("Hi", stop=["fine"]) == whole.split("fine")[0]
+
+
+# -- caches
+
+
+async def test_the_cache_serves_the_same_and_never_another_alpha(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    text = llm.invoke("Hi")
+    assert (llm.invoke("Hi"), len(engine.calls)) == (text, 1)
+    assert (await llm.ainvoke("Hi"), len(engine.calls)) == (text, 1)
+    for other in ({"alpha": 0.0}, {"seed": 2}, {"stop": ["dear"]}, {"max_tokens": 2}, {"temperature": 0.0}):
+        before = len(engine.calls)
+        fresh = llm.invoke("Hi", **other)  # type: ignore[arg-type]
+        assert len(engine.calls) == before + 1, other
+        assert llm.bind(**other).invoke("Hi") == fresh
+        assert DetoxiGenLLM(engine=engine, **{"seed": 1, **other}).invoke("Hi") == fresh
+        assert await llm.ainvoke("Hi", **other) == fresh  # type: ignore[arg-type]
+        assert len(engine.calls) == before + 1, other
+    assert llm.invoke("Hi", cache=False) == text
+    assert engine.calls[-1][2] == llm._decoding_params()
+
+
+def test_the_cache_knows_engines_apart(engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    other = ScriptedEngine()
+    other.detoxifier_id = "scripted-detoxifier@ffff0000"
+    DetoxiGenLLM(engine=engine, seed=1).invoke("Hi")
+    DetoxiGenLLM(engine=other, seed=1).invoke("Hi")
+    assert len(other.calls) == 1
+
+
+def test_unseeded_sampling_is_not_cached_unless_asked_for(engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    for llm, calls in (
+        (DetoxiGenLLM(engine=engine), 2),
+        (DetoxiGenLLM(engine=engine, temperature=0.0), 1),
+        (DetoxiGenLLM(engine=engine, seed=1), 1),
+        (DetoxiGenLLM(engine=engine, cache=True), 1),
+        (DetoxiGenLLM(engine=engine, cache=InMemoryCache()), 1),
+    ):
+        engine.calls.clear()
+        llm.invoke("Hi")
+        llm.invoke("Hi")
+        assert len(engine.calls) == calls, llm
+
+
+# -- what it reports
+
+
+def test_usage_and_finish_reason(llm: DetoxiGenLLM) -> None:
+    result = llm.generate(["one two", "three"], max_tokens=4)
+    assert result.llm_output == {
+        "model_name": "scripted/words",
+        "token_usage": {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11},
+    }
+    info = result.generations[0][0].generation_info
+    assert info is not None
+    assert info["finish_reason"] == "length"
+    assert info["token_usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+    assert info["detox"]["alpha"] == 2.0
+    assert info["detox"]["seed"] == 1
+
+
+def test_the_last_chunk_alone_reports(llm: DetoxiGenLLM) -> None:
+    chunks = list(llm._stream("Hi"))
+    assert [chunk.generation_info for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].generation_info == llm.generate(["Hi"]).generations[0][0].generation_info
+
+
+def test_tracing_parameters(llm: DetoxiGenLLM) -> None:
+    assert llm._get_ls_params() == {
+        "ls_provider": "detox_guard", "ls_model_type": "llm", "ls_model_name": "scripted/words",
+        "ls_temperature": 1.0, "ls_max_tokens": 256,
+    }  # fmt: skip
+    named = DetoxiGenLLM(model="some/model", stop=["x"])
+    assert named._get_ls_params()["ls_model_name"] == "some/model"
+    assert named._get_ls_params()["ls_stop"] == ["x"]
+    changed = named._get_ls_params(stop=["y"], model="other/model", temperature=0.5, max_tokens=3)
+    assert (changed["ls_model_name"], changed["ls_temperature"], changed["ls_max_tokens"], changed["ls_stop"]) == (
+        "other/model", 0.5, 3, ["y"],
+    )  # fmt: skip
+
+
+def test_tokens_are_the_models_own(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    assert llm.get_token_ids("some four word text") == engine.encode("some four word text")
+    assert llm.get_num_tokens("some four word text") == 4
+
+
+# -- async manners
+
+
+async def test_the_loop_stays_free() -> None:
+    """The slow part of a first call is loading; of any call, decoding. Neither may hold the loop."""
+    llm = DetoxiGenLLM(engine=ScriptedEngine(step_s=0.01))
+    lags = []
+
+    async def watch() -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.005)
+            lags.append(time.monotonic() - began - 0.005)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.gather(*(llm.ainvoke("Hi") for _ in range(8)), *(llm.abatch(["a", "b"]) for _ in range(2)))
+    watcher.cancel()
+    assert len(lags) > 5
+    assert max(lags) < 0.05
+
+
+async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
+    def shared(*_: Any, **__: Any) -> ScriptedEngine:
+        time.sleep(0.2)
+        return engine
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    task = asyncio.create_task(DetoxiGenLLM().ainvoke("Hi"))
+    began = time.monotonic()
+    await asyncio.sleep(0.01)
+    assert time.monotonic() - began < 0.1
+    assert await task
+
+
+@pytest.mark.parametrize("way", ["ainvoke", "astream", "abatch"])
+async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
+    engine = ScriptedEngine(step_s=0.02)
+    llm = DetoxiGenLLM(engine=engine)
+
+    async def run() -> None:
+        if way == "astream":
+            _ = [piece async for piece in llm.astream("Hi")]
+        elif way == "abatch":
+            await llm.abatch(["a", "b"])
+        else:
+            await llm.ainvoke("Hi")
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0.07)
+    assert engine.active
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert engine.active == 0
+    assert engine.abandoned == (2 if way == "abatch" else 1)
+
+
+def test_an_abandoned_stream_frees_its_seat(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    stream = llm.stream("Hi")
+    next(stream)
+    assert engine.active == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert (engine.active, engine.abandoned) == (0, 1)
+
+
+# -- configuration, serialization
+
+
+def test_configurable_fields_keep_the_engine(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+    configurable = llm.configurable_fields(alpha=ConfigurableField(id="alpha"))
+    configurable.invoke("Hi", {"configurable": {"alpha": 3.5}})
+    assert engine.calls[-1][2].alpha == 3.5
+    other = llm.configurable_alternatives(ConfigurableField(id="llm"), mild=DetoxiGenLLM(engine=engine, alpha=0.5))
+    other.invoke("Hi", {"configurable": {"llm": "mild"}})
+    assert engine.calls[-1][2].alpha == 0.5
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+def test_serialization_is_names_and_numbers() -> None:
+    llm = DetoxiGenLLM(model="some/model", alpha=3.0, stop=["x"], seed=5)
+    again = load(
+        dumpd(llm), valid_namespaces=["langchain_detox_guard"], allowed_objects=[DetoxiGenLLM], secrets_from_env=False
+    )
+    assert again == llm
+    assert len(dumps(llm)) < 600
+    assert pickle.loads(pickle.dumps(llm)) == llm
+
+
+def test_an_engine_of_ones_own_is_never_serialized(llm: DetoxiGenLLM) -> None:
+    assert dumpd(llm)["type"] == "not_implemented"
+    assert "ScriptedEngine" not in dumps(llm)
+    with pytest.raises(TypeError, match="engine"):
+        pickle.dumps(llm)
+
+
+def test_saving_writes_no_weights_and_no_paths(llm: DetoxiGenLLM) -> None:
+    params = llm._identifying_params
+    assert params["model"] == "scripted/words"
+    assert params["detoxifier"] == "scripted-detoxifier@0123abcd"
+    assert {"alpha", "temperature", "top_p", "seed", "stop", "version", "guard"} <= params.keys()

@@ -1,0 +1,238 @@
+"""DetoxMiddleware in real agents, on scripted words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from detox_guard import GuardError, GuardPolicy, InvalidParamsError
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langgraph.types import Command
+from pydantic import BaseModel
+
+from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware
+from scripted_engine import ScriptedEngine, WordScorer, call_text
+
+WORD = WordScorer()
+
+
+@tool
+def read_note(name: str) -> str:
+    """Read a note."""
+    return f"The note {name} is short. Its author is rotten. It ends here."
+
+
+def until(alpha: float) -> Any:
+    """An engine that is rude below this alpha."""
+
+    def script(prompt: Any, params: Any) -> str:
+        if prompt.messages[-1]["content"].startswith("Say the same again"):
+            return "That was a poor idea."
+        return "That was a fine idea." if params.alpha >= alpha else "Good morning. That was a rotten idea."
+
+    return ScriptedEngine(script)
+
+
+def run(engine: ScriptedEngine, *tools: Any, **options: Any) -> dict[str, Any]:
+    middleware = DetoxMiddleware(scorer=WORD, **options)
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), list(tools), middleware=[middleware])
+    return dict(agent.invoke({"messages": [HumanMessage("What do you think?")]}))
+
+
+def alphas(engine: ScriptedEngine) -> list[float]:
+    return [params.alpha for _, _, params in engine.calls]
+
+
+# -- answers
+
+
+def test_a_good_answer_is_asked_for_once() -> None:
+    engine = until(0.0)
+    out = run(engine)
+    assert out["messages"][-1].content == "That was a fine idea."
+    assert alphas(engine) == [2.0]
+    assert not out.get("detox")
+
+
+def test_alpha_is_set_in_every_call() -> None:
+    engine = until(0.0)
+    run(engine, alpha=3.5)
+    assert alphas(engine) == [3.5]
+
+
+def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
+    engine = until(4.0)
+    out = run(engine)
+    assert alphas(engine) == [2.0, 3.0, 4.0]
+    assert out["messages"][-1].content == "That was a fine idea."
+    assert [(one["action"], one["alpha"], one["rung"]) for one in out["detox"]] == [
+        ("again", 2.0, 3.0), ("again", 3.0, 4.0),
+    ]  # fmt: skip
+    assert len(out["messages"]) == 2
+
+
+def test_then_it_asks_for_a_kinder_text() -> None:
+    engine = until(99)
+    out = run(engine)
+    assert out["messages"][-1].content == "That was a poor idea."
+    assert [one["action"] for one in out["detox"]] == ["again", "again", "rewrite"]
+    assert [message["role"] for message in engine.calls[-1][1].messages] == ["user", "assistant", "user"]
+    assert "rotten" not in str(out["detox"])
+
+
+@pytest.mark.parametrize(
+    ("on_exhausted", "text"),
+    [("mask", "Good morning. [removed by the toxicity screen]"), ("replace", "I would rather not say that.")],
+)
+def test_then_it_masks_or_replaces(on_exhausted: Any, text: str) -> None:
+    out = run(until(99), ladder=(3.0,), on_exhausted=on_exhausted)
+    assert out["messages"][-1].content == text
+    assert [one["action"] for one in out["detox"]] == ["again", on_exhausted]
+
+
+def test_or_raises() -> None:
+    with pytest.raises(GuardError, match=r"0\.90"):
+        run(until(99), ladder=(), on_exhausted="raise")
+
+
+async def test_async_does_the_same() -> None:
+    engine = until(4.0)
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
+    out = await agent.ainvoke({"messages": [HumanMessage("Well?")]})
+    assert out["messages"][-1].content == "That was a fine idea."
+    assert alphas(engine) == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
+    agent = create_agent(ChatDetoxiGen(engine=until(4.0), seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
+    question: Any = {"messages": [HumanMessage("Well?")]}
+    if is_async:
+        streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
+    else:
+        streamed = [message for message, _ in agent.stream(question, stream_mode="messages")]
+    assert "".join(str(message.content) for message in streamed) == "That was a fine idea."
+
+
+def test_with_a_decoding_guard_text_streams_on() -> None:
+    """The policy goes down to the decoder, which releases only what was scored; nothing is held back here."""
+    engine = until(0.0)
+    policy = GuardPolicy(scorer=WORD)
+    middleware = DetoxMiddleware(guard=policy, alpha=3.0, scorer=WORD)
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[middleware])
+    streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("Well?")]}, stream_mode="messages")]
+    assert len(streamed) > 3
+    assert (engine.calls[-1][2].guard, engine.calls[-1][2].alpha) == (policy, 3.0)
+
+
+def test_any_chat_model_is_checked_without_alphas() -> None:
+    model = GenericFakeChatModel(messages=iter([AIMessage("What a rotten idea."), AIMessage("What an idea.")]))
+    out = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD)]).invoke({"messages": [HumanMessage("?")]})
+    assert out["messages"][-1].content == "What an idea."
+    assert [one["action"] for one in out["detox"]] == ["rewrite"]
+
+
+# -- tools
+
+
+def calling(name: str, arguments: dict[str, Any]) -> ScriptedEngine:
+    """An engine that calls the tool once, then answers."""
+
+    def script(prompt: Any, params: Any) -> str:
+        done = any(message["role"] == "tool" for message in prompt.messages)
+        return "Here you are." if done else call_text(name, arguments)
+
+    return ScriptedEngine(script)
+
+
+@pytest.mark.parametrize(
+    ("tool_results", "content"),
+    [
+        ("mask", "The note one is short. [removed by the toxicity screen] It ends here."),
+        ("drop", "[removed by the toxicity screen]"),
+        ("mark", "The note one is short. Its author is rotten. It ends here."),
+        (None, "The note one is short. Its author is rotten. It ends here."),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_tool_results_are_screened_before_the_model_reads_them(
+    tool_results: Any, content: str, is_async: bool
+) -> None:
+    engine = calling("read_note", {"name": "one"})
+    middleware = DetoxMiddleware(scorer=WORD, tool_results=tool_results)
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_note], middleware=[middleware])
+    question: Any = {"messages": [HumanMessage("Read it.")]}
+    out = await agent.ainvoke(question) if is_async else agent.invoke(question)
+    assert engine.calls[-1][1].messages[-1]["content"] == content
+    (message,) = [one for one in out["messages"] if isinstance(one, ToolMessage)]
+    assert message.content == content
+    records = out.get("detox", [])
+    assert [(one["where"], one["tool"], one["action"]) for one in records] == (
+        [("tool", "read_note", tool_results)] if tool_results else []
+    )
+
+
+def test_a_tools_own_command_is_screened_too() -> None:
+    @tool
+    def noted(name: str) -> Command[Any]:
+        """Read and note."""
+        message = ToolMessage("It is rotten.", tool_call_id="c1", name="noted")
+        return Command(update={"messages": [message]})
+
+    middleware = DetoxMiddleware(scorer=WORD)
+    result = middleware.wrap_tool_call(None, lambda _: noted.func("x"))  # type: ignore[arg-type]
+    assert isinstance(result, Command)
+    assert isinstance(result.update, dict)
+    assert "rotten" not in result.update["messages"][0].content
+    assert len(result.update["detox"]) == 1
+
+
+def test_calls_stay_calls_when_their_arguments_are_masked() -> None:
+    engine = calling("read_note", {"name": "rotten"})
+    out = run(engine, read_note, ladder=())
+    call = out["messages"][1].tool_calls[0]
+    assert call["name"] == "read_note"
+    assert "rotten" not in str(call["args"])
+    assert out["messages"][-1].content == "Here you are."
+    assert out["detox"][0]["action"] == "mask"
+
+
+class Verdict(BaseModel):
+    """A verdict."""
+
+    words: str
+
+
+@pytest.mark.parametrize("words", ["fine", "rotten"])
+def test_a_structured_answer_is_checked(words: str) -> None:
+    engine = ScriptedEngine(lambda *_: call_text("Verdict", {"words": words}))
+    agent = create_agent(
+        ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())],
+        response_format=ToolStrategy(Verdict),
+    )  # fmt: skip
+    if words == "rotten":
+        with pytest.raises(GuardError):
+            agent.invoke({"messages": [HumanMessage("?")]})
+    else:
+        assert agent.invoke({"messages": [HumanMessage("?")]})["structured_response"] == Verdict(words="fine")
+
+
+def test_a_schema_is_one_more_tool_to_an_agent() -> None:
+    engine = ScriptedEngine(lambda *_: call_text("Verdict", {"words": "fine"}))
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_note], response_format=Verdict)
+    assert agent.invoke({"messages": [HumanMessage("?")]})["structured_response"] == Verdict(words="fine")
+    assert engine.calls[-1][2].grammar is not None
+    assert len(engine.calls[-1][1].tools) == 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"tool_results": "hide"}, {"on_exhausted": "stop"}, {"ladder": [-1.0]}, {"ladder": ["louder"]}, {"threshold": 2}],
+)
+def test_bad_options_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+        DetoxMiddleware(**{"scorer": WORD, **bad})
