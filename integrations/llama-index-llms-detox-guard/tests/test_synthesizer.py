@@ -358,3 +358,13 @@ def test_prompts_are_packed_by_our_tokenizer() -> None:
     sizes = [sum(len(engine.encode(m["content"])) for m in prompt.messages) for prompt, _ in engine.asked]
     assert len(sizes) > 1
     assert max(sizes) <= 980
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_multimodal_synthesizers_are_guarded_too(is_async: bool) -> None:
+    engine = FakeEngine()
+    text, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine), multimodal=True), is_async=is_async)
+    assert text == CLEAN
+    assert len(response.metadata["detox"]["screened"]) == 1
+    assert "stupid" not in str(engine.asked[0][0])
+    assert engine.asked[0][1].guard == POLICY
