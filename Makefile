@@ -16,12 +16,14 @@ demo: .venv/.installed
 test: check wheels
 	$(PYTEST)
 	cd $(LANGCHAIN) && $(PYTEST)
-	cd $(LLAMA_INDEX) && $(PYTEST)
+	$(PYTEST) $(LLAMA_INDEX)/tests
 
 check: .venv/.installed-dev
 	.venv/bin/ruff check detox_guard tests examples integrations
 	.venv/bin/ruff format --check detox_guard tests examples integrations
 	.venv/bin/mypy
+	cd $(LANGCHAIN) && $(CURDIR)/.venv/bin/mypy
+	cd $(LLAMA_INDEX) && $(CURDIR)/.venv/bin/mypy --strict --explicit-package-bases --namespace-packages llama_index
 
 # The three wheels, in an environment that holds nothing else of this project.
 wheels: .venv/.installed-dev
@@ -43,6 +45,12 @@ eval: .venv/.installed-dev
 	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --samples $(SAMPLES) --output out/eval --judge embedded \
 	  --judge profanity-check --method default --method detoxigen --method resample --method guard
 	.venv/bin/detox-guard report out/eval --output out/report
+
+# A question-answering chain over documents with toxic passages among them, plain and guarded:
+# make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
+bench-rag: .venv/.installed-dev
+	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
+	  --judge embedded --judge profanity-check
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .
