@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
+from detox_guard import GuardPolicy, PromptTooLongError
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import tool
 
-from detox_guard import GuardPolicy, PromptTooLongError
 from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM, create_detox_rag_chain
 
 if TYPE_CHECKING:
