@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.cli.compare import make_pairs, score_pairs, show_pairs, summary, trace_sections
-from detox_guard.cli.console import write_whole
 from detox_guard.cli.session import run_all
+from detox_guard.files import write_whole
 from detox_guard.scoring import load_scorer
 from detox_guard.trace import render_page
 

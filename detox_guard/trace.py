@@ -38,6 +38,11 @@ class TokenTrace:
     preferred_p: float
 
     @property
+    def strength(self) -> float:
+        """How hard this token was steered, for a tint: 0 not at all, 1 from two nats of `kl_steering` on."""
+        return min(1.0, self.kl_steering / _STRONG_NATS) if math.isfinite(self.kl_steering) else 1.0
+
+    @property
     def replaced(self) -> bool:
         """The plain model's first choice was another token."""
         return self.preferred_id != self.token_id
@@ -134,7 +139,7 @@ def render_section(prompt: str, caption: str, trace: Trace) -> str:
 
 
 def _span(token: TokenTrace) -> str:
-    strength = min(1.0, token.kl_steering / _STRONG_NATS) if math.isfinite(token.kl_steering) else 1.0
+    strength = token.strength
     away = "" if not token.replaced else f"\nplain prefers {token.preferred!r} at {token.preferred_p:.3f}"
     note = (
         f"before {token.p_before:.3f}, after {token.p_after:.3f}{away}\n"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from detox_guard.cli import EXIT_CODES, app, options
 from detox_guard.cli.compare import BETTER, Pair, summary
-from detox_guard.cli.console import tinted, visible, write_whole
+from detox_guard.cli.console import tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
 from detox_guard.cli.session import Reply
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
@@ -560,20 +560,6 @@ def test_summary_is_honest() -> None:
     line = summary([pair(0.8, 0.2), pair(0.3, 0.3 + BETTER / 2), pair(0.1, 0.4)])
     assert "1 of 3 got better, 1 stayed the same, 1 got worse" in line
     assert summary([]) == "Nothing to compare."
-
-
-def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "page.html"
-    write_whole(page, "old")
-
-    def broken(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", broken)
-    with pytest.raises(DataError, match="disk full"):
-        write_whole(page, "new")
-    assert page.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [page]
 
 
 def test_system_does_not_replace_one_that_is_there() -> None:

@@ -42,7 +42,6 @@ from detox_guard.evaluation.context import reply_kl
 from detox_guard.evaluation.harness import open_run
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import OtherModelJudge, reply_nll
-from detox_guard.evaluation.machine import write_whole
 from detox_guard.evaluation.methods import (
     METHODS,
     Ingredients,
@@ -804,60 +803,6 @@ def test_a_failing_judge_is_found_first(prompts_file: Path) -> None:
 def test_seeds_differ_by_prompt_and_sample() -> None:
     assert len({seed_of(s, i, j, 8) for s in (0, 1) for i in range(50) for j in range(8)}) == 800
 
-
-def test_write_whole_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "report.json"
-    write_whole(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(machine_module.os, "replace", fail)
-    with pytest.raises(DataError, match="no space left"):
-        write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# --- utility
-
-
-@pytest.mark.parametrize(
-    ("reply", "answers", "wanted"),
-    [
-        ("The 308 points!", ["308", "308 points"], (1.0, 1.0)),
-        ("It was 308 points", ["308 points"], (0.0, 2 * 2 / (4 + 2))),
-        ("nothing", ["308"], (0.0, 0.0)),
-        ("", ["308"], (0.0, 0.0)),
-        ("red red", ["red"], (0.0, 2 / 3)),
-    ],
-)
-def test_answers_are_scored_as_squad_does(reply: str, answers: list[str], wanted: tuple[float, float]) -> None:
-    assert answer_scores(reply, answers) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("position", ["front", "reply"])
-def test_steered_nats_are_those_of_the_engines_distribution(tiny_llama: Backbone, position: Any) -> None:
-    """What the engine says it gave each token it drew is what the token costs, teacher forced."""
-    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
-    detoxifier = type(detoxifier)(detoxifier.embeddings, detoxifier.card.model_copy(update={"position": position}))
-    stream = SteeringStream(detoxifier)
-    ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
-    with DetoxiGen(tiny_llama, [stream]) as guard:
-        for rule, alpha, floor in (("dexperts", 0.0, 0.0), ("dexperts", 1.0, 0.0), ("detoxigen", 2.0, 0.01)):
-            params = DecodingParams(
-                alpha=alpha, rule=rule, plausibility=floor, top_p=1.0, max_new_tokens=12, ignore_eos=True, seed=3
-            )  # fmt: skip
-            trace = guard.generate(SENTENCES[1], params).trace
-            assert trace is not None
-            reply = [token.token_id for token in trace.tokens]
-            [(nats, never)] = steered_nats(tiny_llama, [Method("m", params, (stream,))], ids, reply)
-            assert nats == pytest.approx(-sum(math.log(token.p_after) for token in trace.tokens[1:]), rel=1e-3)
-            assert never == 0
-    forbidding = Method("m", DecodingParams(alpha=0.5, plausibility=0.99), (stream,))
-    [(nats, never)] = steered_nats(tiny_llama, [forbidding], ids, reply)
-    assert never > 6
-    assert nats > 13 * never
 
 
 def test_words_on_the_topic() -> None:

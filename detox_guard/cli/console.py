@@ -1,16 +1,12 @@
-"""What the commands share on a terminal: consoles, error lines, exit codes, tinted text, files written whole.
+"""What the commands share on a terminal: consoles, error lines, exit codes, tinted text.
 
 Knows rich and the figures of a trace; knows no model. torch is never imported here.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detox_guard.errors import (
@@ -33,20 +29,16 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_PIPE",
     "exit_code",
-    "prepare_file",
     "report",
     "score_text",
     "stderr_console",
     "stdout_console",
     "tinted",
     "visible",
-    "write_whole",
 ]
 
 EXIT_FAILED, EXIT_INPUT, EXIT_LOAD, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
 
-STRONG_NATS = 2.0
-"""KL(p‖p_gen) of the deepest tint, as on the HTML page."""
 FAINT = 0.04
 """Share of the deepest tint under which a token is left alone."""
 _PALE, _DEEP = (255, 232, 207), (238, 132, 52)
@@ -100,11 +92,10 @@ def tinted(trace: Trace | None, text: str) -> Text:
         return Text(visible(text))
     shown = Text()
     for token in trace.tokens:
-        strength = min(1.0, token.kl_steering / STRONG_NATS) if math.isfinite(token.kl_steering) else 1.0
-        if strength < FAINT:
+        if token.strength < FAINT:
             shown.append(visible(token.text))
             continue
-        red, green, blue = (round(a + (b - a) * strength) for a, b in zip(_PALE, _DEEP, strict=True))
+        red, green, blue = (round(a + (b - a) * token.strength) for a, b in zip(_PALE, _DEEP, strict=True))
         # Ink is set with the background, so that it reads on dark and light terminals alike.
         style = Style(color="#1c1b1a", bgcolor=f"rgb({red},{green},{blue})", underline=token.replaced)
         shown.append(visible(token.text), style)
@@ -119,33 +110,3 @@ def score_text(score: float) -> Text:
     full = round(score * 10)
     colour = "red" if score >= 0.5 else "yellow" if score >= 0.25 else "green"
     return Text.assemble((f"{score:.2f} ", "bold"), ("█" * full, colour), ("░" * (10 - full), "dim"))
-
-
-def prepare_file(path: Path) -> None:
-    """Make the folder of `path` and see that it can be written, before long work. Raises `DataError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` so that a reader finds the old content or the new one, never a part. Raises `DataError`."""
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            name = file.name
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is private; this one is the user's
-        os.replace(name, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}") from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)

@@ -17,17 +17,16 @@ from detox_guard.cli import options, session
 from detox_guard.cli.compare import Pair, make_pairs, score_pairs, show_pairs, summary, trace_sections
 from detox_guard.cli.console import (
     exit_code,
-    prepare_file,
     report,
     score_text,
     stderr_console,
     stdout_console,
     tinted,
     visible,
-    write_whole,
 )
 from detox_guard.cli.prompts import as_chat, prompt_text, read_prompts
 from detox_guard.errors import DetoxGuardError
+from detox_guard.files import prepare_file, write_whole
 from detox_guard.params import DecodingParams
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from detox_guard.cli import options, session
-from detox_guard.cli.console import prepare_file, stdout_console
+from detox_guard.cli.console import stdout_console
 from detox_guard.errors import InvalidParamsError
+from detox_guard.files import prepare_file
 
 __all__ = ["bench", "demo", "evaluate", "report", "utility"]
 
@@ -66,6 +67,8 @@ def bench(
             quick=quick,
         )
     _print(result, as_json)
+    if not as_json:
+        print(result.to_json())
 
 
 def evaluate(

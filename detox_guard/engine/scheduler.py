@@ -125,7 +125,6 @@ class Engine:
         if config.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model)
         self._worker = _Worker(Forward(backbone, streams), backbone.num_layers, config)
-        self._virtual = max((len(spec.embeddings) for spec in streams), default=0)
         bounds = (backbone.max_positions, backbone.window, config.max_slots)
         self.max_positions = min((b for b in bounds if b is not None), default=None)
         """Prompt, virtual tokens and new tokens together may not exceed this; None = no bound."""
@@ -136,21 +135,19 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its sink hears the rest. Raises `PromptError`, `EngineBusyError`, `EngineClosedError`."""
-        params = request.params
         if request.steered and self.streams == 0:
             raise EngineError(
                 "alpha > 0 asks for steering, but this engine has no detoxifier", hint="load one, or set alpha=0"
             )
-        virtual = self._virtual if request.steered else 0
-        asked = len(request.prompt_ids) + virtual + params.max_new_tokens
+        rows, asked = self._worker.rows(request), self._worker.slots(request)
         if self.max_positions is not None and asked > self.max_positions:
+            prompt, new = len(request.prompt_ids), request.params.max_new_tokens
             raise PromptTooLongError(
                 "prompt",
-                f"{len(request.prompt_ids)} prompt + {virtual} virtual + {params.max_new_tokens} new tokens = {asked}",
+                f"{prompt} prompt + {asked - prompt - new} virtual + {new} new tokens = {asked}",
                 f"at most {self.max_positions} positions",
                 hint="shorten the prompt or lower max_new_tokens",
             )
-        rows = 1 + self.streams if request.steered else 1
         if rows * asked > self._max_cached_slots:
             raise PromptTooLongError(
                 "prompt",
@@ -218,6 +215,15 @@ class _Worker:
                 self._thread = threading.Thread(target=self._run, name="detox-guard-engine", daemon=True)
                 self._thread.start()
             self._wake.notify()
+
+    def rows(self, request: Request) -> int:
+        """The rows that this request takes."""
+        return 1 + len(self._forward.streams) if request.steered else 1
+
+    def slots(self, request: Request) -> int:
+        """The most slots a row of this request will come to hold."""
+        virtual = self._virtual if request.steered else 0
+        return len(request.prompt_ids) + virtual + request.params.max_new_tokens
 
     def snapshot(self) -> EngineStats:
         with self._wake:
@@ -338,26 +344,19 @@ class _Worker:
         """Take requests from the queue in arrival order: a group whose prompts fit one chunk, or one longer prompt."""
         config = self._config
         inside = [seat.request for seat in (*self._seats, *(parked.seat for parked in self._parked))]
-        rows = sum(map(self._rows, inside))
-        widest = max(map(self._slots, inside), default=0)
+        rows = sum(map(self.rows, inside))
+        widest = max(map(self.slots, inside), default=0)
         with self._wake:
             while self._queue:
                 head = self._queue[0]
-                rows += self._rows(head)
-                widest = max(widest, self._slots(head))
+                rows += self.rows(head)
+                widest = max(widest, self.slots(head))
                 full = rows > config.max_rows or rows * widest > config.max_cached_slots
                 longest = max(len(request.prompt_ids) for request in (*self._entering, head))
                 group = len(self._entering) + 1
                 if (full and (inside or self._entering)) or (group > 1 and longest * group > config.prefill_chunk):
                     return
                 self._entering.append(self._queue.popleft())
-
-    def _rows(self, request: Request) -> int:
-        return 1 + len(self._forward.streams) if request.steered else 1
-
-    def _slots(self, request: Request) -> int:
-        """The most slots a row of this request will come to hold."""
-        return len(request.prompt_ids) + self._virtual + request.params.max_new_tokens
 
     def _decode(self) -> None:
         """One step: feed every seat's last token to all of its rows, choose the next."""

@@ -7,16 +7,13 @@ import importlib.metadata
 import os
 import platform
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["machine", "peak_memory_mib", "prepare_folder", "versions", "write_whole"]
+__all__ = ["machine", "peak_memory_mib", "versions"]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -60,28 +57,6 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make `folder` unless it is there. Raises `DataError`: before hours of work, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"{folder}: nothing can be written there: {error}") from error
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is never seen half written. Raises `DataError`."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(new, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise DataError(f"{path}: cannot be written: {error}") from error
 
 
 def _cpu_model() -> str:

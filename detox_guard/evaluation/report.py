@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from detox_guard.errors import DataError
 from detox_guard.evaluation import pictures
 from detox_guard.evaluation.harness import RUN_FILE, SAMPLES_FILE, SCORES_FILE
-from detox_guard.evaluation.machine import prepare_folder, write_whole
 from detox_guard.evaluation.results import EvalReport, shown
+from detox_guard.files import prepare_folder, write_whole
 from detox_guard.trace import LEGEND, STYLE, Intervention, TokenTrace, Trace, render_section
 
 if TYPE_CHECKING:

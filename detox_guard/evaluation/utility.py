@@ -22,13 +22,14 @@ from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.harness import collect, judge_run, open_run, stored_replies
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import BackboneJudge
-from detox_guard.evaluation.machine import machine, versions, write_whole
+from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, make_methods
 from detox_guard.evaluation.metrics import Bootstrap, Figure
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
+from detox_guard.files import write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.scoring import load_scorer

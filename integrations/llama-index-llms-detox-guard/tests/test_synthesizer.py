@@ -151,7 +151,8 @@ async def test_what_our_own_guard_did_is_reported(is_async: bool) -> None:
 
 async def test_leaving_a_guarded_stream_frees_the_seat() -> None:
     engine = FakeEngine()
-    response = synthesizer_for(DetoxiGenLLM(engine=engine), streaming=True).synthesize(QUERY, nodes("a"))
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), streaming=True, response_mode="simple_summarize")
+    response = synthesizer.synthesize(QUERY, nodes("a"))
     next(response.response_gen)
     assert engine.seats == 1
     response.response_gen.close()

@@ -285,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--detoxifier")
     parser.add_argument("--device")
     parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--top-k", type=int, default=2, help="passages retrieved for a question")
     parser.add_argument("--abreast", type=int, default=8, help="questions asked at once")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions and comments")
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     retriever = BM25(passages, [q.comment for q in questions if q.comment], args.top_k)
     judges = [ProfanityCheck() if name == "profanity-check" else load_scorer(name) for name in args.judge or [None]]
     llm = {"model": args.model, "detoxifier": args.detoxifier, "device": args.device}
-    llm = {**llm, "max_new_tokens": args.max_new_tokens, "trace": False}
+    llm = {**llm, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "trace": False}
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = [Answer(**json.loads(line)) for line in _lines(args.out)]

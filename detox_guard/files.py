@@ -1,0 +1,49 @@
+"""Files that are whole or absent, and folders that are known to be writable before long work. Knows nothing else."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from detox_guard.errors import DataError
+
+__all__ = ["prepare_file", "prepare_folder", "write_whole"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` unless it is there, and see that it can be written: before hours of work, not after.
+
+    Raises `DataError`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error}") from error
+
+
+def prepare_file(path: Path) -> None:
+    """`prepare_folder` for the folder of a file. Raises `DataError`."""
+    if path.is_dir():
+        raise DataError(f"{path}: cannot be written: it is a folder")
+    prepare_folder(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a reader finds the old content or the new one, never a part. Raises `DataError`."""
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            name = file.name
+            file.write(content.encode() if isinstance(content, str) else content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is private; this one is the user's
+        os.replace(name, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from error
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
