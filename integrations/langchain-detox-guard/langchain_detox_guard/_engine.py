@@ -16,7 +16,6 @@ from detox_guard import (
     DecodingParams,
     DetoxGuardError,
     DetoxifierNotFoundError,
-    DetoxiGen,
     EngineBusyError,
     EngineError,
     GuardPolicy,
@@ -36,7 +35,7 @@ from pydantic_core import PydanticSerializationError
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
 
-    from detox_guard import Generation
+    from detox_guard import DetoxiGen, Generation
     from langchain_core.language_models.base import LangSmithParams
     from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
     from langchain_core.runnables import RunnableConfig
@@ -103,6 +102,8 @@ class EngineFields(Serializable):
     def _engine(self) -> DetoxiGen:
         if self.engine is not None:
             return self.engine  # type: ignore[no-any-return]
+        from detox_guard import DetoxiGen  # brings torch
+
         names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
         return DetoxiGen.shared(names.pop("model"), **names)
 
@@ -251,7 +252,7 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
     for ours, name in _THEIRS:
         theirs = getattr(exceptions, name, None)  # some came late in 1.x
         if isinstance(error, ours) and theirs is not None:
-            both = _both(type(error), theirs)
+            both = _both(type(error), theirs)  # type: ignore[arg-type]
             twin: DetoxGuardError = both.__new__(both)
             twin.args = error.args
             twin.__dict__.update(error.__dict__)

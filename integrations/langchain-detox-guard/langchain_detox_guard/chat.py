@@ -107,7 +107,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
         llm = self.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
         if not include_raw:
-            return llm | parser
+            return llm | parser  # type: ignore[no-any-return]
         parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
         failed = RunnablePassthrough.assign(parsed=lambda _: None)
         return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
