@@ -105,7 +105,7 @@ class DetoxiGen:
         cls,
         model: str | Path | None = None,
         *,
-        detoxifier: str | Path | None = None,
+        detoxifier: str | Path | tuple[()] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,

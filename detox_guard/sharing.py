@@ -64,7 +64,7 @@ def _key(model: object, *, device: Any, dtype: Any, **others: Any) -> tuple[Any,
     on_device = pick_device(device)
     named = {"model": model, "detoxifier": others.pop("detoxifier")}
     for name, value in named.items():
-        if value is not None and not isinstance(value, str | os.PathLike):
+        if value is not None and value != () and not isinstance(value, str | os.PathLike):
             raise InvalidParamsError(name, value, "a name or a path, to be shared", hint="use from_pretrained")
     return (
         *(_place(value) for value in named.values()),
@@ -75,5 +75,7 @@ def _key(model: object, *, device: Any, dtype: Any, **others: Any) -> tuple[Any,
 
 
 def _place(name: Any) -> str | None:
-    """A folder or file by its real path, a hub id as it is."""
+    """A folder or file by its real path, a hub id as it is; `()` is no detoxifier at all."""
+    if name == ():
+        return "()"
     return None if name is None else os.path.realpath(name) if os.path.exists(name) else str(name)
