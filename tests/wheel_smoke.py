@@ -15,6 +15,6 @@ for module in (detox_guard, langchain_detox_guard, llama_index_detox_guard):
     assert where.is_relative_to(Path(sys.prefix).resolve()), f"{module.__name__} is not the wheel's: {where}"
 
 chain = langchain_detox_guard.DetoxiGenLLM(max_tokens=4, seed=1, device="cpu")
-engine = llama_index_detox_guard.DetoxiGenLLM(max_tokens=4, seed=1, device="cpu")
+engine = llama_index_detox_guard.DetoxiGenLLM(max_new_tokens=4, seed=1, device="cpu")
 assert chain.invoke("The weather is") == str(engine.complete("The weather is", formatted=True))
 print("wheels: all three import and answer")
