@@ -780,7 +780,7 @@ def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbo
 def test_run_eval_refuses_before_loading(prompts_file: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "a-file"
     blocked.write_text("")
-    with pytest.raises(DataError, match="nothing can be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         run_eval(model="no/such-model", prompts=prompts_file, output=blocked)
     with pytest.raises(InvalidParamsError, match="judges"):
         run_eval(model="no/such-model", prompts=prompts_file, judges=())
