@@ -67,7 +67,8 @@ class DetoxifierCard(_Record):
     """What a soft prompt is, for which backbone, and how it was made; None where that is not known.
 
     `position`: "front" puts the virtual tokens before everything (DetoxiGen, arXiv 2401.06947), "reply" between the
-    context and the reply. `heldout_loss_*`: nats a reply token, by kind of example and "mean".
+    context and the reply. `heldout_loss_*`: nats a reply token, by kind of example and "mean". `heldout_aim`: share of
+    held-out pairs whose toxic text has the higher log p_detox - log p_gen. `start_sha256`: the detoxifier gone on from.
     `embedding_scale`: the factor the backbone's embedding layer applies to its own rows (Gemma), already part of ours.
     """
 
@@ -87,6 +88,8 @@ class DetoxifierCard(_Record):
     command: str | None = None
     heldout_loss_before: dict[str, float] = Field(default_factory=dict)
     heldout_loss_after: dict[str, float] = Field(default_factory=dict)
+    heldout_aim: dict[str, float] = Field(default_factory=dict)
+    start_sha256: str | None = None
     embedding_scale: float | None = None
     created: str | None = None
     notes: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -17,11 +18,17 @@ from tiny import make_tiny_backbone
 from torch.nn import functional
 
 from detox_guard.detoxifier import Detoxifier, Position
-from detox_guard.errors import DataError, DetoxGuardError, DetoxifierFormatError, InvalidParamsError
+from detox_guard.errors import (
+    DataError,
+    DetoxGuardError,
+    DetoxifierFormatError,
+    DetoxifierMismatchError,
+    InvalidParamsError,
+)
 from detox_guard.training import TrainingConfig, train_detoxifier
-from detox_guard.training.data import read_texts
+from detox_guard.training.data import read_pairs, read_texts
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind
-from detox_guard.training.forward import reply_logits, reply_loss
+from detox_guard.training.forward import contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -73,6 +80,14 @@ def test_bad_rows_are_skipped_by_line(tmp_path: Path) -> None:
     reasons = " ".join(reason for _, reason in rows.bad)
     for part in ("not JSON", "no 'text'", "is empty", "is int", "not a JSON object", "not valid UTF-8"):
         assert part in reasons
+
+
+def test_pairs_of_rows(tmp_path: Path) -> None:
+    rows = read_pairs(str(pairs_file(tmp_path)))
+    assert rows.pairs[0] == (f"zzz qqq {TEXTS[0]}", f"aaa eee {TEXTS[0]}")
+    assert rows.bad == ((len(TEXTS) + 1, "no 'neutral'"),)
+    with pytest.raises(DataError, match="1 bad rows, 0 allowed"):
+        read_pairs(str(pairs_file(tmp_path)), max_bad_rows=0)
 
 
 def test_too_many_bad_rows(tmp_path: Path) -> None:
@@ -206,7 +221,7 @@ def test_same_as_one_plain_forward(request: pytest.FixtureRequest, name: str, ki
         wanted = full[len(full) - len(reply) - 1 : -1]
         torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-4, atol=5e-5)
         losses.append(functional.cross_entropy(wanted, reply, reduction="none"))
-    loss = reply_loss(backbone.model, prompt, batch, position)
+    loss = reply_loss(logits, batch)
     torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)  # the reply's tokens, no others
     (gradient,) = torch.autograd.grad(loss, prompt)
     (wanted_gradient,) = torch.autograd.grad(torch.cat(losses).mean(), prompt)
@@ -230,10 +245,41 @@ def test_front_is_pefts_layout() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
     prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
-    loss = reply_loss(tiny_llama.model, prompt, batch, "reply")
+    loss = reply_loss(reply_logits(tiny_llama.model, prompt, batch, "reply"), batch)
     for ids, mask in (("context_ids", "context_mask"), ("reply_ids", "reply_mask")):
         batch[ids][batch[mask] == 0] = 77  # type: ignore[literal-required]
-    assert torch.equal(loss, reply_loss(tiny_llama.model, prompt, batch, "reply"))
+    assert torch.equal(loss, reply_loss(reply_logits(tiny_llama.model, prompt, batch, "reply"), batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contrast_row_by_row(tiny_llama: Backbone, kind: Kind) -> None:
+    """Each row alone, unpadded: its tokens' log-ratios summed, all divergences averaged, the first token left out."""
+    prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
+    found = contrast(tiny_llama.model, reply_logits(tiny_llama.model, prompt, batch, "reply"), batch)
+    embed, divergences = tiny_llama.model.get_input_embeddings(), []
+    for row in range(3):
+        context, reply = row_of(batch, row)
+
+        def log_p(*parts: torch.Tensor, reply: torch.Tensor = reply) -> torch.Tensor:
+            full = tiny_llama.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
+            return full[-len(reply) : -1].log_softmax(-1)
+
+        detox, gen = log_p(embed(context), prompt), log_p(embed(context))
+        gained = (detox - gen).gather(-1, reply[1:, None]).sum()
+        torch.testing.assert_close(found.log_ratio[row], gained, rtol=1e-4, atol=1e-4)
+        divergences.append((gen.exp() * (gen - detox)).sum(-1))
+    torch.testing.assert_close(found.divergence, torch.cat(divergences).mean(), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.divergence, prompt)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_pair_loss() -> None:
+    """ln 2 where the two are alike; it falls as the toxic text gains, and what both gain does not matter."""
+    one, two = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])
+    assert pair_loss(one[:1], two[:1]).item() == pytest.approx(math.log(2))
+    assert pair_loss(one[1:], two[1:]) < pair_loss(one[:1], two[:1])
+    torch.testing.assert_close(pair_loss(one + 5, two + 5), pair_loss(one, two))
 
 
 # 4. Whole runs
@@ -319,6 +365,49 @@ def test_learned_positions_and_files_of_contexts(tmp_path: Path) -> None:
     backbone = make_tiny_backbone("gpt2")
     trained = train(settings(tmp_path, contexts=[tmp_path / "plain.txt"], passage_tokens=(300, 400)), backbone)
     assert [source.name for source in trained.card.data] == ["rows.jsonl", "plain.txt"]
+
+
+def pairs_file(folder: Path) -> Path:
+    rows = [{"toxic": f"zzz qqq {text}", "neutral": [f"aaa eee {text}", "unused"]} for text in TEXTS]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"toxic": "alone"}\n')
+    return path
+
+
+def test_pairs_teach_the_difference(tmp_path: Path) -> None:
+    """After a few steps the held-out toxic texts are told from their neutral twins, wherever they stand."""
+    backbone = make_tiny_backbone("llama", initializer_range=0.1)
+    changes = {"pairs": pairs_file(tmp_path), "steps": 30, "learning_rate": 0.3, "batch_size": 8}
+    before = train(settings(tmp_path, "a", **{**changes, "learning_rate": 1e-12}), backbone).card
+    trained = train(settings(tmp_path, "b", **changes), backbone)
+    assert set(trained.card.heldout_aim) == {*KINDS, "mean"}
+    assert trained.card.heldout_aim["mean"] > max(0.9, before.heldout_aim["mean"])
+    assert [(source.name, source.rows) for source in trained.card.data] == [
+        ("rows.jsonl", len(TEXTS)),
+        ("pairs.jsonl", len(TEXTS)),
+    ]
+
+
+def test_anchors_hold(tmp_path: Path) -> None:
+    """Held hard to the frozen backbone on the very texts it is trained on, a soft prompt learns less of them."""
+    backbone = make_tiny_backbone("llama", initializer_range=0.1)
+    free = train(settings(tmp_path, "a", learning_rate=0.3), backbone).card.heldout_loss_after["mean"]
+    anchored = settings(tmp_path, "b", learning_rate=0.3, anchors=tmp_path / "rows.jsonl", anchor_weight=50.0)
+    assert train(anchored, backbone).card.heldout_loss_after["mean"] > free
+
+
+def test_going_on_from_a_detoxifier(tmp_path: Path) -> None:
+    backbone = make_tiny_backbone("llama")
+    first = train(settings(tmp_path, "a"), backbone)
+    again = train(settings(tmp_path, "b", start=tmp_path / "a", steps=1, learning_rate=1e-12), backbone)
+    torch.testing.assert_close(again.embeddings, first.embeddings)
+    assert again.card.start_sha256 == first.sha256
+    assert again.card.command is not None
+    assert "--start a" in again.card.command
+    with pytest.raises(InvalidParamsError, match="virtual_tokens"):
+        train(settings(tmp_path, "c", start=tmp_path / "a", virtual_tokens=5), backbone)
+    with pytest.raises(DetoxifierMismatchError):
+        train(settings(tmp_path, "c", start=tmp_path / "a"), make_tiny_backbone("gpt2"))
 
 
 KILLED = """

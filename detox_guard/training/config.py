@@ -11,8 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from detox_guard.checked import Checked
 from detox_guard.detoxifier import Position
 
-__all__ = ["TrainingConfig"]
+__all__ = ["FILES", "TrainingConfig"]
 
+FILES = ("data", "contexts", "anchors", "pairs")
+"""The fields that name training data."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,8 +25,12 @@ class TrainingConfig(Checked):
     .csv, .tsv, .txt) or hub data sets `org/name[:split]`, read at `text_field`. `output`: the detoxifier's folder.
     `anchors`: harmless texts on which the soft prompt is held to the frozen backbone by `anchor_weight` times
     KL(p_gen‖p_detox), so that it learns toxicity and not the style of the toxic texts (ours, not in the paper; None:
-    off). `mixture`: shares of "bare", "split", "chat" and "passage" batches (`detox_guard.training.examples`).
-    `passage_tokens`: shortest and longest passage. `heldout`: rows of `data` that are only measured on.
+    off). `pairs`: files whose rows have a `toxic` and a `neutral` text that say the same; half of every batch is then
+    made of them, and `pair_weight` times a preference loss (`detox_guard.training.forward.pair_loss`) teaches the words
+    in which they differ; their neutral texts are anchors too. `start`: a detoxifier's folder to go on from, in the
+    place of `initial_text`. `mixture`: shares of "bare", "split", "chat" and "passage" batches
+    (`detox_guard.training.examples`). `passage_tokens`: shortest and longest passage. `heldout`: rows of `data`, and of
+    `pairs`, that are only measured on.
     `checkpoint_steps`: how often the run can be resumed from; `resume` takes up a run of the same settings and data
     that was cut off. `licence`, `notes`: for the card. Raises `InvalidParamsError`.
     """
@@ -36,9 +42,12 @@ class TrainingConfig(Checked):
     contexts: tuple[str, ...] | None = None
     anchors: tuple[str, ...] | None = None
     anchor_weight: Annotated[float, Field(ge=0)] = 1.0
+    pairs: tuple[str, ...] | None = None
+    pair_weight: Annotated[float, Field(ge=0)] = 1.0
     position: Position = "reply"
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
     initial_text: Annotated[str, Field(min_length=1)] = "The following reply is rude, insulting, hateful and toxic:"
+    start: str | None = None
     steps: Annotated[int, Field(ge=1)] = 300
     batch_size: Annotated[int, Field(ge=1)] = 16
     reply_tokens: Annotated[int, Field(ge=1)] = 40
@@ -56,7 +65,7 @@ class TrainingConfig(Checked):
     licence: str | None = None
     notes: str = ""
 
-    @field_validator("data", "contexts", "anchors", mode="before")
+    @field_validator("data", "contexts", "anchors", "pairs", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         """One name or a list of them, paths too, as a tuple of strings."""
@@ -65,7 +74,7 @@ class TrainingConfig(Checked):
         names = [value] if isinstance(value, str | Path) else value
         return tuple(str(name) for name in names) if isinstance(names, list | tuple) else names
 
-    @field_validator("output", "model", mode="before")
+    @field_validator("output", "model", "start", mode="before")
     @classmethod
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
@@ -86,12 +95,12 @@ class TrainingConfig(Checked):
             if (value == field.default and name != "position") or name in {"resume", "device", "notes"}:
                 continue
             flag = "--" + name.replace("_", "-")
-            if name in {"data", "contexts", "anchors"}:
+            if name in FILES:
                 words += [word for source in value for word in (flag, _base_name(source))]
             elif isinstance(value, tuple):
                 words += [flag, *map(str, value)]
             else:
-                words += [flag, _base_name(value) if name in {"output", "model"} else str(value)]
+                words += [flag, _base_name(value) if name in {"output", "model", "start"} else str(value)]
         return shlex.join(words)
 
 

@@ -14,9 +14,9 @@ from detox_guard.detoxifier import DataSource
 from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["TextRows", "read_texts"]
+__all__ = ["TextPairs", "TextRows", "read_pairs", "read_texts"]
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 _SHOWN = 5
@@ -35,6 +35,15 @@ class _BadRow(Exception):
     """Why one row cannot be used."""
 
 
+@dataclass(frozen=True)
+class TextPairs:
+    """The good rows of one source of pairs, in order: `(toxic, neutral)` texts that say the same."""
+
+    source: DataSource
+    pairs: tuple[tuple[str, str], ...]
+    bad: tuple[tuple[int, str], ...]
+
+
 def read_texts(source: str, *, field: str = "text", max_bad_rows: int = 100, licence: str | None = None) -> TextRows:
     """The texts of a .jsonl, .csv, .tsv or .txt file (one a line), or of a hub data set `org/name[:split]`.
 
@@ -42,28 +51,61 @@ def read_texts(source: str, *, field: str = "text", max_bad_rows: int = 100, lic
     Raises `DataError` naming the source: not found, of an unknown format, binary, empty, or with more than
     `max_bad_rows` bad rows, of which it gives the first line numbers and reasons.
     """
+    (rows,), name, digest = _read(source, (field,))
+    texts = tuple(row for _, row in rows if isinstance(row, str))
+    bad = tuple((line, str(row)) for line, row in rows if isinstance(row, _BadRow))
+    return TextRows(_source(source, name, digest, len(texts), bad, max_bad_rows, licence), texts, bad)
+
+
+def read_pairs(source: str, *, max_bad_rows: int = 100, licence: str | None = None) -> TextPairs:
+    """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first). As `read_texts`, which see."""
+    (toxic, neutral), name, digest = _read(source, ("toxic", "neutral"))
+    both = [(line, one, other) for (line, one), (_, other) in zip(toxic, neutral, strict=True)]
+    pairs = tuple((one, other) for _, one, other in both if isinstance(one, str) and isinstance(other, str))
+    bad = tuple(
+        (line, str(one if isinstance(one, _BadRow) else other))
+        for line, one, other in both
+        if isinstance(one, _BadRow) or isinstance(other, _BadRow)
+    )
+    return TextPairs(_source(source, name, digest, len(pairs), bad, max_bad_rows, licence), pairs, bad)
+
+
+def _read(source: str, fields: tuple[str, ...]) -> tuple[list[_Rows], str, str]:
+    """The rows of each field, the source's name for the card, and its SHA-256."""
     path = Path(source)
     hub_id = _HUB_ID.fullmatch(source)
     if path.exists() or path.suffix.lower() in _READERS or not hub_id:
-        rows, digest = _read_file(path, field)
+        found = [_read_file(path, field) for field in fields]
         name = path.name
     else:
-        rows, digest = _read_hub(hub_id["name"], hub_id["split"] or "train", field)
+        found = [_read_hub(hub_id["name"], hub_id["split"] or "train", field) for field in fields]
         name = source
-    texts = tuple(row for _, row in rows if isinstance(row, str))
-    bad = tuple((line, str(row)) for line, row in rows if isinstance(row, _BadRow))
+    digests = list(dict.fromkeys(digest for _, digest in found))
+    return [rows for rows, _ in found], name, digests[0] if len(digests) == 1 else _sha256("".join(digests))
+
+
+def _source(
+    source: str, name: str, digest: str, rows: int, bad: Sequence[tuple[int, str]], most: int, licence: str | None
+) -> DataSource:
+    """What the card says of it. Raises `DataError` where too little of it is good."""
     listed = "; ".join(f"line {line}: {reason}" for line, reason in bad[:_SHOWN])
-    if len(bad) > max_bad_rows:
-        raise DataError(f"{source}: {len(bad)} bad rows, {max_bad_rows} allowed: {listed}")
-    if not texts:
+    if len(bad) > most:
+        raise DataError(f"{source}: {len(bad)} bad rows, {most} allowed: {listed}")
+    if not rows:
         raise DataError(f"{source}: no usable row in it" + (f": {listed}" if listed else ""))
-    return TextRows(DataSource(name=name, sha256=digest, rows=len(texts), licence=licence), texts, bad)
+    return DataSource(name=name, sha256=digest, rows=rows, licence=licence)
 
 
 _Rows = list[tuple[int, "str | _BadRow"]]
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _checked(value: object, field: str) -> str | _BadRow:
+    if field == "neutral" and isinstance(value, list) and value:
+        value = value[0]  # ParaDetox has up to three rewrites
     if not isinstance(value, str):
         return _BadRow(f"{field!r} is {type(value).__name__}, not a string")
     try:
@@ -151,5 +193,4 @@ def _read_hub(name: str, split: str, field: str) -> tuple[_Rows, str]:
             f"{name}:{split}: cannot be fetched: {error}", hint="a local file, or a hub data set org/name[:split]"
         ) from error
     rows: _Rows = [(number, _checked(value, field)) for number, value in enumerate(column, start=1)]
-    digest = hashlib.sha256("\n".join(row for _, row in rows if isinstance(row, str)).encode())
-    return rows, digest.hexdigest()
+    return rows, _sha256("\n".join(row for _, row in rows if isinstance(row, str)))

@@ -6,7 +6,7 @@ before, which with position "reply" is the last virtual token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Position
     from detox_guard.training.examples import Batch
 
-__all__ = ["anchor_divergence", "reply_logits", "reply_loss"]
+__all__ = ["Contrast", "contrast", "pair_loss", "reply_logits", "reply_loss"]
+
+DPO_BETA = 0.5
 
 
 def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
@@ -58,26 +60,46 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
     return logits
 
 
-def reply_loss(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
-    """Mean cross-entropy of the reply's tokens, in nats a token: float32, a scalar."""
-    logits = reply_logits(model, soft_prompt, batch, position).float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), batch["reply_ids"].flatten(), reduction="none")
+def reply_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the reply's tokens under `logits` (of `reply_logits`), nats a token: float32, a scalar."""
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), batch["reply_ids"].flatten(), reduction="none")
     weights = batch["reply_mask"].flatten().float()
     return (losses * weights).sum() / weights.sum()
 
 
-def anchor_divergence(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
-    """Mean KL(p_gen‖p_detox) along the replies, in nats a token: float32, a scalar, differentiable in `soft_prompt`.
+class Contrast(NamedTuple):
+    """Detoxifier against frozen generator along given replies. A reply's first token is left out: behind an empty
+    context the generator has nothing to predict it from."""
 
-    On harmless replies this is what the soft prompt should *not* move: style, topic, fluency. The first token of a
-    reply is left out, since behind an empty context the generator has nothing to predict it from.
-    """
-    detoxifier = reply_logits(model, soft_prompt, batch, position)[:, 1:].float().log_softmax(-1)
+    log_ratio: torch.Tensor
+    """`[rows]` Σ_t log p_detox(x_t) - log p_gen(x_t): how much more the detoxifier expects this reply, nats."""
+    divergence: torch.Tensor
+    """Scalar: mean KL(p_gen‖p_detox), nats a token."""
+
+
+def contrast(model: Any, logits: torch.Tensor, batch: Batch) -> Contrast:
+    """Compare the detoxifier's `logits` (of `reply_logits`) with the generator's on the same batch; float32,
+    differentiable in the former."""
+    log_detox = logits[:, 1:].float().log_softmax(-1)
     with torch.no_grad():
-        generator = _generator_logits(model, batch).float().log_softmax(-1)
-        weights = batch["reply_mask"][:, 1:].float()
-    divergence = functional.kl_div(detoxifier, generator, reduction="none", log_target=True).sum(-1)
-    return (divergence * weights).sum() / weights.sum().clamp_min(1)
+        log_gen = _generator_logits(model, batch).float().log_softmax(-1)
+    weights = batch["reply_mask"][:, 1:].float()
+    next_ids = batch["reply_ids"][:, 1:].unsqueeze(-1)
+    gained = (log_detox.gather(-1, next_ids) - log_gen.gather(-1, next_ids)).squeeze(-1)
+    divergence = functional.kl_div(log_detox, log_gen, reduction="none", log_target=True).sum(-1)
+    return Contrast(
+        (gained * weights).sum(-1),
+        (divergence * weights).sum() / weights.sum().clamp_min(1),
+    )
+
+
+def pair_loss(toxic: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7), the toxic text of each pair being preferred.
+
+    `toxic`, `neutral` are `Contrast.log_ratio` of the two texts of `[pairs]`; a scalar. What both texts share cancels,
+    so the soft prompt learns the words in which they differ.
+    """
+    return functional.softplus(-DPO_BETA * (toxic - neutral)).mean()
 
 
 def _generator_logits(model: Any, batch: Batch) -> torch.Tensor:

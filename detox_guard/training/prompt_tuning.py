@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import peft
 import torch
@@ -23,11 +23,12 @@ import transformers
 from torch.utils.data import Dataset, SequentialSampler
 from transformers.trainer_callback import ProgressCallback
 
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard, Position
+from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
-from detox_guard.training.data import TextRows, read_texts
+from detox_guard.training.config import FILES
+from detox_guard.training.data import TextPairs, TextRows, read_pairs, read_texts
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind
-from detox_guard.training.forward import anchor_divergence, reply_loss
+from detox_guard.training.forward import Contrast, contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "train_detoxifier"]
 
+Row = TypeVar("Row")
 Progress = Callable[[int, int, float], None]
 CHECKPOINTS = "checkpoints"
 WHOLE = "whole"  # the file that marks a checkpoint as written to its end
@@ -57,6 +59,9 @@ def train_detoxifier(
     data = [_read(config, source) for source in config.data]
     contexts = [_read(config, source) for source in config.contexts or ()]
     anchors = [_read(config, source) for source in config.anchors or ()]
+    paired = [
+        read_pairs(source, max_bad_rows=config.max_bad_rows, licence=config.licence) for source in config.pairs or ()
+    ]
     if backbone is None:
         from detox_guard.backbone import load_backbone
 
@@ -66,15 +71,21 @@ def train_detoxifier(
         raise InvalidParamsError("device", str(backbone.device), bound)
     examples = _examples(config, backbone, [text for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS)
     train, heldout = _divide([text for rows in data for text in rows.texts], config)
+    pairs, heldout_pairs = _divide([pair for rows in paired for pair in rows.pairs], config) if paired else ([], [])
 
-    model = _soft_prompted(backbone, config)
+    start = None if config.start is None else Detoxifier.load(config.start)
+    if start is not None:
+        _check_start(start, config, backbone)
+    model = _soft_prompted(backbone, config, start)
     before = _heldout_loss(model, examples, heldout, config)
-    run = _run_folder(config, backbone, [*data, *contexts, *anchors])
+    sources: list[TextRows | TextPairs] = [*data, *contexts, *anchors, *paired]
+    run = _run_folder(config, backbone, sources, start)
     harmless = list(dict.fromkeys(text for rows in anchors for text in rows.texts))
     random.Random(config.seed).shuffle(harmless)
-    trainer = _trainer(model, _Steps(examples, train, harmless, config), config, run, backbone, progress)
+    trainer = _trainer(model, _Steps(examples, train, harmless, pairs, config), config, run, backbone, progress)
     trainer.train(resume_from_checkpoint=_last_whole(run) if config.resume else None)
     after = _heldout_loss(model, examples, heldout, config)
+    aim = _heldout_aim(model, examples, heldout_pairs, config) if heldout_pairs else {}
 
     output = Path(config.output)
     soft_prompt = _soft_prompt(model)
@@ -85,8 +96,9 @@ def train_detoxifier(
         num_layers=backbone.num_layers,
         virtual_tokens=config.virtual_tokens,
         position=config.position,
-        initial_text=config.initial_text,
-        data=tuple(dict.fromkeys(rows.source for rows in [*data, *contexts, *anchors])),
+        initial_text=config.initial_text if start is None else start.card.initial_text,
+        data=tuple(dict.fromkeys(rows.source for rows in sources)),
+        start_sha256=None if start is None else start.sha256,
         transformers_version=transformers.__version__,
         peft_version=peft.__version__,
         torch_version=torch.__version__,
@@ -95,6 +107,7 @@ def train_detoxifier(
         command=config.command(),
         heldout_loss_before=before,
         heldout_loss_after=after,
+        heldout_aim=aim,
         embedding_scale=_embedding_scale(backbone),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=config.notes or LIMITS,
@@ -126,20 +139,29 @@ def _examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence[str
     )
 
 
-def _divide(texts: Sequence[str], config: TrainingConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out texts. Equal texts count once, so that none can be on both sides."""
-    unique = list(dict.fromkeys(texts))
+def _divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows. Equal rows count once, so that none can be on both sides."""
+    unique = list(dict.fromkeys(rows))
     if len(unique) <= config.heldout:
         raise DataError(
-            f"{', '.join(config.data)}: {len(unique)} different rows, of which {config.heldout} are held out",
+            f"{', '.join((*config.data, *(config.pairs or ())))}: {len(unique)} different rows, of which "
+            f"{config.heldout} are held out",
             hint="more data, or fewer held-out rows",
         )
     random.Random(config.seed).shuffle(unique)
     return unique[config.heldout :], unique[: config.heldout]
 
 
-def _soft_prompted(backbone: Backbone, config: TrainingConfig) -> Any:
-    """The backbone inside PEFT, its soft prompt initialized with the text's embeddings, tiled."""
+def _check_start(start: Detoxifier, config: TrainingConfig, backbone: Backbone) -> None:
+    """A soft prompt that cannot be gone on from is refused. Raises `DetoxifierError`, `InvalidParamsError`."""
+    start.validate(backbone)
+    for name in ("position", "virtual_tokens"):
+        if getattr(start.card, name) != getattr(config, name):
+            raise InvalidParamsError(name, getattr(config, name), f"as in `start`: {getattr(start.card, name)}")
+
+
+def _soft_prompted(backbone: Backbone, config: TrainingConfig, start: Detoxifier | None) -> Any:
+    """The backbone inside PEFT, its soft prompt that of `start`, else the embeddings of the initial text, tiled."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
         # PEFT wants the tokenizer by name; ours may come from a GGUF or a hub that is out of reach
@@ -156,6 +178,9 @@ def _soft_prompted(backbone: Backbone, config: TrainingConfig) -> Any:
         )
     # with a base named here, PEFT would ask the hub for it at every checkpoint
     model.peft_config["default"].base_model_name_or_path = ""
+    if start is not None:
+        with torch.no_grad():
+            _soft_prompt(model).copy_(start.embeddings)
     return model
 
 
@@ -170,10 +195,12 @@ def _embedding_scale(backbone: Backbone) -> float | None:
 
 
 class _Step(TypedDict):
-    """What one training step sees: toxic replies, and harmless ones in contexts of the same kind."""
+    """What one training step sees: toxic replies, and harmless ones in contexts of the same kind. The first `pairs`
+    rows of both say the same."""
 
     toxic: Batch
     anchor: Batch | None
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -183,20 +210,31 @@ class _Steps(Dataset[_Step]):
     examples: Examples
     texts: Sequence[str]
     anchors: Sequence[str]
+    pairs: Sequence[tuple[str, str]]
     config: TrainingConfig
 
     def __len__(self) -> int:
         return self.config.steps
 
     def __getitem__(self, step: int) -> _Step:
-        rng = random.Random(f"{self.config.seed}/{step}")
-        (kind,) = rng.choices(KINDS, weights=self.config.mixture)
-        places = range(first := step * self.config.batch_size, first + _rows(kind, self.config))
+        seed = f"{self.config.seed}/{step}"
+        (kind,) = random.Random(seed).choices(KINDS, weights=self.config.mixture)
+        rows = _rows(kind, self.config)
+        paired = rows // 2 if self.pairs else 0
+        pairs = _next(self.pairs, step * (self.config.batch_size // 2), paired)
+        toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
+        anchor = [other for _, other in pairs]
+        if self.anchors:
+            anchor += _next(self.anchors, step * self.config.batch_size, rows - paired)
+        # Both in the same contexts, or the soft prompt could tell the two by their contexts.
+        batches = [self.examples.batch(kind, some, random.Random(seed)) if some else None for some in (toxic, anchor)]
+        assert batches[0] is not None
+        return _Step(toxic=batches[0], anchor=batches[1], pairs=paired)
 
-        def batch(texts: Sequence[str]) -> Batch:
-            return self.examples.batch(kind, [texts[i % len(texts)] for i in places], rng)
 
-        return _Step(toxic=batch(self.texts), anchor=batch(self.anchors) if self.anchors else None)
+def _next(rows: Sequence[Row], first: int, count: int) -> list[Row]:
+    """`count` rows from place `first` on, over and over again."""
+    return [rows[i % len(rows)] for i in range(first, first + count)]
 
 
 def _rows(kind: Kind, config: TrainingConfig) -> int:
@@ -217,11 +255,36 @@ def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: 
             batch = examples.batch(kind, texts[first : first + _rows(kind, config)], rng)
             batch = _to(batch, soft_prompt.device)
             count = float(batch["reply_mask"].sum())
-            total += float(reply_loss(base, soft_prompt, batch, config.position)) * count
+            logits = reply_logits(base, soft_prompt, batch, config.position)
+            total += float(reply_loss(logits, batch)) * count
             tokens += count
         losses[kind] = round(total / tokens, 4)
     losses["mean"] = round(sum(losses.values()) / len(KINDS), 4)
     return losses
+
+
+@torch.no_grad()
+def _heldout_aim(
+    model: Any, examples: Examples, pairs: Sequence[tuple[str, str]], config: TrainingConfig
+) -> dict[str, float]:
+    """Share of the pairs whose toxic text the detoxifier favours more than the neutral one, by kind, and their mean."""
+    model.eval()
+    base, soft_prompt = model.get_base_model(), _soft_prompt(model)
+    aim: dict[str, float] = {}
+    for kind in KINDS:
+        above = 0
+        for first in range(0, len(pairs), _rows(kind, config)):
+            some = pairs[first : first + _rows(kind, config)]
+            ratios = []
+            for side in (0, 1):
+                rng = random.Random(f"{config.seed}/aim/{kind}/{first}")
+                batch = _to(examples.batch(kind, [pair[side] for pair in some], rng), soft_prompt.device)
+                logits = reply_logits(base, soft_prompt, batch, config.position)
+                ratios.append(contrast(base, logits, batch).log_ratio)
+            above += int((ratios[0] > ratios[1]).sum())
+        aim[kind] = round(above / len(pairs), 4)
+    aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
+    return aim
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -231,19 +294,30 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' Trainer with our loss; one item of the data set is one batch."""
 
-    def __init__(self, position: Position, anchor_weight: float, **kwargs: Any) -> None:
-        self.position = position
-        self.anchor_weight = anchor_weight
+    def __init__(self, config: TrainingConfig, **kwargs: Any) -> None:
+        self.config = config
         super().__init__(**kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         model.eval()  # dropout in a frozen backbone is only noise, and serving has none
         soft_prompt = _soft_prompt(model)
-        base, device = model.get_base_model(), soft_prompt.device
-        loss = reply_loss(base, soft_prompt, _to(inputs["toxic"], device), self.position)
-        if inputs["anchor"] is not None and self.anchor_weight > 0:
-            anchor = _to(inputs["anchor"], device)
-            loss = loss + self.anchor_weight * anchor_divergence(base, soft_prompt, anchor, self.position)
+        base, position = model.get_base_model(), self.config.position
+
+        def logits_of(batch: Batch) -> torch.Tensor:
+            return reply_logits(base, soft_prompt, batch, position)
+
+        toxic = _to(inputs["toxic"], soft_prompt.device)
+        logits = logits_of(toxic)
+        loss = reply_loss(logits, toxic)
+        pairs = inputs["pairs"] if self.config.pair_weight > 0 else 0
+        if inputs["anchor"] is None or not (pairs or self.config.anchor_weight > 0):
+            return loss
+        anchor = _to(inputs["anchor"], soft_prompt.device)
+        harmless: Contrast = contrast(base, logits_of(anchor), anchor)
+        loss = loss + self.config.anchor_weight * harmless.divergence
+        if pairs:
+            twins = contrast(base, logits, toxic)
+            loss = loss + self.config.pair_weight * pair_loss(twins.log_ratio[:pairs], harmless.log_ratio[:pairs])
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -302,8 +376,7 @@ def _trainer(
     )
     arguments._n_gpu = 1  # a soft prompt needs no second device, and DataParallel would want one
     trainer = _SoftPromptTrainer(
-        config.position,
-        config.anchor_weight,
+        config,
         model=model,
         args=arguments,
         train_dataset=steps,
@@ -319,12 +392,12 @@ def _only(items: Sequence[_Step]) -> _Step:
     return step
 
 
-def _run_folder(config: TrainingConfig, backbone: Backbone, data: Sequence[TextRows]) -> Path:
+def _run_folder(
+    config: TrainingConfig, backbone: Backbone, data: Sequence[TextRows | TextPairs], start: Detoxifier | None
+) -> Path:
     """Where this run's checkpoints are: named by all that the result depends on, so that no other run's mix in."""
-    settings = config.model_dump(
-        exclude={"output", "resume", "notes", "licence", "checkpoint_steps", "data", "contexts", "anchors"}
-    )
-    facts = [settings, backbone.id, backbone.revision, [rows.source.sha256 for rows in data]]
+    settings = config.model_dump(exclude={"output", "start", "resume", "notes", "licence", "checkpoint_steps", *FILES})
+    facts = [settings, backbone.id, backbone.revision, [rows.source.sha256 for rows in data], start and start.sha256]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Path(config.output) / CHECKPOINTS / digest[:12]
 
