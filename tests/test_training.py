@@ -86,6 +86,8 @@ def test_pairs_of_rows(tmp_path: Path) -> None:
     rows = read_pairs(str(pairs_file(tmp_path)))
     assert rows.pairs[0] == (f"zzz qqq {TEXTS[0]}", f"aaa eee {TEXTS[0]}")
     assert rows.bad == ((len(TEXTS) + 1, "no 'neutral'"),)
+    prompted = write(tmp_path / "own.csv", "prompt,toxic,neutral\nThe bus,is awful,is late\n")
+    assert read_pairs(prompted).pairs == ((("The bus", " is awful"), ("The bus", " is late")),)
     with pytest.raises(DataError, match="1 bad rows, 0 allowed"):
         read_pairs(str(pairs_file(tmp_path)), max_bad_rows=0)
 
@@ -164,6 +166,16 @@ def test_split_is_cut_at_a_space(tiny_llama: Backbone) -> None:
         assert (before == "") == (text == "word")
         assert text == "word" or after.startswith(" ")
     assert batch["context_mask"][0, -1] == 1  # padded on the left, hence next to the virtual tokens
+
+
+def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
+    own, whole = ("The bus", " is late"), "The bus is late"
+    examples, tokenizer = Examples(tiny_llama), tiny_llama.tokenizer
+    batch = examples.batch("split", [own], random.Random(0))
+    assert tokenizer.decode(batch["context_ids"][0], skip_special_tokens=True) == own[0]
+    assert tokenizer.decode(batch["reply_ids"][0]) == own[1]
+    bare = [examples.batch("bare", [text], random.Random(0))["reply_ids"] for text in (own, whole)]
+    assert torch.equal(bare[0], bare[1])
 
 
 def test_chat_contexts(tiny_llama: Backbone) -> None:
@@ -253,19 +265,21 @@ def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_contrast_row_by_row(tiny_llama: Backbone, kind: Kind) -> None:
-    """Each row alone, unpadded: its tokens' log-ratios summed, all divergences averaged, the first token left out."""
+    """Each row alone, unpadded: its tokens' log-ratios summed, all divergences averaged; the first token only counts
+    where a context predicts it."""
     prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
     found = contrast(tiny_llama.model, reply_logits(tiny_llama.model, prompt, batch, "reply"), batch)
     embed, divergences = tiny_llama.model.get_input_embeddings(), []
     for row in range(3):
         context, reply = row_of(batch, row)
+        first = 0 if len(context) else 1
 
-        def log_p(*parts: torch.Tensor, reply: torch.Tensor = reply) -> torch.Tensor:
+        def log_p(*parts: torch.Tensor, reply: torch.Tensor = reply, first: int = first) -> torch.Tensor:
             full = tiny_llama.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
-            return full[-len(reply) : -1].log_softmax(-1)
+            return full[-len(reply) - 1 + first : -1].log_softmax(-1)
 
         detox, gen = log_p(embed(context), prompt), log_p(embed(context))
-        gained = (detox - gen).gather(-1, reply[1:, None]).sum()
+        gained = (detox - gen).gather(-1, reply[first:, None]).sum()
         torch.testing.assert_close(found.log_ratio[row], gained, rtol=1e-4, atol=1e-4)
         divergences.append((gen.exp() * (gen - detox)).sum(-1))
     torch.testing.assert_close(found.divergence, torch.cat(divergences).mean(), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from detox_guard.contrast import RULES, kl_divergence, plausible
 from detox_guard.engine.types import TokenStep
 from detox_guard.errors import StepError
-from detox_guard.sampling import nucleus, penalize_repetition, race, uniforms
+from detox_guard.sampling import Nucleus, nuclei, penalize_repetition, race, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,22 +78,37 @@ class Chooser:
         rows = torch.tensor(
             [list(t.rows) if t.guarded else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
         )
-        greedy = torch.tensor([t.params.temperature == 0 for t in turns], device=self.device)
         warmth = self._column([t.params.temperature or 1.0 for t in turns])
-        alpha = self._column([t.params.alpha for t in turns])
         plain = logits.argmax(-1)[rows[:, 0]]
         log_p = self._warmed(logits, rows, warmth).log_softmax(-1)
         log_gen, log_streams = log_p[rows[:, 0]], log_p[rows[:, 1:]]
         # A NaN or +inf anywhere in a row makes the whole row NaN, so one column tells.
-        sane = ~(log_gen[:, 0].isnan() | log_streams[:, :, 0].isnan().any(-1))
-        if not sane.all():
+        sane = (~(log_gen[:, 0].isnan() | log_streams[:, :, 0].isnan().any(-1))).tolist()
+        if not all(sane):
             log_gen = log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
-        top_k = torch.tensor([t.params.top_k for t in turns], device=self.device)
-        nuc = nucleus(log_gen, self._column([t.params.top_p for t in turns]), top_k)
+        top_p = self._column([t.params.top_p for t in turns])
+        kl_detox = kl_divergence(log_gen, log_streams[:, self._detoxifier]) if streams else torch.zeros_like(top_p)
+        steps: list[TokenStep | StepError | None] = [None] * len(turns)
+        every = torch.arange(streams, device=self.device).unsqueeze(-1)
+        for places, nuc in nuclei(log_gen, top_p, self._integers([t.params.top_k for t in turns])):
+            at = places.tolist()
+            gathered = log_streams[places.view(-1, 1, 1), every, nuc.ids.unsqueeze(1)]
+            p, figures = self._decide([turns[i] for i in at], nuc, gathered, plain[places], kl_detox[places])
+            for row, i in enumerate(at):
+                if sane[i] and figures[row][-1]:
+                    steps[i] = _token_step(turns[i], figures[row], (nuc.ids[row], p[row]))
+        return [step or _nothing_to_choose(turn) for step, turn in zip(steps, turns, strict=True)]
+
+    def _decide(
+        self, turns: Sequence[Turn], nuc: Nucleus, log_streams: Tensor, plain: Tensor, kl_detox: Tensor
+    ) -> tuple[Tensor, list[list[float]]]:
+        """Mix and draw: the probabilities `[N, K]`, and each turn's figures in the order of `_token_step`, the last of
+        them 1 if they are numbers. `log_streams [N, S, K]`; `plain [N]` ids, `kl_detox [N]` are passed on."""
+        greedy = torch.tensor([t.params.temperature == 0 for t in turns], device=self.device)
+        alpha = self._column([t.params.alpha for t in turns])
         keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
-        at = nuc.ids.unsqueeze(1).expand(-1, streams, -1)
-        p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams.gather(-1, at), alpha, keep)
+        p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams, alpha, keep)
 
         drawn = race(
             p, uniforms(self._integers([t.seed for t in turns]), self._integers([t.index for t in turns]), nuc.ids)
@@ -105,9 +120,8 @@ class Chooser:
         chosen = nuc.ids == token.unsqueeze(-1)
 
         before = nuc.log_p.masked_fill(~nuc.keep, -torch.inf).softmax(-1)
-        kl_detox = kl_divergence(log_gen, log_streams[:, self._detoxifier]) if streams else torch.zeros_like(alpha)
         kl_steer = kl_divergence(p.log(), before.log())
-        figures = torch.stack(
+        figures: list[list[float]] = torch.stack(
             [
                 token.double(),
                 (before * chosen).sum(-1).double(),
@@ -118,29 +132,11 @@ class Chooser:
                 fallback.double(),
                 plain.double(),
                 (before * (nuc.ids == plain.unsqueeze(-1))).sum(-1).double(),
-                (sane & ~p.isnan().any(-1)).double(),
+                (~p.isnan().any(-1)).double(),
             ],
             dim=-1,
-        ).tolist()  # the one transfer to the host a step
-        return [
-            TokenStep(
-                index=turn.index,
-                token_id=int(f[0]),
-                p_before=f[1],
-                p_after=f[2],
-                kl_detoxifier=max(f[3], 0.0),
-                kl_steering=max(f[4], 0.0),
-                clipped_mass=f[5],
-                fallback=bool(f[6]),
-                preferred_id=int(f[7]),
-                preferred_p=f[8],
-                guarded=turn.guarded and len(turn.rows) == 1 + streams,
-                distribution=(nuc.ids[i].cpu(), p[i].cpu()) if turn.keep_distribution else None,
-            )
-            if f[9]
-            else _nothing_to_choose(turn)
-            for i, (turn, f) in enumerate(zip(turns, figures, strict=True))
-        ]
+        ).tolist()  # the one transfer to the host a group
+        return p, figures
 
     def _warmed(self, logits: Tensor, rows: Tensor, warmth: Tensor) -> Tensor:
         """`logits` over each row's temperature."""
@@ -180,6 +176,23 @@ def _ruled_out(turn: Turn, logits: Tensor) -> Tensor:
     fit[list(turn.banned)] = False
     # Where the constraint leaves nothing else, the ban yields: who banned it will see it again.
     return ~(fit if fit.any() else allowed).to(logits.device)
+
+
+def _token_step(turn: Turn, figures: Sequence[float], distribution: tuple[Tensor, Tensor]) -> TokenStep:
+    return TokenStep(
+        index=turn.index,
+        token_id=int(figures[0]),
+        p_before=figures[1],
+        p_after=figures[2],
+        kl_detoxifier=max(figures[3], 0.0),
+        kl_steering=max(figures[4], 0.0),
+        clipped_mass=figures[5],
+        fallback=bool(figures[6]),
+        preferred_id=int(figures[7]),
+        preferred_p=figures[8],
+        guarded=turn.guarded and len(turn.rows) > 1,
+        distribution=(distribution[0].cpu(), distribution[1].cpu()) if turn.keep_distribution else None,
+    )
 
 
 def _nothing_to_choose(turn: Turn) -> StepError:

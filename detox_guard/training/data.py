@@ -16,8 +16,10 @@ from detox_guard.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["TextPairs", "TextRows", "read_pairs", "read_texts"]
+__all__ = ["Text", "TextPairs", "TextRows", "read_pairs", "read_texts"]
 
+Text = str | tuple[str, str]
+"""A text, or the prompt and the reply that it is made of."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 _SHOWN = 5
 
@@ -37,10 +39,11 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True)
 class TextPairs:
-    """The good rows of one source of pairs, in order: `(toxic, neutral)` texts that say the same."""
+    """The good rows of one source of pairs, in order: `(toxic, neutral)`, texts that say the same, or `(prompt, reply)`
+    twice with two replies to one prompt."""
 
     source: DataSource
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[Text, Text], ...]
     bad: tuple[tuple[int, str], ...]
 
 
@@ -58,16 +61,24 @@ def read_texts(source: str, *, field: str = "text", max_bad_rows: int = 100, lic
 
 
 def read_pairs(source: str, *, max_bad_rows: int = 100, licence: str | None = None) -> TextPairs:
-    """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first). As `read_texts`, which see."""
+    """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first). Where it has a `prompt`, they
+    continue that after a space. As `read_texts`, which see."""
     (toxic, neutral), name, digest = _read(source, ("toxic", "neutral"))
-    both = [(line, one, other) for (line, one), (_, other) in zip(toxic, neutral, strict=True)]
-    pairs = tuple((one, other) for _, one, other in both if isinstance(one, str) and isinstance(other, str))
-    bad = tuple(
-        (line, str(one if isinstance(one, _BadRow) else other))
-        for line, one, other in both
-        if isinstance(one, _BadRow) or isinstance(other, _BadRow)
-    )
-    return TextPairs(_source(source, name, digest, len(pairs), bad, max_bad_rows, licence), pairs, bad)
+    try:
+        (prompts,), _, _ = _read(source, ("prompt",))
+    except DataError:  # a table without that column
+        prompts = [(line, _BadRow("no prompt")) for line, _ in toxic]
+    pairs: list[tuple[Text, Text]] = []
+    bad = []
+    for (line, one), (_, other), (_, prompt) in zip(toxic, neutral, prompts, strict=True):
+        wrong = next((text for text in (one, other) if isinstance(text, _BadRow)), None)
+        if wrong is not None:
+            bad.append((line, str(wrong)))
+        elif isinstance(prompt, str):
+            pairs.append(((prompt, f" {one}"), (prompt, f" {other}")))
+        else:
+            pairs.append((str(one), str(other)))
+    return TextPairs(_source(source, name, digest, len(pairs), bad, max_bad_rows, licence), tuple(pairs), tuple(bad))
 
 
 def _read(source: str, fields: tuple[str, ...]) -> tuple[list[_Rows], str, str]:

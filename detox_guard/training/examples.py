@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detox_guard.backbone import Backbone
+    from detox_guard.training.data import Text
 
 __all__ = ["KINDS", "Batch", "Examples", "Kind"]
 
@@ -62,7 +63,8 @@ class Batch(TypedDict):
 class Examples:
     """Makes batches of one kind from toxic texts, alike for the same `rng`.
 
-    "bare": nothing but the text; "split": the first half of the text is the context; "chat": the text answers an
+    "bare": nothing but the text; "split": the prompt, or the first half of the text, is the context; "chat": the text
+    answers an
     instruction behind the chat template; "passage": the same, with `passage_len` tokens of neutral text in it.
     Without a chat template the latter two are plain text. `max_context_len` cuts contexts on the left.
     """
@@ -73,15 +75,15 @@ class Examples:
     passage_len: tuple[int, int] = (300, 600)
     max_context_len: int | None = None
 
-    def batch(self, kind: Kind, texts: Sequence[str], rng: random.Random) -> Batch:
+    def batch(self, kind: Kind, texts: Sequence[Text], rng: random.Random) -> Batch:
         """One batch of `texts`, each cut to `reply_len` tokens."""
         if kind == "split":
-            pairs = [_split(text) for text in texts]
+            pairs = [_split(text) if isinstance(text, str) else text for text in texts]
             contexts = [self._ids(before) if before else [] for before, _ in pairs]
             replies = [self._ids(after, special=False) for _, after in pairs]
         else:
             contexts = [self._ids("") if kind == "bare" else self._chat(self._user_turn(kind, rng))]
-            replies = [self._ids(text, special=False) for text in texts]
+            replies = [self._ids(text if isinstance(text, str) else "".join(text), special=False) for text in texts]
         if self.max_context_len is not None:
             contexts = [ids[max(0, len(ids) - self.max_context_len) :] for ids in contexts]
         context_ids, context_mask = self._pad(contexts, left=True)

@@ -43,7 +43,7 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
         inputs = torch.cat([prefix, embed(reply_ids)], dim=1)
         mask = torch.cat([prefix_mask.gather(1, order), batch["reply_mask"]], dim=1)
     else:
-        past = _prefill(model, batch)
+        past, _ = _prefill(model, batch)
         inputs = torch.cat([virtual, embed(reply_ids)], dim=1)
         mask = torch.cat([context_mask, virtual_mask, batch["reply_mask"]], dim=1)
     input_len = inputs.shape[1]
@@ -68,8 +68,8 @@ def reply_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class Contrast(NamedTuple):
-    """Detoxifier against frozen generator along given replies. A reply's first token is left out: behind an empty
-    context the generator has nothing to predict it from."""
+    """Detoxifier against frozen generator along given replies. Behind an empty context a reply's first token is left
+    out: the generator has nothing to predict it from."""
 
     log_ratio: torch.Tensor
     """`[rows]` Σ_t log p_detox(x_t) - log p_gen(x_t): how much more the detoxifier expects this reply, nats."""
@@ -80,12 +80,15 @@ class Contrast(NamedTuple):
 def contrast(model: Any, logits: torch.Tensor, batch: Batch) -> Contrast:
     """Compare the detoxifier's `logits` (of `reply_logits`) with the generator's on the same batch; float32,
     differentiable in the former."""
-    log_detox = logits[:, 1:].float().log_softmax(-1)
     with torch.no_grad():
         log_gen = _generator_logits(model, batch).float().log_softmax(-1)
-    weights = batch["reply_mask"][:, 1:].float()
-    next_ids = batch["reply_ids"][:, 1:].unsqueeze(-1)
-    gained = (log_detox.gather(-1, next_ids) - log_gen.gather(-1, next_ids)).squeeze(-1)
+    log_detox = logits[:, -log_gen.shape[1] :].float().log_softmax(-1)
+    weights = batch["reply_mask"].float()
+    if batch["context_ids"].shape[1]:
+        weights = torch.cat([weights[:, :1] * batch["context_mask"][:, -1:], weights[:, 1:]], dim=1)
+    weights = weights[:, -log_gen.shape[1] :]
+    ids = batch["reply_ids"][:, -log_gen.shape[1] :].unsqueeze(-1)
+    gained = (log_detox.gather(-1, ids) - log_gen.gather(-1, ids)).squeeze(-1)
     divergence = functional.kl_div(log_detox, log_gen, reduction="none", log_target=True).sum(-1)
     return Contrast(
         (gained * weights).sum(-1),
@@ -103,32 +106,33 @@ def pair_loss(toxic: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
 
 
 def _generator_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [rows, reply_len - 1, vocab] of the frozen generator that predict all but the replies' first tokens."""
+    """Logits of the frozen generator that predict the replies: [rows, reply_len, vocab], or [rows, reply_len - 1,
+    vocab] of all but their first tokens where no row has a context."""
     rows = len(batch["reply_ids"])
     mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
     inputs = batch["reply_ids"][:, :-1]
+    past, first = _prefill(model, batch)
     logits: torch.Tensor = model(
         input_ids=inputs,
         attention_mask=mask,
         position_ids=_positions(mask)[:, mask.shape[1] - inputs.shape[1] :],
-        past_key_values=(past := _prefill(model, batch)),
+        past_key_values=past,
         use_cache=past is not None,
     ).logits
-    return logits
+    return logits if first is None else torch.cat([first.expand(rows, -1, -1), logits], dim=1)
 
 
 @torch.no_grad()
-def _prefill(model: Any, batch: Batch) -> Any:
-    """The contexts' K/V, one row a reply; None where there is no context."""
+def _prefill(model: Any, batch: Batch) -> tuple[Any, torch.Tensor | None]:
+    """The contexts' K/V, one row a reply, and the logits [1 or rows, 1, vocab] behind them; None without a context."""
     ids, mask = batch["context_ids"], batch["context_mask"]
     if ids.shape[1] == 0:
-        return None
-    past = model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
-    ).past_key_values
+        return None, None
+    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    past = out.past_key_values
     if len(ids) == 1:
         past.batch_repeat_interleave(len(batch["reply_ids"]))
-    return past
+    return past, out.logits
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from transformers.trainer_callback import ProgressCallback
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.training.config import FILES
-from detox_guard.training.data import TextPairs, TextRows, read_pairs, read_texts
+from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind
 from detox_guard.training.forward import Contrast, contrast, pair_loss, reply_logits, reply_loss
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "train_detoxifier"]
 
 Row = TypeVar("Row")
+_Pair = tuple[Text, Text]
 Progress = Callable[[int, int, float], None]
 CHECKPOINTS = "checkpoints"
 WHOLE = "whole"  # the file that marks a checkpoint as written to its end
@@ -210,7 +211,7 @@ class _Steps(Dataset[_Step]):
     examples: Examples
     texts: Sequence[str]
     anchors: Sequence[str]
-    pairs: Sequence[tuple[str, str]]
+    pairs: Sequence[_Pair]
     config: TrainingConfig
 
     def __len__(self) -> int:
@@ -221,7 +222,7 @@ class _Steps(Dataset[_Step]):
         (kind,) = random.Random(seed).choices(KINDS, weights=self.config.mixture)
         rows = _rows(kind, self.config)
         paired = rows // 2 if self.pairs else 0
-        pairs = _next(self.pairs, step * (self.config.batch_size // 2), paired)
+        pairs = _next(self._pairs_for(kind), step * (self.config.batch_size // 2), paired)
         toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
         anchor = [other for _, other in pairs]
         if self.anchors:
@@ -230,6 +231,11 @@ class _Steps(Dataset[_Step]):
         batches = [self.examples.batch(kind, some, random.Random(seed)) if some else None for some in (toxic, anchor)]
         assert batches[0] is not None
         return _Step(toxic=batches[0], anchor=batches[1], pairs=paired)
+
+    def _pairs_for(self, kind: Kind) -> Sequence[_Pair]:
+        """Pairs with a prompt of their own where the prompt is the context, the others elsewhere, if there are any."""
+        fit = [pair for pair in self.pairs if isinstance(pair[0], tuple) == (kind == "split")]
+        return fit or self.pairs
 
 
 def _next(rows: Sequence[Row], first: int, count: int) -> list[Row]:
@@ -264,15 +270,14 @@ def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: 
 
 
 @torch.no_grad()
-def _heldout_aim(
-    model: Any, examples: Examples, pairs: Sequence[tuple[str, str]], config: TrainingConfig
-) -> dict[str, float]:
+def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config: TrainingConfig) -> dict[str, float]:
     """Share of the pairs whose toxic text the detoxifier favours more than the neutral one, by kind, and their mean."""
     model.eval()
     base, soft_prompt = model.get_base_model(), _soft_prompt(model)
     aim: dict[str, float] = {}
+    steps = _Steps(examples, (), (), pairs, config)
     for kind in KINDS:
-        above = 0
+        above, pairs = 0, steps._pairs_for(kind)
         for first in range(0, len(pairs), _rows(kind, config)):
             some = pairs[first : first + _rows(kind, config)]
             ratios = []
