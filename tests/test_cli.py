@@ -106,7 +106,9 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "utility", "report", "info", "demo"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "train", "bench", "eval", "utility", "report", "ablate", "info", "demo"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

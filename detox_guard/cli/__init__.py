@@ -90,6 +90,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": measure.evaluate,
     "utility": measure.utility,
     "report": measure.report,
+    "ablate": measure.ablate,
     "bench": measure.bench,
     "info": info.info,
 }

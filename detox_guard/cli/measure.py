@@ -1,18 +1,21 @@
-"""`detox-guard demo`, `bench`, `eval`, `utility`, `report`: thin fronts of what measures. Know options, no figures."""
+"""`detox-guard demo`, `bench`, `eval`, `utility`, `report`, `ablate`: thin fronts of what measures.
+
+Know options, no figures.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from detox_guard.cli import options, session
 from detox_guard.cli.console import stdout_console
-from detox_guard.errors import InvalidParamsError
+from detox_guard.errors import DetoxGuardError, InvalidParamsError
 from detox_guard.files import prepare_file
 
-__all__ = ["bench", "demo", "evaluate", "report", "utility"]
+__all__ = ["ablate", "bench", "demo", "evaluate", "report", "utility"]
 
 
 def demo(
@@ -219,6 +222,117 @@ def utility(
     )
     _quiet_libraries()
     _print(run_utility(output=output, **asked), as_json)
+
+
+_TRAINING, _VARIED, _DECODING = "Training", "What is varied", "Decoding"
+
+
+def ablate(
+    what: Annotated[
+        Literal["tuning", "tokens", "initial-text", "size", "sampling", "placement"],
+        typer.Argument(help="Which ablation; an option that says nothing to it is refused."),
+    ],
+    output: Annotated[str, typer.Option(help="Folder of the run; a run cut off is taken up there.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Toxic texts, as in train; repeat.", rich_help_panel=_TRAINING)
+    ] = None,
+    contexts: Annotated[
+        list[str] | None, typer.Option(help="Neutral texts, as in train; repeat.", rich_help_panel=_TRAINING)
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Of both (default text).", rich_help_panel=_TRAINING)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps (default 60; size 300).", rich_help_panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts a step (default 8).", rich_help_panel=_TRAINING)] = None,
+    reply_tokens: Annotated[
+        int | None, typer.Option(help="Longest text, in tokens (default 32).", rich_help_panel=_TRAINING)
+    ] = None,
+    heldout: Annotated[
+        int | None, typer.Option(help="Rows that are only measured on (default 32).", rich_help_panel=_TRAINING)
+    ] = None,
+    mixture: Annotated[
+        tuple[float, float, float, float] | None, typer.Option(help="As in train.", rich_help_panel=_TRAINING)
+    ] = None,
+    position: Annotated[
+        Literal["front", "reply"] | None, typer.Option(help="As in train.", rich_help_panel=_TRAINING)
+    ] = None,
+    prompt_rate: Annotated[
+        float | None, typer.Option(help="Learning rate, prompt tuning (default .02).", rich_help_panel=_TRAINING)
+    ] = None,
+    lora_rate: Annotated[
+        float | None, typer.Option(help="tuning: of LoRA (default .001).", rich_help_panel=_VARIED)
+    ] = None,
+    full_rate: Annotated[
+        float | None, typer.Option(help="tuning: of full fine-tuning (default .00005).", rich_help_panel=_VARIED)
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="tuning: default 8.", rich_help_panel=_VARIED)] = None,
+    virtual_tokens: Annotated[
+        list[int] | None, typer.Option(help="tokens: a length; repeat.", rich_help_panel=_VARIED)
+    ] = None,
+    initial_texts: Annotated[
+        list[str] | None, typer.Option("--initial-text", help="initial-text: repeat.", rich_help_panel=_VARIED)
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="size: training rows; repeat.", rich_help_panel=_VARIED)
+    ] = None,
+    passage_tokens: Annotated[
+        list[int] | None, typer.Option(help="placement: a length; repeat.", rich_help_panel=_VARIED)
+    ] = None,
+    detoxifier: Annotated[
+        str | None, typer.Option(help="sampling: folder or hub id; else the shipped one.", rich_help_panel=_VARIED)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="As in eval; non-toxic ones are left out.", rich_help_panel=_DECODING)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts (default 30).", rich_help_panel=_DECODING)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Replies a prompt (default 4).", rich_help_panel=_DECODING)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest reply (default 20).", rich_help_panel=_DECODING)
+    ] = None,
+    rule: Annotated[
+        Literal["dexperts", "detoxigen"] | None, typer.Option(help="As in generate.", rich_help_panel=_DECODING)
+    ] = None,
+    alphas: Annotated[
+        list[float] | None,
+        typer.Option("--alpha", help="Repeat (default 2; sampling 1, 2, 4).", rich_help_panel=_DECODING),
+    ] = None,
+    temperatures: Annotated[
+        list[float] | None,
+        typer.Option("--temperature", help="Repeat (default 1; sampling .7, 1).", rich_help_panel=_DECODING),
+    ] = None,
+    top_ps: Annotated[
+        list[float] | None,
+        typer.Option("--top-p", help="Repeat (default .9; sampling .9, 1).", rich_help_panel=_DECODING),
+    ] = None,
+    judges: Annotated[
+        list[str] | None, typer.Option("--judge", help="A toxicity scorer; repeat.", rich_help_panel=_DECODING)
+    ] = None,
+    batch_rows: Annotated[
+        int | None, typer.Option(help="Rows of the running batch.", rich_help_panel=_DECODING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the training, the prompts and the replies.")] = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+) -> None:
+    """Detoxifiers that differ in one thing, trained alike and measured side by side. Needs the extra `train`."""
+    typed = options.given(locals())  # the first line: nothing but the options
+    del typed["as_json"]
+    from detox_guard.evaluation.ablation import AblationConfig, run_ablation
+
+    fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in typed.items()}
+    config = AblationConfig(**fields)
+    _quiet_libraries()
+    try:
+        result = run_ablation(config)
+    except ImportError as error:
+        raise DetoxGuardError(
+            f"training needs more packages: {error}", hint="pip install 'detox-guard[train]'"
+        ) from error
+    _print(result, as_json)
 
 
 def _quiet_libraries() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from detox_guard.evaluation.ablation import AblationConfig, run_ablation
+from detox_guard.evaluation.ablation_results import AblationReport
 from detox_guard.evaluation.bench import BenchReport, run_bench
 from detox_guard.evaluation.context import ContextKL, context_kl
 from detox_guard.evaluation.harness import rescore, run_eval
@@ -12,6 +14,8 @@ from detox_guard.evaluation.results import EvalReport
 from detox_guard.evaluation.utility import UtilityReport, run_utility
 
 __all__ = [
+    "AblationConfig",
+    "AblationReport",
     "BenchReport",
     "ContextKL",
     "EvalPrompt",
@@ -23,6 +27,7 @@ __all__ = [
     "read_passages",
     "read_prompts",
     "rescore",
+    "run_ablation",
     "run_bench",
     "run_eval",
     "run_utility",

@@ -237,8 +237,7 @@ def collect(
                 if all(job.key in journal for job in many):
                     continue
                 stage.say(method.name)
-                with method.open(backbone, config) as own:
-                    decode(own, many, journal, stage.tick)
+                method.decode_all(backbone, config, many, journal, stage.tick)
         if len(journal.rows) == len(known) * len(asked["prompts"]) * asked["samples"]:
             journal.finish()
     return run

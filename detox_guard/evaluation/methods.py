@@ -13,6 +13,7 @@ import torch
 
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
 from detox_guard.errors import DataError, InvalidParamsError
+from detox_guard.evaluation.samples import decode
 from detox_guard.generation import DetoxiGen
 from detox_guard.policy import GuardPolicy
 from detox_guard.scoring import checked_scores, load_scorer
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from detox_guard.backbone import Backbone
+    from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.prompts import Asked
+    from detox_guard.evaluation.samples import Job
     from detox_guard.params import DecodingParams, EngineConfig
     from detox_guard.reply import Generation
     from detox_guard.scoring import ToxicityScorer
@@ -57,6 +60,13 @@ class Method:
     def open(self, backbone: Backbone, config: EngineConfig) -> DetoxiGen:
         """An engine of its own over the shared backbone, with just the streams it needs."""
         return DetoxiGen(backbone, self.streams, config=config)
+
+    def decode_all(
+        self, backbone: Backbone, config: EngineConfig, jobs: Sequence[Job], journal: Journal, tick: Callable[[], None]
+    ) -> None:
+        """Draw what the journal lacks of `jobs`, its own, through an engine of its own."""
+        with self.open(backbone, config) as guard:
+            decode(guard, jobs, journal, tick)
 
     def prompt(self, prompt: Asked) -> Asked:
         """The prompt behind `lead`: a system message in a chat, else text before it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from detox_guard.evaluation.prompts import Asked
     from detox_guard.generation import DetoxiGen
 
-__all__ = ["KEY", "Job", "decode", "seed_of"]
+__all__ = ["KEY", "Job", "decode", "row_of", "seed_of"]
 
 KEY = ("method", "prompt", "sample")
 
@@ -67,7 +67,11 @@ def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callab
 
 
 def _row(guard: DetoxiGen, job: Job) -> dict[str, Any]:
-    drawn: Drawn = job.method.draw(guard, job.prompt, job.seed)
+    return row_of(job, job.method.draw(guard, job.prompt, job.seed))
+
+
+def row_of(job: Job, drawn: Drawn) -> dict[str, Any]:
+    """The row of one sample, all but its `wall_s`."""
     reply = drawn.generation
     tokens = reply.trace.tokens if reply.trace else ()
     steered = tokens if job.method.params.alpha > 0 else ()

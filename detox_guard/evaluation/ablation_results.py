@@ -1,0 +1,143 @@
+"""An ablation's figures, as tables for a terminal and for docs, and as JSON. Knows figures; knows not how they came.
+
+`summary["variants"][name]`: `trained_parameters`; `bytes` of "training" (weights, gradients, moments) and of "serving",
+beside the backbone; `training_s`; `steps`, `batch_size`, `learning_rate`, `rows`, `passes` over them;
+`heldout_loss_before` and `_after`, nats a reply token that any detoxifier can predict. `summary["runs"]`: one for each
+temperature and top-p, `methods[name]` with `variant`, `alpha` and `figures` as in an eval's summary.
+`context_kl[name]`: as `ContextKL`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from detox_guard.evaluation.results import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+__all__ = ["ABLATION_FILE", "TABLE_FILE", "AblationReport"]
+
+ABLATION_FILE, TABLE_FILE = "ablation.json", "table.md"
+_Table = tuple[str, list[str], list[list[str]]]
+"""Title, names of the columns, rows of cells."""
+_BY = "toxicity by "
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """What `run_ablation` measured."""
+
+    summary: dict[str, Any]
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """One line, unless indented."""
+        return json.dumps({"ablation": self.summary}, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    def table(self) -> RenderableType:
+        """A rich renderable: what training took and gave, then decoding or the pull behind contexts."""
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        tables: list[RenderableType] = []
+        for title, columns, rows in self._tables(narrow=True):
+            table = Table(title=escape(title), title_justify="left")
+            for column in columns:
+                table.add_column(escape(column), justify="right" if column != columns[0] else "left")
+            for row in rows:
+                table.add_row(*map(escape, row))
+            tables.append(table)
+        return Group(*tables, escape(self.foot()))
+
+    def markdown(self) -> str:
+        """The same, to be pasted into docs."""
+        parts = []
+        for title, columns, rows in self._tables():
+            lines = [columns, ["---"] * len(columns), *rows]
+            cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+            parts.append("\n".join([f"{title}:", "", *cells]))
+        return "\n\n".join([*parts, self.foot()]) + "\n"
+
+    def foot(self) -> str:
+        """Where and how all this was measured, in a line or two."""
+        s = self.summary
+        asked = s["settings"]
+        place = s["machine"].get("gpu") or f"{s['machine']['cpu']}, {s['machine']['cores']} cores"
+        words = f"{s['model']}, {s['dtype']}; seed {s['seed']}; {place}. "
+        if s["variants"]:
+            steps, rows = (sorted({one[name] for one in s["variants"].values()}) for name in ("steps", "batch_size"))
+            words += f"Trained for {steps[0]} steps of {rows[0]} texts; MB beside the backbone (training: weights, "
+            words += "gradients, moments); loss: nats a held-out reply token. "
+        if s["runs"]:
+            words += f"{asked['samples']} samples of {asked['max_new_tokens']} tokens a prompt, rule {asked['rule']}; "
+            words += "perplexity under the plain backbone. In brackets: 95 % bootstrap intervals over prompts; changes "
+            words += "are to plain text of the same sampling, paired by prompt. "
+        return words.strip()
+
+    def _tables(self, *, narrow: bool = False) -> Iterator[_Table]:
+        """`narrow` gives toxicity and text a table each, for a terminal."""
+        s = self.summary
+        if s["variants"]:
+            passes = ["passes"] if s["ablation"] == "size" else []
+            columns = ["variant", "trained", "training MB", "serving MB", "seconds", *passes, "loss before", "after"]
+            yield "Training", columns, [_trained(name, one, bool(passes)) for name, one in s["variants"].items()]
+        for run in s["runs"]:
+            kind = "" if run["prompt_class"] == "all" else f"{run['prompt_class']} "
+            title = f"{run['prompts']} {kind}prompts, temperature {run['temperature']:g}, top-p {run['top_p']:g}"
+            parts = [_toxicity(run, judge) for judge in run["judges"]] + [_text(run)]
+            if narrow:
+                yield from ((f"{title}: {name}", ["method", *columns], rows) for name, columns, rows in parts)
+                continue
+            columns = ["method"]
+            rows = [[name] for name in run["methods"]]
+            for name, own, cells in parts:
+                columns += [f"{own[0]}, {name.removeprefix(_BY)}", *own[1:]] if name.startswith(_BY) else own
+                rows = [[*row, *more[1:]] for row, more in zip(rows, cells, strict=True)]
+            yield title, columns, rows
+        if s["context_kl"]:
+            first = next(iter(s["context_kl"].values()))
+            columns = ["KL(p_gen‖p_detox), nats a token", *(setting["setting"] for setting in first["settings"])]
+            rows = [
+                [name, *(f"{setting['kl']:.3f} ({setting['of_bare']:.2f})" for setting in one["settings"])]
+                for name, one in s["context_kl"].items()
+            ]
+            yield "Pull behind a context (in brackets: share of bare)", columns, rows
+
+
+def _trained(name: str, one: dict[str, Any], passes: bool) -> list[str]:
+    seconds, cost = one["training_s"], [one["bytes"][kind] / 1e6 for kind in ("training", "serving")]
+    return [
+        name,
+        f"{one['trained_parameters']:,}",
+        *(f"{megabytes:,.0f}" if megabytes >= 100 else f"{megabytes:.2g}" for megabytes in cost),
+        "–" if seconds is None else f"{seconds:.0f}",
+        *([f"{one['passes']:.2f}"] if passes else []),
+        *(f"{one[f'heldout_loss_{when}']:.3f}" for when in ("before", "after")),
+    ]
+
+
+def _toxicity(run: dict[str, Any], judge: str) -> _Table:
+    rows = []
+    for name, method in run["methods"].items():
+        cells = [name]
+        for kind in ("expected_max", "probability"):
+            figure = method["figures"][f"{judge}:{kind}"]
+            cells += [shown(figure["value"]), shown(figure["ratio"], change=True)]
+        rows.append(cells)
+    return f"{_BY}{judge}", ["expected max.", "change", "P(any ≥ .5)", "change"], rows
+
+
+def _text(run: dict[str, Any]) -> _Table:
+    rows = []
+    for name, method in run["methods"].items():
+        figures = method["figures"]
+        perplexity = figures["backbone:perplexity"]
+        cells = [name, shown(perplexity["value"], digits=1), shown(perplexity["ratio"], digits=2)]
+        cells += [shown(figures["distinct_2"]["value"]), shown(figures["degenerate"]["value"], percent=True)]
+        rows.append(cells)
+    return "text", ["perplexity", "× plain", "dist-2", "degenerate"], rows

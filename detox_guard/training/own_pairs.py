@@ -1,0 +1,177 @@
+"""Pairs of a toxic and a harmless reply of the backbone's own to one prompt, for `detox-guard train --pairs`.
+
+A detoxifier steers the backbone's own words, so it learns most from them. Replies are drawn from the backbone leaned
+*towards* a first detoxifier (an expert stream: toxic enough to find some, near enough to what it would say by itself),
+and told apart by a classifier that is fitted here, to the detoxifier's own training texts, so that the judges of
+`detox-guard eval` stay judges. Needs scikit-learn (the `dev` extra)::
+
+    python -m detox_guard.training.own_pairs --prompts ROWS.jsonl --toxic FILE --harmless FILE --pairs FILE
+        --output own_pairs.jsonl
+
+Knows sampling and pairing; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detox_guard.errors import DataError, DetoxGuardError
+from detox_guard.evaluation.prompts import read_prompts
+from detox_guard.files import prepare_file, write_whole
+from detox_guard.training.data import read_pairs, read_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from detox_guard.detoxifier import Detoxifier
+
+__all__ = ["choose_pairs", "fit_classifier", "main", "sample"]
+
+TOXIC_FROM, HARMLESS_BELOW = 0.6, 0.25
+"""Shares of certainty. On human-written continuations all that it put over .7 were toxic to Perspective as well."""
+A_PROMPT = 4
+"""Most pairs of one prompt."""
+PROMPTS_A_BATCH = 16
+
+
+def fit_classifier(toxic: Sequence[str], harmless: Sequence[str]) -> Callable[[Sequence[str]], list[float]]:
+    """Logistic regression on TF-IDF of words and characters: texts to probabilities of being toxic."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    chars = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=3, max_features=200_000, sublinear_tf=True)
+    model = make_pipeline(make_union(words, chars), LogisticRegression(C=3, max_iter=200, solver="liblinear"))
+    try:
+        model.fit([*toxic, *harmless], [1] * len(toxic) + [0] * len(harmless))
+    except ValueError as error:
+        raise DataError(f"no classifier can be fitted to these texts: {error}") from error
+
+    def predict(texts: Sequence[str]) -> list[float]:
+        found: list[float] = model.predict_proba(list(texts))[:, 1].tolist()
+        return found
+
+    return predict
+
+
+def sample(
+    prompts: Sequence[str],
+    *,
+    detoxifier: Detoxifier | None = None,
+    model: str | None = None,
+    alpha: float = 2.0,
+    samples: int = 8,
+    tokens: int = 18,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[tuple[str, str]]:
+    """`(prompt, reply)`, `samples` of each prompt, from the backbone leaned towards the detoxifier (None: the one we
+    ship) by `alpha`. `progress` hears how many prompts are done. Raises what loading and decoding raise."""
+    from detox_guard.detoxifier import SteeringStream, default_detoxifier
+    from detox_guard.generation import DetoxiGen
+    from detox_guard.params import DecodingParams
+
+    stream = SteeringStream(detoxifier or default_detoxifier(), 1.0)
+    replies: list[tuple[str, str]] = []
+    with DetoxiGen.from_pretrained(model, detoxifier=stream) as guard:
+        for at in range(0, len(prompts), PROMPTS_A_BATCH):
+            asked = [prompt for prompt in prompts[at : at + PROMPTS_A_BATCH] for _ in range(samples)]
+            seeds = range(seed + at * samples, seed + at * samples + len(asked))
+            params = [DecodingParams(alpha=alpha, max_new_tokens=tokens, seed=one, trace=False) for one in seeds]
+            replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(asked, params), strict=True)]
+            progress(min(len(prompts), at + PROMPTS_A_BATCH))
+    return replies
+
+
+def choose_pairs(
+    replies: Sequence[tuple[str, str]], predict: Callable[[Sequence[str]], Sequence[float]]
+) -> list[dict[str, str]]:
+    """Rows of `prompt`, `toxic`, `neutral`: each prompt's surely toxic replies, with its most harmless ones.
+
+    Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space.
+    """
+    fit = [(prompt, text) for prompt, text in replies if text[:1] == " " and text[1:2].isalnum() and len(text) > 20]
+    by_prompt: dict[str, list[tuple[float, str]]] = {}
+    for (prompt, text), score in zip(fit, predict([text for _, text in fit]) if fit else (), strict=True):
+        by_prompt.setdefault(prompt, []).append((score, text.strip()))
+    rows = []
+    for prompt, scored in by_prompt.items():
+        toxic = sorted((one for one in scored if one[0] >= TOXIC_FROM), reverse=True)[:A_PROMPT]
+        harmless = sorted(one for one in scored if one[0] < HARMLESS_BELOW)
+        for place, (_, text) in enumerate(toxic if harmless else ()):
+            rows.append({"prompt": prompt, "toxic": text, "neutral": harmless[place % len(harmless)][1]})
+    return rows
+
+
+def _likely(prompts: Sequence[str], predict: Callable[[Sequence[str]], Sequence[float]], count: int) -> list[str]:
+    """Two thirds of the prompts most likely to lead to toxicity, one third of the others, in any order."""
+    unique = list(dict.fromkeys(prompts))
+    order = [unique[i] for i in np.argsort(-np.array(predict(unique)), kind="stable")]
+    most = order[: 2 * count // 3]
+    rng = random.Random(0)
+    chosen = most + rng.sample(order[len(most) :], min(count - len(most), len(order) - len(most)))
+    rng.shuffle(chosen)
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. 0 if the file was written, 1 with one line on stderr if not."""
+    parser = argparse.ArgumentParser(prog="python -m detox_guard.training.own_pairs", description=__doc__)
+    parser.add_argument("--prompts", required=True, help="RealToxicityPrompts-style rows, or a prompt a row")
+    parser.add_argument("--toxic", action="append", default=[], help="toxic texts, for the classifier; repeat")
+    parser.add_argument("--harmless", action="append", default=[], help="harmless texts, for the classifier; repeat")
+    parser.add_argument("--pairs", action="append", default=[], help="rows of a toxic and a neutral text; repeat")
+    parser.add_argument("--detoxifier", help="folder of a first detoxifier; else the shipped one")
+    parser.add_argument("--model", help="as in detox-guard train; else the embedded default")
+    parser.add_argument("--alpha", type=float, default=2.0, help="how far to lean towards it")
+    parser.add_argument("--limit", type=int, default=240, help="prompts")
+    parser.add_argument("--samples", type=int, default=8, help="replies a prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    try:
+        prepare_file(given.output)
+        rows = _make(given)
+        write_whole(given.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except DetoxGuardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts in {given.output}")
+    return 0
+
+
+def _make(given: Any) -> list[dict[str, str]]:
+    from detox_guard.detoxifier import Detoxifier
+
+    pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
+    toxic = [text for source in given.toxic for text in read_texts(source).texts]
+    harmless = [text for source in given.harmless for text in read_texts(source).texts]
+    toxic += [text for text, _ in pairs if isinstance(text, str)]
+    harmless += [text for _, text in pairs if isinstance(text, str)]
+    predict = fit_classifier(toxic, harmless)
+    prompts = _likely([prompt.text for prompt in read_prompts(given.prompts)], predict, given.limit)
+    replies = sample(
+        prompts,
+        detoxifier=Detoxifier.load(given.detoxifier) if given.detoxifier else None,
+        model=given.model,
+        alpha=given.alpha,
+        samples=given.samples,
+        seed=given.seed,
+        progress=lambda done: print(f"{done} of {len(prompts)} prompts", file=sys.stderr),
+    )
+    rows = choose_pairs(replies, predict)
+    if not rows:
+        raise DataError("no prompt has a toxic and a harmless reply", hint="more prompts or samples, or a higher alpha")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Pairs of the backbone's own replies: the classifier, the pairing, and the command on the default backbone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from detox_guard.training.data import read_pairs
+from detox_guard.training.own_pairs import choose_pairs, fit_classifier, main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+TOXIC = [f"what a complete {word} you are" for word in ("fool", "clown", "liar", "coward") for _ in range(5)]
+HARMLESS = [f"what a lovely {word} this is" for word in ("day", "garden", "river", "book") for _ in range(5)]
+
+
+def write(path: Path, texts: list[str], field: str = "text") -> str:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_the_classifier_tells_them_apart() -> None:
+    fool, garden = fit_classifier(TOXIC, HARMLESS)(["such a fool and a liar", "a garden by the river"])
+    assert fool > 0.5 > garden
+
+
+def test_pairs_are_of_one_prompt() -> None:
+    scores = {
+        " is bad enough to be told apart": 0.9,
+        " is worse, and surely told apart": 0.95,
+        " is quite harmless all the same": 0.1,
+        " is somewhere in between the two": 0.5,
+        ", which begins with no word of its own": 0.99,
+        " short": 0.99,
+    }
+    replies = [("The bus", text) for text in scores] + [("The train", " is quite harmless all the same")]
+    rows = choose_pairs(replies, lambda texts: [scores[text] for text in texts])
+    assert rows == [
+        {"prompt": "The bus", "toxic": toxic, "neutral": "is quite harmless all the same"}
+        for toxic in ("is worse, and surely told apart", "is bad enough to be told apart")
+    ]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real replies of the default backbone; the classifier's certainty is set so low that some of them pair."""
+    prompts = write(
+        tmp_path / "prompts.jsonl", ["My neighbour said that the old bus", "The weather on the island"], "prompt"
+    )
+    arguments = ["--prompts", prompts, "--limit", "2", "--samples", "3", "--output", str(tmp_path / "own.jsonl")]
+    arguments += [
+        "--toxic",
+        write(tmp_path / "toxic.jsonl", TOXIC),
+        "--harmless",
+        write(tmp_path / "mild.jsonl", HARMLESS),
+    ]
+    monkeypatch.setattr("detox_guard.training.own_pairs.TOXIC_FROM", 1.0)
+    assert main(arguments) == 1
+    assert "no prompt has a toxic and a harmless reply" in capsys.readouterr().err
+    assert not (tmp_path / "own.jsonl").exists()
+
+    monkeypatch.setattr("detox_guard.training.own_pairs.TOXIC_FROM", 0.0)
+    monkeypatch.setattr("detox_guard.training.own_pairs.HARMLESS_BELOW", 1.0)
+    assert main(arguments) == 0
+    first = (tmp_path / "own.jsonl").read_text()
+    assert main(arguments) == 0
+    assert (tmp_path / "own.jsonl").read_text() == first
+    for toxic, neutral in read_pairs(str(tmp_path / "own.jsonl")).pairs:
+        assert toxic[0] == neutral[0]
+        assert toxic[1].startswith(" ")
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", ["The bus"], "prompt")
+    assert main(["--prompts", prompts, "--output", str(tmp_path / "own.jsonl")]) == 1
+    assert "no classifier can be fitted" in capsys.readouterr().err
