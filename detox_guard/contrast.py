@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RULES", "Mixed", "detoxigen", "dexperts", "kl_divergence", "plausible"]
+__all__ = ["RULES", "Mixed", "detoxigen", "dexperts", "kl_divergence", "plausible", "suppress"]
 
 
 class Mixed(NamedTuple):
@@ -60,6 +60,17 @@ def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
     return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
 
 
+def suppress(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
+    """`dexperts`, one-sided: `log p = log p_gen + α·min(0, Σ w_i·(log p_i - log p_gen)) + const` on the nucleus (ours).
+
+    A token that the detoxifier favours loses by how much; one that it does not is left as it was. So the strength
+    follows the evidence: where the rows agree, or differ in the detoxifier's disfavour, nothing is steered.
+    """
+    logits = log_gen + alpha.unsqueeze(-1) * _log_direction(log_gen, log_streams, weights).clamp_max(0)
+    p = logits.masked_fill(~keep, -torch.inf).softmax(-1)
+    return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
+
+
 def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
     """`[N, K]` bool: the adaptive plausibility floor `p_gen ≥ β·max p_gen` (Li et al. 2023). `beta [N]`, 0 = off."""
     floor = log_gen.amax(-1, keepdim=True) + beta.clamp_min(torch.finfo(beta.dtype).tiny).log().unsqueeze(-1)
@@ -80,6 +91,7 @@ def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Ten
 
 
 RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Mixed]] = {
+    "suppress": suppress,
     "dexperts": dexperts,
     "detoxigen": detoxigen,
 }

@@ -45,7 +45,7 @@ class DetoxiGen:
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
     `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
     `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
-    `guard.generate("Hi", alpha=3.0)`.
+    `guard.generate("Hi", alpha=14.0)`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DetoxiGen:
         """`streams` are validated detoxifiers (`detox_guard.detoxifier.as_streams`); none serves `alpha=0` only."""
         self.backbone = backbone
         self.streams = tuple(streams)
-        self.params = params or DecodingParams(alpha=2.0 if streams else 0.0)
+        self.params = params or (DecodingParams() if streams else DecodingParams(alpha=0.0))
         self.config = config or EngineConfig()
         specs = [
             StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams

@@ -83,7 +83,8 @@ class Reference:
                 pull = sum(w * (math.exp(s[t]) - g) for w, s in zip(weights, streams, strict=True))
                 p[t] = max(0.0, g + params.alpha * pull)
             else:
-                p[t] = math.exp(gen[t] + params.alpha * log_pull[t])
+                pull = min(0.0, log_pull[t]) if params.rule == "suppress" else log_pull[t]
+                p[t] = math.exp(gen[t] + params.alpha * pull)
         if p.sum() == 0:
             p[max(inside, key=log_pull.__getitem__)] = 1.0
         return p / p.sum()

@@ -427,7 +427,7 @@ def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
         "plain", "default", "detoxigen α=1", "detoxigen α=2.5", "detoxigen-floor α=1",
     ]  # fmt: skip
     by_name = {method.name: method for method in made}
-    assert len(by_name) == len(made) == 2 * 6 + 6
+    assert len(by_name) == len(made) == 2 * 7 + 6
     assert by_name["dexperts-floor α=1"].params.plausibility == ingredients.plausibility
     assert [stream.weight for stream in by_name["dexperts-expert α=1"].streams] == [-1.0, 1.0]
     assert by_name["detoxigen α=1"].params.rule == "detoxigen"
@@ -450,7 +450,7 @@ def test_a_polite_lead_stands_before_the_prompt() -> None:
 def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
     """Steering towards the prefix with all its might is reading the text."""
     prefix, prompt = "You are rude.\n\n", "So, I'm starting"
-    params = DecodingParams(alpha=1.0, temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
+    params = DecodingParams(alpha=1.0, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
     towards = SteeringStream(textual_detoxifier(tiny_llama, prefix), 1.0)
     with DetoxiGen(tiny_llama, [towards]) as guard:
         steered = guard.generate(prompt, params)

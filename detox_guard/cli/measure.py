@@ -14,13 +14,14 @@ from detox_guard.cli import options, session
 from detox_guard.cli.console import stdout_console
 from detox_guard.errors import DetoxGuardError, InvalidParamsError
 from detox_guard.files import prepare_file
+from detox_guard.policy import Rule  # noqa: TC001 - typer reads it at run time
 
 __all__ = ["ablate", "bench", "demo", "evaluate", "report", "utility"]
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),
-    alpha: Annotated[float, typer.Option(help="Strength of the steering.")] = 2.0,
+    alpha: Annotated[float, typer.Option(help="Strength of the steering.")] = 9.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 32,
     seed: Annotated[int, typer.Option(help="Of all replies.")] = 0,
     model: options.Model = None,
@@ -291,9 +292,7 @@ def ablate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest reply (default 20).", rich_help_panel=_DECODING)
     ] = None,
-    rule: Annotated[
-        Literal["dexperts", "detoxigen"] | None, typer.Option(help="As in generate.", rich_help_panel=_DECODING)
-    ] = None,
+    rule: Annotated[Rule | None, typer.Option(help="As in generate.", rich_help_panel=_DECODING)] = None,
     alphas: Annotated[
         list[float] | None,
         typer.Option("--alpha", help="Repeat (default 2; sampling 1, 2, 4).", rich_help_panel=_DECODING),

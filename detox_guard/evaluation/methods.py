@@ -155,6 +155,7 @@ def _guard(i: Ingredients) -> Method:
 _STRENGTHS: dict[str, Callable[[Ingredients, float], Method]] = {
     "detoxigen": lambda i, alpha: i.steered("detoxigen", "detoxigen", alpha),
     "detoxigen-floor": lambda i, alpha: i.steered("detoxigen-floor", "detoxigen", alpha, i.plausibility),
+    "suppress": lambda i, alpha: i.steered("suppress", "suppress", alpha),
     "dexperts": lambda i, alpha: i.steered("dexperts", "dexperts", alpha),
     "dexperts-floor": lambda i, alpha: i.steered("dexperts-floor", "dexperts", alpha, i.plausibility),
     "dexperts-expert": _expert,
@@ -174,7 +175,8 @@ METHODS = {
     "detoxigen": "the paper's rule, in probability space",
     "detoxigen-floor": "the same with a plausibility floor",
     "dexperts": "the log-space anti-expert rule, same soft prompt",
-    "dexperts-floor": "the same with a plausibility floor",
+    "suppress": "that rule, one-sided: tokens only lose by it",
+    "dexperts-floor": "dexperts with a plausibility floor",
     "dexperts-expert": "with a second, non-toxic soft prompt as an expert",
     "toxic-prefix": "a hand-written toxic instruction in place of the soft prompt (the idea of self-debiasing)",
     "polite": "an instruction to be polite before the prompt",

@@ -85,7 +85,8 @@ def sample(
         for at in range(0, len(prompts), PROMPTS_A_BATCH):
             asked = [prompt for prompt in prompts[at : at + PROMPTS_A_BATCH] for _ in range(samples)]
             seeds = range(seed + at * samples, seed + at * samples + len(asked))
-            params = [DecodingParams(alpha=alpha, max_new_tokens=tokens, seed=one, trace=False) for one in seeds]
+            drawn = DecodingParams(alpha=alpha, rule="dexperts", max_new_tokens=tokens, trace=False)
+            params = [drawn.replace(seed=one) for one in seeds]
             replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(asked, params), strict=True)]
             progress(min(len(prompts), at + PROMPTS_A_BATCH))
     return replies

@@ -68,8 +68,8 @@ class EngineFields(Serializable):
     dtype: str | None = None
     revision: str | None = None
 
-    alpha: float = 2.0
-    rule: str = "dexperts"
+    alpha: float = 9.0
+    rule: str = "suppress"
     plausibility: float = 0.0
     temperature: float = 1.0
     top_p: float = 0.9
@@ -123,11 +123,15 @@ class EngineFields(Serializable):
             copy.cache = False
         return copy, rest
 
-    def _decoding_params(self, stop: Sequence[str] | None = None, **extra: Any) -> DecodingParams:
+    def _decoding_params(self, stop: str | Sequence[str] | None = None, **extra: Any) -> DecodingParams:
+        """`stop` of this call, which may be one string, else the model's own: a grammar sets those aside."""
         if self.guard is not None:
             extra["guard"] = self.guard
         values = {name: getattr(self, name) for name in _DECODING}
-        values["stop"] = self.stop if stop is None else list(stop)
+        if stop is not None:
+            values["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        elif extra.get("grammar") is not None:  # it says itself where the reply ends
+            values["stop"] = None
         return DecodingParams(**values, max_new_tokens=self.max_tokens, **extra)
 
     # -- identity: caches, traces, serialization
@@ -157,7 +161,7 @@ class EngineFields(Serializable):
         params["ls_temperature"] = own.temperature
         params["ls_max_tokens"] = own.max_tokens
         if stop := stop if stop is not None else own.stop:
-            params["ls_stop"] = stop
+            params["ls_stop"] = [stop] if isinstance(stop, str) else stop
         return params
 
     @classmethod

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable, RunnableConfig
     from langchain_core.tools import BaseTool
 
-_KEYWORDS = {"tools", "tool_choice", "response_format"}
+_KEYWORDS = {"tools", "tool_choice", "parallel_tool_calls", "response_format"}
 _WITHOUT_EFFECT = {"stream", "strict"}
 """LangChain's own: `stream` picks the method before it comes here; `strict` is how every grammar is."""
 
@@ -66,7 +66,8 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Show `tools` to the model. `tool_choice`: None or "auto", "none", "any" ("required", True), a name, a dict.
 
-        "any" and a name force a call: the reply is decoded inside the grammar of the tools' schemas.
+        "any" and a name force a call: the reply is decoded inside the grammar of the tools' schemas. With
+        `parallel_tool_calls=False` the first call of a reply is its only one.
         """
         shown = [convert_to_openai_tool(tool) for tool in tools]
         return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)
@@ -145,6 +146,17 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         """All replies. Their threads only wait: the engine decodes them together."""
         return super().batch(inputs, wide(config, len(inputs)), return_exceptions=return_exceptions, **kwargs)
 
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """`batch` without blocking the event loop, and never more at once than the engine's queue takes."""
+        return await super().abatch(inputs, wide(config, len(inputs)), return_exceptions=return_exceptions, **kwargs)
+
     # -- what LangChain calls
 
     def _generate(
@@ -155,9 +167,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with langchain_errors():
-            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            return _result(engine, engine.generate(prompt, params), prompt)
+            return _result(engine, engine.generate(prompt, params), asked)
 
     async def _agenerate(
         self,
@@ -167,9 +179,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with langchain_errors():
-            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            return _result(engine, await engine.agenerate(prompt, params), prompt)
+            return _result(engine, await engine.agenerate(prompt, params), asked)
 
     def _stream(
         self,
@@ -179,9 +191,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with langchain_errors():
-            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            turn = _Turn(engine, prompt)
+            turn = _Turn(engine, asked)
             with closing(engine.stream(prompt, params)) as chunks:
                 for chunk in chunks:
                     yield from turn.push(chunk)
@@ -194,9 +206,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with langchain_errors():
-            llm, prompt, params = self._resolve(messages, stop, kwargs)
+            llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            turn = _Turn(engine, prompt)
+            turn = _Turn(engine, asked)
             async with aclosing(engine.astream(prompt, params)) as chunks:
                 async for chunk in chunks:
                     for out in turn.push(chunk):
@@ -204,13 +216,13 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
 
     def _resolve(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> tuple[ChatDetoxiGen, ChatPrompt, DecodingParams]:
+    ) -> tuple[ChatDetoxiGen, Asked, ChatPrompt, DecodingParams]:
         llm, rest = self._with(kwargs)
         for name in rest.keys() - _KEYWORDS - _WITHOUT_EFFECT:
             raise InvalidParamsError(name, rest[name], "not a parameter of ChatDetoxiGen")
         asked = Asked.of(**{name: rest[name] for name in _KEYWORDS & rest.keys()})
         grammar = {} if asked.grammar is None else {"grammar": asked.grammar}
-        return llm, ChatPrompt(asked.messages(messages), asked.tools), llm._decoding_params(stop, **grammar)
+        return llm, asked, ChatPrompt(asked.messages(messages), asked.tools), llm._decoding_params(stop, **grammar)
 
     # -- identity and counting
 
@@ -257,9 +269,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
 class _Turn:
     """One streamed reply, as LangChain's chunks."""
 
-    def __init__(self, engine: DetoxiGen, prompt: ChatPrompt) -> None:
+    def __init__(self, engine: DetoxiGen, asked: Asked) -> None:
         self._engine = engine
-        self._calls = CallStream() if prompt.tools else None
+        self._calls = CallStream(parallel=asked.parallel) if asked.tools else None
 
     def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
         """Nothing while a tool call is under way; on the last chunk, usage and metadata."""
@@ -283,9 +295,10 @@ class _Turn:
         )
 
 
-def _result(engine: DetoxiGen, reply: Generation, prompt: ChatPrompt) -> ChatResult:
+def _result(engine: DetoxiGen, reply: Generation, asked: Asked) -> ChatResult:
     fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
-    message = as_ai_message(reply.text, **fields) if prompt.tools else AIMessage(reply.text, **fields)
+    parallel = asked.parallel
+    message = as_ai_message(reply.text, parallel=parallel, **fields) if asked.tools else AIMessage(reply.text, **fields)
     # No llm_output: LangChain would copy it into `response_metadata`, but only where nothing was streamed.
     return ChatResult(
         generations=[ChatGeneration(message=message, generation_info={"finish_reason": reply.finish_reason})]

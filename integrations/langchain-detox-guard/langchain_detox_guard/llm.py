@@ -86,7 +86,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
         """`batch` without blocking the event loop."""
         if not return_exceptions:
             return await super().abatch(inputs, config, **kwargs)
-        return await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
+        return await Runnable.abatch(self, inputs, wide(config, len(inputs)), return_exceptions=True, **kwargs)
 
     # -- what LangChain calls
 

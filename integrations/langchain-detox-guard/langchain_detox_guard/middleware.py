@@ -18,7 +18,7 @@ from langchain.agents.middleware.types import (
     ModelResponse,
     OmitFromInput,
 )
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langgraph.types import Command
 
 from langchain_detox_guard.chat import ChatDetoxiGen
@@ -40,7 +40,7 @@ _NOSTREAM = "nostream"
 class DetoxState(AgentState[Any]):
     """The agent's state, with what the middleware did."""
 
-    detox: NotRequired[Annotated[list[dict[str, Any]], operator.add, OmitFromInput]]
+    detox: NotRequired[Annotated[list[dict[str, Any]], OmitFromInput, operator.add]]  # LangGraph reads a last reducer
     """One record for each answer that was flagged or steered by a guard, and for each tool result that was flagged."""
 
 
@@ -70,7 +70,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         tool_results: Literal["mask", "drop", "mark"] | None = "mask",
         scorer: str | ToxicityScorer | None = None,
         threshold: float = 0.5,
-        ladder: Sequence[Rung] = (3.0, 4.0, "rewrite"),
+        ladder: Sequence[Rung] = (14.0, 20.0, "rewrite"),
         on_exhausted: Literal["mask", "replace", "raise"] = "mask",
         replacement: str = REPLACEMENT,
     ) -> None:
@@ -118,7 +118,8 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], ToolMessage | Command[Any]]
     ) -> ToolMessage | Command[Any]:
         """Run the tool and screen its result, before the state and the model have it."""
-        return self._screened_result(handler(request))
+        result: ToolMessage | Command[Any] = self._screened_result(handler(request))
+        return result
 
     async def awrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
@@ -202,17 +203,22 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     # -- tool results
 
-    def _screened_result(self, result: ToolMessage | Command[Any]) -> ToolMessage | Command[Any]:
+    def _screened_result(self, result: Any) -> Any:
+        """A message or command, or a list of them: LangGraph's tools may return one, whatever the hook's type says."""
         if self.tool_results is None:
             return result
+        if isinstance(result, list):
+            return [self._screened_result(one) for one in result]
         if isinstance(result, ToolMessage):
             message, records = self._screened_message(result)
             return Command(update={"messages": [message], "detox": records}) if records else result
         if not isinstance(result.update, dict):
             return result
         messages, records = [], list[dict[str, Any]]()
-        for one in result.update.get("messages", ()):
-            message, found = self._screened_message(one) if isinstance(one, ToolMessage) else (one, [])
+        said = result.update.get("messages", ())
+        for one in said if isinstance(said, list | tuple) else [said]:
+            # Whatever role the tool gave it: the model reads it next.
+            message, found = self._screened_message(one) if isinstance(one, BaseMessage) else (one, [])
             messages.append(message)
             records += found
         if not records:
@@ -220,7 +226,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         update = {**result.update, "messages": messages, "detox": [*result.update.get("detox", ()), *records]}
         return Command(graph=result.graph, update=update, resume=result.resume, goto=result.goto)
 
-    def _screened_message(self, message: ToolMessage) -> tuple[ToolMessage, list[dict[str, Any]]]:
+    def _screened_message(self, message: BaseMessage) -> tuple[BaseMessage, list[dict[str, Any]]]:
         """The message that may be read, and a record if it was flagged. A result of several blocks becomes one text."""
         if not message.text.strip():
             return message, []
@@ -230,7 +236,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         if not one.flagged:
             return message, []
         record = {
-            "where": "tool", "tool": message.name, "tool_call_id": message.tool_call_id,
+            "where": "tool", "tool": message.name, "tool_call_id": getattr(message, "tool_call_id", None),
             "score": one.score, "action": self.tool_results,
         }  # fmt: skip
         if self.tool_results == "mark":

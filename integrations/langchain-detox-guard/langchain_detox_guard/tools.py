@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from detox_guard import Grammar, InvalidParamsError, PromptError, ToolCall, ToolCallStream, parse_tool_calls
@@ -62,6 +63,8 @@ class Asked:
     tools: tuple[ToolDict, ...] = ()
     grammar: Grammar | None = None
     schema: dict[str, Any] | None = None
+    parallel: bool = True
+    """Whether a reply may hold more than one tool call."""
 
     @classmethod
     def of(
@@ -69,6 +72,7 @@ class Asked:
         tools: Sequence[Any] | None = None,
         tool_choice: object = None,
         response_format: dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
     ) -> Asked:
         """Read the keywords that `bind_tools` and `with_structured_output` bind. Raises `InvalidParamsError`."""
         shown = tuple(convert_to_openai_tool(tool) for tool in tools or ())
@@ -82,7 +86,7 @@ class Asked:
         if choice == "none":
             return cls()
         if choice == "auto":
-            return cls(shown)
+            return cls(shown, parallel=parallel_tool_calls is not False)
         name = None if choice == "any" else choice["function"]["name"]
         return cls(shown, Grammar.tool_calls(shown, name=name))
 
@@ -124,7 +128,9 @@ def as_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """The core's messages. Runs of one role become one: many templates insist on turns. Raises `PromptError`."""
     if not messages:
         raise PromptError("messages", messages, "at least one message")
-    return [_as_message(i, message) for i, message in enumerate(merge_message_runs(list(messages)))]
+    # LangChain's merging trips over neighbouring `ChatMessage`s of different roles.
+    runs = [merge_message_runs(list(run)) for _, run in groupby(messages, key=lambda one: getattr(one, "role", None))]
+    return [_as_message(i, message) for i, message in enumerate(chain.from_iterable(runs))]
 
 
 def _as_message(i: int, message: BaseMessage) -> dict[str, Any]:
@@ -160,9 +166,10 @@ def _text_of(i: int, message: BaseMessage) -> str:
 class CallStream:
     """Streamed text with its tool calls taken out: `push(delta)` gives content, and calls once they are complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, parallel: bool = True) -> None:
         self._calls = ToolCallStream()
         self._count = 0
+        self._parallel = parallel
 
     def push(self, delta: str) -> tuple[str, list[ToolCallChunk]]:
         return self._sorted(self._calls.push(delta))
@@ -179,16 +186,17 @@ class CallStream:
     def _sorted(self, pieces: list[str | ToolCall]) -> tuple[str, list[ToolCallChunk]]:
         chunks = []
         for piece in pieces:
-            if isinstance(piece, ToolCall):
+            if isinstance(piece, ToolCall) and (self._parallel or not self._count):
                 args = json.dumps(piece.arguments, ensure_ascii=False)
                 chunks.append(tool_call_chunk(name=piece.name, args=args, id=piece.id, index=self._count))
                 self._count += 1
         return "".join(piece for piece in pieces if isinstance(piece, str)), chunks
 
 
-def as_ai_message(text: str, **fields: Any) -> AIMessage:
-    """A whole reply as a message: its content, its calls, and what was meant as a call but is not one."""
+def as_ai_message(text: str, *, parallel: bool = True, **fields: Any) -> AIMessage:
+    """A whole reply as a message: its content, its calls (or the first), and what was meant as a call but is not one."""
     content, calls, invalid = parse_tool_calls(text)
+    calls = calls if parallel else calls[:1]
     broken = [invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid]
     return AIMessage(
         content,
