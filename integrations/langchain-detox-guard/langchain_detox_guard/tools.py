@@ -194,7 +194,7 @@ class CallStream:
 
 
 def as_ai_message(text: str, *, parallel: bool = True, **fields: Any) -> AIMessage:
-    """A whole reply as a message: its content, its calls (or the first), and what was meant as a call but is not one."""
+    """A whole reply as a message: its content, its calls (or the first), and what was meant as a call but is none."""
     content, calls, invalid = parse_tool_calls(text)
     calls = calls if parallel else calls[:1]
     broken = [invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid]

@@ -108,6 +108,14 @@ def test_messages_become_the_cores(chat: ChatDetoxiGen, engine: ScriptedEngine) 
     assert [tool["function"]["name"] for tool in prompt.tools] == ["add"]
 
 
+def test_neighbouring_messages_of_other_roles_stay_apart(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    chat.invoke([ChatMessage("a", role="user"), ChatMessage("b", role="critic"), ChatMessage("c", role="critic")])
+    assert [(one["role"], one["content"]) for one in engine.calls[-1][1].messages] == [
+        ("user", "a"),
+        ("critic", "b\nc"),
+    ]
+
+
 def test_pictures_are_refused_by_name(chat: ChatDetoxiGen) -> None:
     with pytest.raises(PromptError, match="image"):
         chat.invoke([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])])
@@ -214,6 +222,14 @@ async def test_calls_stream_as_they_are_invoked(engine: ScriptedEngine) -> None:
     assert all("tool_call" not in str(chunk.content) for chunk in streams[0])
 
 
+def test_parallel_calls_can_be_declined(engine: ScriptedEngine) -> None:
+    engine.script = lambda *_: f"{CALL}\n{CALL}"
+    chat = ChatDetoxiGen(engine=engine).bind_tools([add], parallel_tool_calls=False)
+    for message in (chat.invoke("Hi"), whole(list(chat.stream("Hi")))):  # type: ignore[arg-type]
+        assert [call["name"] for call in message.tool_calls] == ["add"]
+        assert not message.invalid_tool_calls
+
+
 def test_a_broken_call_is_invalid_and_never_content(engine: ScriptedEngine) -> None:
     """The reply was cut inside the arguments: nobody may get the half that was said as if it were the whole."""
     engine.script = lambda *_: CALL[:50]
@@ -286,6 +302,15 @@ def test_bad_structured_output_is_named(chat: ChatDetoxiGen, bad: dict[str, Any]
         chat.with_structured_output(**bad).invoke("Hi")
 
 
+def test_the_models_stop_strings_give_way_to_a_grammar(engine: ScriptedEngine) -> None:
+    chat = ChatDetoxiGen(engine=engine, seed=1, stop=["some"])
+    assert chat.with_structured_output(Person).invoke("Hi") == Person(name="some name", age=3)
+    assert chat.bind_tools([add], tool_choice="any").invoke("Hi").tool_calls
+    with pytest.raises(InvalidParamsError, match="stop"):
+        chat.with_structured_output(Person).invoke("Hi", stop=["some"])
+    assert chat.invoke("Hi", stop="reader").content == "Hello, dear "  # one string, not its letters
+
+
 def test_a_response_format_beside_tools_is_refused(chat: ChatDetoxiGen) -> None:
     with pytest.raises(InvalidParamsError, match="response_format"):
         chat.bind_tools([add]).bind(response_format={"type": "json_object"}).invoke("Hi")
@@ -347,6 +372,14 @@ def test_batch_runs_together() -> None:
     engine.most_active = 0
     ChatDetoxiGen(engine=engine).batch(["Hi"] * 16, {"max_concurrency": 2})
     assert engine.most_active == 2
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+async def test_a_long_abatch_does_not_flood_the_queue(return_exceptions: bool) -> None:
+    engine = ScriptedEngine(step_s=0.001)
+    replies = await ChatDetoxiGen(engine=engine).abatch(["Hi"] * 300, return_exceptions=return_exceptions)
+    assert len(replies) == 300
+    assert engine.most_active == 256
 
 
 def test_one_bad_prompt_is_isolated(chat: ChatDetoxiGen) -> None:

@@ -165,6 +165,14 @@ def test_isolated_prompts_run_together() -> None:
     assert engine.most_active == 16
 
 
+@pytest.mark.parametrize("return_exceptions", [False, True])
+async def test_a_long_abatch_does_not_flood_the_queue(return_exceptions: bool) -> None:
+    engine = ScriptedEngine(step_s=0.001)
+    replies = await DetoxiGenLLM(engine=engine).abatch(["a"] * 300, return_exceptions=return_exceptions)
+    assert len(replies) == 300
+    assert engine.most_active == 256
+
+
 def test_a_bad_prompt_raises_otherwise(llm: DetoxiGenLLM) -> None:
     with pytest.raises(PromptTooLongError):
         llm.batch(["a", LONG])
@@ -255,6 +263,10 @@ async def test_stop_strings_per_call_and_of_the_model(engine: ScriptedEngine, st
     assert plain.bind(stop=stop).batch(["Hi"]) == stopping.batch(["Hi"]) == [expected]
     assert await plain.ainvoke("Hi", stop=stop) == await stopping.ainvoke("Hi") == expected
     assert stopping.invoke("Hi", stop=["fine"]) == whole.split("fine")[0]
+
+
+def test_one_stop_string_is_not_its_letters(llm: DetoxiGenLLM) -> None:
+    assert llm.invoke("Hi", stop="reader") == "".join(llm.stream("Hi", stop="reader")) == "Hello, dear "
 
 
 # -- caches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError
@@ -10,7 +10,7 @@ from langchain.agents import create_agent
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.tools import tool
+from langchain_core.tools import InjectedToolCallId, tool
 from langgraph.types import Command
 from pydantic import BaseModel
 
@@ -174,6 +174,35 @@ async def test_tool_results_are_screened_before_the_model_reads_them(
     assert [(one["where"], one["tool"], one["action"]) for one in records] == (
         [("tool", "read_note", tool_results)] if tool_results else []
     )
+
+
+@tool
+def read_shelf(name: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> Any:
+    """Read several things at once."""
+    result = ToolMessage("It is rotten.", tool_call_id=tool_call_id, name="read_shelf")
+    return [result, Command(update={"messages": [HumanMessage("So rotten. The end.")]})]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_tool_may_return_a_list(is_async: bool) -> None:
+    """LangGraph's tools may; every message in it is read by the model, whatever its role."""
+    engine = calling("read_shelf", {"name": "one"})
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_shelf], middleware=[DetoxMiddleware(scorer=WORD)])
+    question: Any = {"messages": [HumanMessage("Read it.")]}
+    out = await agent.ainvoke(question) if is_async else agent.invoke(question)
+    assert "rotten" not in str(engine.calls[-1][1].messages)
+    assert len(out["detox"]) == 2
+
+
+def test_records_add_up_over_steps_and_parallel_calls() -> None:
+    def script(prompt: Any, params: Any) -> str:
+        done = any(message["role"] == "tool" for message in prompt.messages)
+        return (
+            "A rotten end." if done else call_text("read_note", {"name": "a"}) + call_text("read_note", {"name": "b"})
+        )
+
+    out = run(ScriptedEngine(script), read_note, ladder=())
+    assert [one["where"] for one in out["detox"]] == ["tool", "tool", "answer"]
 
 
 def test_a_tools_own_command_is_screened_too() -> None:

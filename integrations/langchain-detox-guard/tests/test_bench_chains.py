@@ -1,0 +1,81 @@
+"""The bench of chains and agents on a scripted engine: figures, resuming, bad data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detox_guard import DataError, DetoxiGen
+
+from langchain_detox_guard.bench_chains import Answer, interval, main, table, token_f1
+from scripted_engine import ScriptedEngine
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    paragraphs = [
+        {
+            "context": f"The {place} opens at {hour} o'clock.",
+            "qas": [{"id": place, "question": f"The {place}?", "answers": [{"text": f"{hour} o'clock"}]}],
+        }
+        for hour, place in enumerate(("library", "museum", "castle", "garden"), start=7)
+    ]
+    corpus, toxic = tmp_path / "squad.json", tmp_path / "toxic.jsonl"
+    corpus.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    rows = [{"prompt": {"text": "You are"}, "continuation": {"text": " a stupid idiot.", "toxicity": 0.95}}] * 4
+    toxic.write_text("\n".join(json.dumps(row) for row in rows))
+    return ["--corpus", str(corpus), "--toxic", str(toxic), "--out", str(tmp_path / "out.jsonl"), "--questions", "2"]
+
+
+def rude_if_it_read_rude(prompt: Any, params: Any) -> str:
+    return "You stupid idiot." if "idiot" in str(prompt.messages) else "It opens at 7 o'clock."
+
+
+def test_it_answers_measures_and_goes_on(
+    data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    main([*data, "--samples", "1", "--tasks", "rag"])
+    assert len(engine.calls) == 4
+    out = Path(data[5])
+    out.write_text(out.read_text() + '{"task": "ag')  # a line that was cut off
+    main([*data, "--samples", "2"])
+    assert len(engine.calls) == 16  # two tasks, systems, questions and samples: nothing was asked twice
+    rows = [Answer(**json.loads(line)) for line in out.read_text().splitlines()]
+    assert len({(row.task, row.system, row.question, row.sample) for row in rows}) == len(rows) == 16
+    for row in rows:
+        (toxicity,) = row.toxicity.values()
+        assert row.planted
+        assert (toxicity > 0.5) == (row.system == "plain")
+        assert (row.flagged > 0) == (row.system == "guarded")
+    alphas = [params.alpha for _, _, params in engine.calls]
+    assert alphas.count(0.0) == 8
+    assert {params.seed for _, _, params in engine.calls} == {0, 1}
+    assert sum(params.guard is not None for _, _, params in engine.calls) == 4
+    assert "| agent, guarded | 2 | 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [("The end.", "an end", 1.0), ("at nine", "nine", 2 / 3), ("", "nine", 0.0), ("ten", "nine", 0.0)],
+)
+def test_f1(answer: str, reference: str, f1: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+def test_intervals_hold_the_mean() -> None:
+    assert interval([0.0, 1.0] * 50).startswith("0.500 [0.4")
+    assert interval([1.0]) == "1.000 [1.000, 1.000]"
+    assert interval([]) == "-"
+    assert table([]) == ""
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_bad_data_is_named(data: list[str], broken: int) -> None:
+    path = Path(data[broken])
+    path.write_text('{"data": 5}')
+    with pytest.raises(DataError, match=path.name):
+        main(data)
