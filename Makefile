@@ -8,7 +8,7 @@ LLAMA_INDEX = integrations/llama-index-llms-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test check wheels bench bench-rag eval clean
+.PHONY: demo test check wheels bench bench-rag bench-chains ablate eval clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -51,6 +51,16 @@ eval: .venv/.installed-dev
 bench-rag: .venv/.installed-dev
 	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
 	  --judge embedded --judge profanity-check
+
+# A LangChain RAG chain and an agent whose documents and tool results carry toxic passages, plain and guarded:
+# make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
+bench-chains: .venv/.installed-dev
+	@mkdir -p out
+	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl
+
+# Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl
+ablate: .venv/.installed-dev
+	.venv/bin/detox-guard ablate tuning --data "$(DATA)" --prompts "$(PROMPTS)" --output out/ablate-tuning
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .

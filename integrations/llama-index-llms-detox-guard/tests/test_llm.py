@@ -225,6 +225,25 @@ async def test_token_counters_read_our_usage(way: str) -> None:
 # -- prompts
 
 
+def test_runs_of_one_role_become_one_message() -> None:
+    """An LLM's `system_prompt` before a chat engine's own, for one: Mistral's and Gemma's templates want turns."""
+    engine = FakeEngine()
+    call = ToolCallBlock(tool_call_id="c1", tool_name="w")
+    DetoxiGenLLM(engine=engine, system_prompt="Be kind.").chat(
+        [
+            ChatMessage(role=MessageRole.SYSTEM, content="Be brief."),
+            *(ChatMessage(content) for content in ("One.", "", "Two.")),
+            ChatMessage(role=MessageRole.ASSISTANT, content="So:"),
+            ChatMessage(role=MessageRole.ASSISTANT, content=[call]),
+            *(ChatMessage(role=MessageRole.TOOL, content="3", additional_kwargs={"tool_call_id": "c1"}),) * 2,
+        ]
+    )
+    assert [(one["role"], one["content"]) for one in engine.asked[-1][0].messages] == [
+        ("system", "Be kind.\nBe brief."), ("user", "One.\nTwo."), ("assistant", "So:"), ("assistant", ""),
+        ("tool", "3"), ("tool", "3"),
+    ]  # fmt: skip
+
+
 async def test_messages_reach_the_template_with_their_roles() -> None:
     engine = FakeEngine()
     DetoxiGenLLM(engine=engine).chat(

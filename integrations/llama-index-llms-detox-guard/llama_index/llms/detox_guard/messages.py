@@ -22,13 +22,18 @@ _ROLES = {
     MessageRole.MODEL: "assistant",
     MessageRole.FUNCTION: "tool",
 }
+_PLAIN = {"role", "content"}
+"""What a message has that neither calls a tool nor answers a call."""
 _REACT_MARK = "Observation:"
 
 
 def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """OpenAI-style messages. Raises `PromptError` for blocks that a text model cannot read: they are never dropped."""
+    """OpenAI-style messages; runs of one role become one, because many templates insist on turns.
+
+    Raises `PromptError` for blocks that a text model cannot read: they are never dropped.
+    """
     names: dict[str, str] = {}
-    out = []
+    out: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         core: dict[str, Any] = {
             "role": _ROLES.get(message.role, message.role.value),
@@ -41,7 +46,10 @@ def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         if core["role"] == "tool":
             call_id = str(message.additional_kwargs.get("tool_call_id") or "")
             core |= {"tool_call_id": call_id, "name": message.additional_kwargs.get("name") or names.get(call_id, "")}
-        out.append(core)
+        if out and out[-1].keys() == core.keys() == _PLAIN and out[-1]["role"] == core["role"]:
+            out[-1]["content"] = "\n".join(filter(None, (out[-1]["content"], core["content"])))
+        else:
+            out.append(core)
     return out
 
 
