@@ -45,7 +45,7 @@ class DetoxiGen:
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
     `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
     `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
-    `guard.generate("Hi", alpha=14.0)`.
+    `guard.generate("Hi", alpha=4.0)`.
     """
 
     def __init__(

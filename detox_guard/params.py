@@ -34,8 +34,8 @@ class DecodingParams(Checked):
     Raises `InvalidParamsError`.
     """
 
-    alpha: Annotated[float, Field(ge=0, le=100)] = 9.0
-    rule: Rule = "suppress"
+    alpha: Annotated[float, Field(ge=0, le=100)] = 3.0
+    rule: Rule = "dexperts"
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9

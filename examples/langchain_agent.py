@@ -47,9 +47,9 @@ def main() -> None:
         middleware=[
             for_a_small_model,
             DetoxMiddleware(
-                alpha=9.0,  # in every call
+                alpha=3.0,  # in every call
                 tool_results="mask",  # before the model reads them
-                ladder=(14.0, "rewrite"),  # where an answer is toxic all the same
+                ladder=(4.0, "rewrite"),  # where an answer is toxic all the same
                 on_exhausted="mask",
             ),
         ],

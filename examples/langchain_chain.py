@@ -23,7 +23,7 @@ def main() -> None:
         print(f"batch:  {thing}: {text}")
 
     # Every field is a per-call keyword too. alpha=0 is the plain model.
-    for alpha in (0.0, 9.0, 20.0):
+    for alpha in (0.0, 3.0, 5.0):
         result = llm.generate(["So, I'm starting to think she's full of"], alpha=alpha)
         info = result.generations[0][0].generation_info or {}
         steered = info["detox"]["mean_kl_steering"]

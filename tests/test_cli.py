@@ -168,7 +168,7 @@ def test_json_holds_score_plain_and_trace(loaded: tuple[str, ...]) -> None:
 def test_compare_shows_both_sides(loaded: tuple[str, ...]) -> None:
     result = run("generate", PROMPT, "--compare", "--seed", "1", "--max-new-tokens", "6", *loaded)
     assert result.exit_code == 0
-    for words in (PROMPT, "plain", "guarded · α 9", "toxicity", "Mean toxicity"):
+    for words in (PROMPT, "plain", "guarded · α 3", "toxicity", "Mean toxicity"):
         assert words in result.stdout
 
 
@@ -302,14 +302,14 @@ def test_chat_keeps_the_history_and_obeys_commands(loaded: tuple[str, ...], monk
         return stream(self, prompt, params)
 
     monkeypatch.setattr(DetoxiGen, "stream", watched)
-    said = "hello\n\nand you?\n/alpha 3\n/system be kind\nhi\n/reset\nagain\n/quit\nnever read\n"
+    said = "hello\n\nand you?\n/alpha 4\n/system be kind\nhi\n/reset\nagain\n/quit\nnever read\n"
     result = run("chat", "--max-new-tokens", "8", "--seed", "3", "--ignore-eos", *loaded, stdin=said)
     assert result.exit_code == 0, result.stderr
     assert seen == [
-        (["user"], 9.0),
-        (["user", "assistant", "user"], 9.0),
-        (["system", "user"], 3.0),
-        (["system", "user"], 3.0),
+        (["user"], 3.0),
+        (["user", "assistant", "user"], 3.0),
+        (["system", "user"], 4.0),
+        (["system", "user"], 4.0),
     ]
 
 

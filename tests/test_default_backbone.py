@@ -105,7 +105,8 @@ def test_the_shipped_detoxifier_pulls_behind_a_long_context_too(default_backbone
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
 
     def mean_kl(guard: DetoxiGen, prompt: Any) -> float:
-        replies = [guard.generate(prompt, max_new_tokens=16, seed=seed, ignore_eos=True).trace for seed in range(4)]
+        params = DecodingParams(alpha=2.0, max_new_tokens=16, ignore_eos=True)
+        replies = [guard.generate(prompt, params, seed=seed).trace for seed in range(4)]
         return sum(trace.mean_kl_detoxifier for trace in replies if trace) / len(replies)
 
     with DetoxiGen.from_pretrained(dtype="float32") as guard:

@@ -21,7 +21,7 @@ __all__ = ["ablate", "bench", "demo", "evaluate", "report", "utility"]
 
 def demo(
     output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),
-    alpha: Annotated[float, typer.Option(help="Strength of the steering.")] = 9.0,
+    alpha: Annotated[float, typer.Option(help="Strength of the steering.")] = 3.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 32,
     seed: Annotated[int, typer.Option(help="Of all replies.")] = 0,
     model: options.Model = None,

@@ -68,8 +68,8 @@ class EngineFields(Serializable):
     dtype: str | None = None
     revision: str | None = None
 
-    alpha: float = 9.0
-    rule: str = "suppress"
+    alpha: float = 3.0
+    rule: str = "dexperts"
     plausibility: float = 0.0
     temperature: float = 1.0
     top_p: float = 0.9

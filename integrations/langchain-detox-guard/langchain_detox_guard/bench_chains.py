@@ -72,8 +72,9 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """A line of the output file. `planted`: a comment was among what was found. `flagged`: documents that were masked
-    (rag), records of the middleware (agent). `toxicity` by judge; `seconds` is the wall time of the answer's batch, over
-    its answers."""
+    (rag), records of the middleware (agent). `toxicity` by judge; `seconds` is the wall time of the answer's batch,
+    over its answers.
+    """
 
     task: str
     system: str

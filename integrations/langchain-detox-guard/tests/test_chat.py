@@ -150,7 +150,7 @@ def test_the_last_chunk_alone_reports(chat: ChatDetoxiGen) -> None:
     assert last.chunk_position == "last"
     assert last.response_metadata["finish_reason"] == "stop"
     assert last.response_metadata["model_name"] == "scripted/words"
-    assert last.response_metadata["detox"]["alpha"] == 9.0
+    assert last.response_metadata["detox"]["alpha"] == 3.0
     assert json.dumps(last.response_metadata["detox"])
 
 

@@ -116,7 +116,7 @@ def test_every_keyword_reaches_the_engine(llm: DetoxiGenLLM, engine: ScriptedEng
     assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
     list(llm.stream("Hi", stop=["never"], max_tokens=9, **changes))
     assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
-    assert llm.alpha == 9.0
+    assert llm.alpha == 3.0
 
 
 # -- batching
@@ -326,7 +326,7 @@ def test_usage_and_finish_reason(llm: DetoxiGenLLM) -> None:
     assert info is not None
     assert info["finish_reason"] == "length"
     assert info["token_usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
-    assert info["detox"]["alpha"] == 9.0
+    assert info["detox"]["alpha"] == 3.0
     assert info["detox"]["seed"] == 1
 
 

@@ -54,7 +54,7 @@ def test_a_good_answer_is_asked_for_once() -> None:
     engine = until(0.0)
     out = run(engine)
     assert out["messages"][-1].content == "That was a fine idea."
-    assert alphas(engine) == [9.0]
+    assert alphas(engine) == [3.0]
     assert not out.get("detox")
 
 
@@ -65,12 +65,12 @@ def test_alpha_is_set_in_every_call() -> None:
 
 
 def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
-    engine = until(20.0)
+    engine = until(5.0)
     out = run(engine)
-    assert alphas(engine) == [9.0, 14.0, 20.0]
+    assert alphas(engine) == [3.0, 4.0, 5.0]
     assert out["messages"][-1].content == "That was a fine idea."
     assert [(one["action"], one["alpha"], one["rung"]) for one in out["detox"]] == [
-        ("again", 9.0, 14.0), ("again", 14.0, 20.0),
+        ("again", 3.0, 4.0), ("again", 4.0, 5.0),
     ]  # fmt: skip
     assert len(out["messages"]) == 2
 
@@ -100,16 +100,16 @@ def test_or_raises() -> None:
 
 
 async def test_async_does_the_same() -> None:
-    engine = until(20.0)
+    engine = until(5.0)
     agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
     out = await agent.ainvoke({"messages": [HumanMessage("Well?")]})
     assert out["messages"][-1].content == "That was a fine idea."
-    assert alphas(engine) == [9.0, 14.0, 20.0]
+    assert alphas(engine) == [3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
-    agent = create_agent(ChatDetoxiGen(engine=until(20.0), seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
+    agent = create_agent(ChatDetoxiGen(engine=until(5.0), seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
     question: Any = {"messages": [HumanMessage("Well?")]}
     if is_async:
         streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]

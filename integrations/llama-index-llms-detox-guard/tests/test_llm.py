@@ -226,12 +226,12 @@ async def test_token_counters_read_our_usage(way: str) -> None:
 
 
 def test_runs_of_one_role_become_one_message() -> None:
-    """An LLM's `system_prompt` before a chat engine's own, for one: Mistral's and Gemma's templates want turns."""
+    """An LLM's `system_prompt` before a template's own, for one: the templates of Mistral and Gemma want turns."""
     engine = FakeEngine()
     call = ToolCallBlock(tool_call_id="c1", tool_name="w")
-    DetoxiGenLLM(engine=engine, system_prompt="Be kind.").chat(
+    DetoxiGenLLM(engine=engine).chat(
         [
-            ChatMessage(role=MessageRole.SYSTEM, content="Be brief."),
+            *(ChatMessage(role=MessageRole.SYSTEM, content=content) for content in ("Be kind.", "Be brief.")),
             *(ChatMessage(content) for content in ("One.", "", "Two.")),
             ChatMessage(role=MessageRole.ASSISTANT, content="So:"),
             ChatMessage(role=MessageRole.ASSISTANT, content=[call]),

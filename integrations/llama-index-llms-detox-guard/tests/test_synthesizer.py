@@ -90,7 +90,7 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
         assert (not asked) == (mode in ASK_NOTHING)
         assert not any("stupid" in str(prompt) for prompt, _ in asked)
         assert all(params.guard == POLICY for _, params in asked)
-        assert all(params.alpha == 14.0 for _, params in asked)
+        assert all(params.alpha == 4.0 for _, params in asked)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -252,12 +252,12 @@ async def test_without_screening_the_context_is_read_as_it_is() -> None:
     _, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine), context=None), is_async=False)
     assert "stupid" in str(engine.asked[0][0])
     assert response.metadata["detox"]["screened"] == []
-    assert engine.asked[0][1].alpha == 9.0
+    assert engine.asked[0][1].alpha == 3.0
 
 
 @pytest.mark.parametrize(
     ("context", "alpha", "expected"),
-    [(CONTEXT, 9.0, 14.0), (CONTEXT, 16.0, 16.0), (CONTEXT[:1], 9.0, 9.0)],
+    [(CONTEXT, 3.0, 4.0), (CONTEXT, 6.0, 6.0), (CONTEXT[:1], 3.0, 3.0)],
     ids=["raised", "never lowered", "clean"],
 )
 async def test_alpha_follows_the_context(context: list[str], alpha: float, expected: float) -> None:
@@ -285,7 +285,7 @@ async def test_plain_chunks_are_screened_too(is_async: bool) -> None:
     else:
         assert synthesizer.get_response(QUERY, CONTEXT) == CLEAN
     assert "stupid" not in str(engine.asked[0][0])
-    assert engine.asked[0][1].alpha == 14.0
+    assert engine.asked[0][1].alpha == 4.0
 
 
 # -- what goes wrong

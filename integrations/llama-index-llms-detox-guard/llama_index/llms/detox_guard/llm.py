@@ -53,7 +53,7 @@ _REACT_STOP = ("Observation:",)
 class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
-    `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=6.0,
+    `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call. Constructing it
     loads nothing: the engine comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword.

@@ -50,7 +50,7 @@ def detox_options(**options: Any) -> Iterator[list[Generation]]:
     Yields a list that receives each reply once it is complete. Inner blocks win over outer ones, and what a call
     passes itself wins over both::
 
-        with detox_options(alpha=14.0, seed=7) as replies:
+        with detox_options(alpha=4.0, seed=7) as replies:
             query_engine.query("…")
     """
     outer = current_scope()
