@@ -56,7 +56,8 @@ bench-rag: .venv/.installed-dev
 # make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-chains: .venv/.installed-dev
 	@mkdir -p out
-	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl
+	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
+	  --judge embedded --judge profanity-check
 
 # Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl
 ablate: .venv/.installed-dev
