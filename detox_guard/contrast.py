@@ -55,9 +55,7 @@ def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
 
     With one negative stream this is their anti-expert-only form. It reweighs and never clips.
     """
-    logits = log_gen + alpha.unsqueeze(-1) * _log_direction(log_gen, log_streams, weights)
-    p = logits.masked_fill(~keep, -torch.inf).softmax(-1)
-    return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
+    return _reweighed(log_gen, _log_direction(log_gen, log_streams, weights), alpha, keep)
 
 
 def suppress(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
@@ -66,9 +64,7 @@ def suppress(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
     A token that the detoxifier favours loses by how much; one that it does not is left as it was. So the strength
     follows the evidence: where the rows agree, or differ in the detoxifier's disfavour, nothing is steered.
     """
-    logits = log_gen + alpha.unsqueeze(-1) * _log_direction(log_gen, log_streams, weights).clamp_max(0)
-    p = logits.masked_fill(~keep, -torch.inf).softmax(-1)
-    return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
+    return _reweighed(log_gen, _log_direction(log_gen, log_streams, weights).clamp_max(0), alpha, keep)
 
 
 def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
@@ -84,6 +80,12 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     if bool(divergence.isfinite().all()):
         return divergence
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros((), dtype=p.dtype, device=p.device)).sum(-1)
+
+
+def _reweighed(log_gen: Tensor, direction: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
+    """`log p = log p_gen + α·direction + const` on the nucleus."""
+    p = (log_gen + alpha.unsqueeze(-1) * direction).masked_fill(~keep, -torch.inf).softmax(-1)
+    return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
 
 
 def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Tensor:

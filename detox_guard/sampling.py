@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Nucleus", "nuclei", "nucleus", "penalize_repetition", "race", "uniforms"]
+__all__ = ["Nucleus", "nuclei", "penalize_repetition", "race", "uniforms"]
 
 _WIDTHS = (256, 1024, 4096)
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -30,57 +30,41 @@ class Nucleus(NamedTuple):
     """`[N, K]` bool: in the nucleus, and possible at all (`log_p` above -inf). At least one a row."""
 
 
-def nucleus(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Nucleus:
+def nuclei(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Iterator[tuple[Tensor, Nucleus]]:
     """The smallest set of most probable tokens with mass `≥ top_p` (Holtzman et al. 2020), then its `top_k` best.
 
-    `log_p [N, V]` normalised log-probabilities; `top_p [N]` in (0, 1]; `top_k [N]` int64, 0 = off. K is as small as
-    covers the widest of the rows; `nuclei` gives each row a K of its own.
+    `log_p [N, V]` normalised log-probabilities; `top_p [N]` in (0, 1]; `top_k [N]` int64, 0 = off. In groups of rows
+    that are about equally wide, `(places [M] of the rows, their nucleus)`, so that one flat distribution in a batch
+    does not make its neighbours' step as expensive as its own; each group sorts as few candidates as cover it.
     """
-    for width in _widths(log_p.shape[-1]):
-        found, covered = _best(log_p, top_p, top_k, width)
-        if bool(covered.all()):
-            return found
-    raise AssertionError("unreachable: the full vocabulary covers every nucleus")
-
-
-def nuclei(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Iterator[tuple[Tensor, Nucleus]]:
-    """`nucleus`, in groups of rows that are about equally wide: `(places [M] of the rows, their nucleus)`.
-
-    One flat distribution in a batch so does not make its neighbours' step as expensive as its own.
-    """
-    waiting = torch.arange(len(log_p), device=log_p.device)
-    for width in _widths(log_p.shape[-1]):
-        some = (log_p, top_p, top_k) if len(waiting) == len(log_p) else (log_p[waiting], top_p[waiting], top_k[waiting])
-        found, covered = _best(*some, width)
-        if bool(covered.all()):
-            yield waiting, found
-            return
-        if bool(covered.any()):
-            yield waiting[covered], Nucleus(*(part[covered] for part in found))
-            waiting = waiting[~covered]
-
-
-def _widths(vocab: int) -> tuple[int, ...]:
-    return (*(w for w in _WIDTHS if w < vocab), vocab)
-
-
-def _best(log_p: Tensor, top_p: Tensor, top_k: Tensor, width: int) -> tuple[Nucleus, Tensor]:
-    """The nucleus within the `width` best, and `[N]` bool: nothing of it can lie further down."""
     vocab = log_p.shape[-1]
     k_bound = torch.where(top_k > 0, top_k, vocab)
-    everything = (top_p >= 1) & (k_bound >= vocab)
-    if width == vocab and bool(everything.all()):
-        ids = torch.arange(vocab, device=log_p.device).expand(log_p.shape)
-        return Nucleus(ids, log_p, log_p > -torch.inf), everything
-    best, ids = log_p.topk(width, dim=-1)
-    before = best.exp().cumsum(-1) - best.exp()
-    rank = torch.arange(width, device=log_p.device)
-    open_p = (before < top_p.unsqueeze(-1)) | (top_p >= 1).unsqueeze(-1)
-    keep = open_p & (rank < k_bound.unsqueeze(-1))
-    keep[:, 0] = True
-    keep &= best > -torch.inf
-    # Covered when the last candidate is already outside: then nothing further can be inside.
-    return Nucleus(ids, best, keep), ~keep[:, -1] | (width == vocab)
+    everything = (top_p >= 1) & (k_bound >= vocab)  # nothing to sort
+    if bool(everything.any()):
+        places = everything.nonzero().squeeze(-1)
+        some = _at(log_p, places)
+        yield places, Nucleus(torch.arange(vocab, device=log_p.device).expand(some.shape), some, some > -torch.inf)
+    waiting = (~everything).nonzero().squeeze(-1)
+    for width in (*(w for w in _WIDTHS if w < vocab), vocab):
+        if not len(waiting):
+            return
+        best, ids = _at(log_p, waiting).topk(width, dim=-1)
+        before = best.exp().cumsum(-1) - best.exp()
+        rank = torch.arange(width, device=log_p.device)
+        open_p = (before < top_p[waiting].unsqueeze(-1)) | (top_p[waiting] >= 1).unsqueeze(-1)
+        keep = open_p & (rank < k_bound[waiting].unsqueeze(-1))
+        keep[:, 0] = True
+        keep &= best > -torch.inf
+        # Covered when the last candidate is already outside: then nothing further can be inside.
+        covered = ~keep[:, -1] | (width == vocab)
+        if bool(covered.any()):
+            yield waiting[covered], Nucleus(*(_at(part, covered.nonzero().squeeze(-1)) for part in (ids, best, keep)))
+        waiting = waiting[~covered]
+
+
+def _at(rows: Tensor, places: Tensor) -> Tensor:
+    """The rows at these places, in order; not copied where that is all of them."""
+    return rows if len(places) == len(rows) else rows[places]
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> None:

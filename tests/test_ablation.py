@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import SENTENCES, make_tiny_backbone
+from tiny import SENTENCES, TEXTS, make_tiny_backbone
 from torch.nn import functional
 from typer.testing import CliRunner
 
@@ -37,19 +37,13 @@ from detox_guard.evaluation.weights import (
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
 from detox_guard.reply import Reply
-from detox_guard.sampling import nucleus
+from detox_guard.sampling import nuclei
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind
 from detox_guard.training.forward import reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
 
-TEXTS = [
-    f"{who} {what}, {end}"
-    for who in ("The mayor", "My neighbour", "This team", "Their plan", "That article")
-    for what in ("is a complete mess", "makes no sense at all", "was never any good")
-    for end in ("and everybody knows it.", "so stop it now!")
-]
 ROWS = ["Word", *TEXTS[:3]]
 """One without a space, so that it has no context when it is split."""
 
@@ -235,7 +229,7 @@ def test_alpha_matters_when_it_is_another(rule: Any) -> None:
         for token in made.trace.tokens:
             with torch.inference_mode():
                 gen, detox = (m(torch.tensor([ids])).logits[:, -1].log_softmax(-1) for m in (backbone.model, other))
-            nuc = nucleus(gen, one * 0.9, torch.zeros(1, dtype=torch.long))
+            ((_, nuc),) = nuclei(gen, one * 0.9, torch.zeros(1, dtype=torch.long))
             p = RULES[rule](nuc.log_p, detox.gather(-1, nuc.ids).unsqueeze(1), -one, 20.0 * one, nuc.keep).p
             assert token.token_id == int(nuc.ids[0, p.argmax()])
             ids.append(token.token_id)

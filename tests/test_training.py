@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import peft
 import pytest
 import torch
-from tiny import make_tiny_backbone
+from tiny import TEXTS, make_tiny_backbone
 from torch.nn import functional
 
 from detox_guard.detoxifier import Detoxifier, Position
@@ -33,12 +33,6 @@ from detox_guard.training.forward import contrast, pair_loss, reply_logits, repl
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
 
-TEXTS = [
-    f"{who} {what}, {end}"
-    for who in ("The mayor", "My neighbour", "This team", "Their plan", "That article")
-    for what in ("is a complete mess", "makes no sense at all", "was never any good")
-    for end in ("and everybody knows it.", "so stop it now!")
-]
 TESTS = Path(__file__).parent
 
 
@@ -395,7 +389,7 @@ def test_pairs_teach_the_difference(tmp_path: Path) -> None:
     before = train(settings(tmp_path, "a", **{**changes, "learning_rate": 1e-12}), backbone).card
     trained = train(settings(tmp_path, "b", **changes), backbone)
     assert set(trained.card.heldout_aim) == {*KINDS, "mean"}
-    assert trained.card.heldout_aim["mean"] > max(0.75, before.heldout_aim["mean"])
+    assert trained.card.heldout_aim["mean"] > max(0.9, before.heldout_aim["mean"])
     assert [(source.name, source.rows) for source in trained.card.data] == [
         ("rows.jsonl", len(TEXTS)),
         ("pairs.jsonl", len(TEXTS)),

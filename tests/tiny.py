@@ -34,6 +34,12 @@ SENTENCES = [
     "今天天气很好，我们去公园散步吧。日本語の文章もあります。",
     "I ❤️ this 😀🎉👩‍👩‍👧 so much! ¿Qué tal? Привет, мир.",
 ]
+TEXTS = [
+    f"{who} {what}, {end}"
+    for who in ("The mayor", "My neighbour", "This team", "Their plan", "That article")
+    for what in ("is a complete mess", "makes no sense at all", "was never any good")
+    for end in ("and everybody knows it.", "so stop it now!")
+]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

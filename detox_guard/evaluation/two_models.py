@@ -18,6 +18,7 @@ from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.samples import row_of
 from detox_guard.evaluation.weights import load_weights
 from detox_guard.reply import Reply
+from detox_guard.training.forward import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ def decode_pair(backbone: Backbone, second: Any, replies: Sequence[Reply]) -> li
     generations: dict[int, Generation] = {}
     step = 0
     while len(generations) < rows:
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = positions_of(mask)[:, -ids.shape[1] :]
         logits = [
             model(
                 input_ids=ids,

@@ -146,11 +146,11 @@ class VariantTraining:
         return detoxifier.embeddings.numel(), detoxifier.sha256, (losses[0], losses[1])
 
     def _weights(self, variant: Variant, clock: _Clock) -> _Outcome:
-        from detox_guard.training.prompt_tuning import _Steps
+        from detox_guard.training.prompt_tuning import Steps
 
         assert variant.tuning != "prompt"
         own, examples = variant.training, self._examples(variant)
-        steps = _Steps(examples, variant.rows, (), (), own)  # the very batches of prompt tuning
+        steps = Steps(examples, variant.rows, (), (), own)  # the very batches of prompt tuning
 
         def batch(step: int) -> Batch:
             return steps[step]["toxic"]
@@ -171,9 +171,9 @@ class VariantTraining:
         return trained.parameters, trained.sha256, (before, after)
 
     def _examples(self, variant: Variant) -> Examples:
-        from detox_guard.training.prompt_tuning import _examples
+        from detox_guard.training.prompt_tuning import make_examples
 
-        return _examples(variant.training, self._backbone, self._passages)
+        return make_examples(variant.training, self._backbone, self._passages)
 
     def _start(self, variant: Variant) -> torch.Tensor:
         """The soft prompt before training: the initial text's embeddings, tiled, as PEFT makes it."""

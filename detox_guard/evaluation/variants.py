@@ -170,12 +170,12 @@ def make_variants(config: AblationConfig, texts: Sequence[str]) -> tuple[list[Va
     """The variants in order, and the rows that none of them learns from. Raises `DataError`, `InvalidParamsError`."""
     if config.what == "sampling":
         return [], []
-    from detox_guard.training.prompt_tuning import _divide
+    from detox_guard.training.prompt_tuning import divide
 
     fields = {name: getattr(config, name) for name in _SAME}
     steps = config.steps or (300 if config.what == "size" else 60)
     base = TrainingConfig(**fields, output=config.output, steps=steps, learning_rate=config.prompt_rate)
-    rows, heldout = _divide(list(texts), base)
+    rows, heldout = divide(list(texts), base)
 
     def variant(name: str, folder: str, tuning: Tuning = "prompt", **changes: Any) -> Variant:
         own = base.replace(output=str(Path(config.output) / folder), **changes)

@@ -11,7 +11,7 @@ import hashlib
 import random
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from detox_guard.backbone import load_backbone
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
-from detox_guard.training.examples import KINDS
-from detox_guard.training.forward import reply_loss
+from detox_guard.training.examples import KINDS, to_device
+from detox_guard.training.forward import positions_of, reply_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ def train_weights(
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
     model.eval()  # as in prompt tuning: the dropout of a model that serves without one is only noise
     for step in range(1, steps + 1):
-        batch = _to(batches(step - 1), backbone.device)
+        batch = to_device(batches(step - 1), backbone.device)
         counted = scored(batch)
         loss = reply_loss(weights_logits(model, batch), counted)
         if counted["reply_mask"].any():  # else a single word that nothing stands before: no token to learn from
@@ -126,7 +126,7 @@ def weights_logits(model: Any, batch: Batch) -> torch.Tensor:
         past = model(
             input_ids=head,
             attention_mask=head_mask,
-            position_ids=_positions(head_mask),
+            position_ids=positions_of(head_mask),
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
@@ -137,7 +137,7 @@ def weights_logits(model: Any, batch: Batch) -> torch.Tensor:
     logits: torch.Tensor = model(
         input_ids=tail,
         attention_mask=mask,
-        position_ids=_positions(mask)[:, -tail.shape[1] :],
+        position_ids=positions_of(mask)[:, -tail.shape[1] :],
         past_key_values=past,
         use_cache=past is not None,
     ).logits
@@ -169,7 +169,7 @@ def heldout_loss(
         rng = random.Random(f"{seed}/heldout/{kind}")
         nats = tokens = 0.0
         for first in range(0, len(texts), rows):
-            batch = _to(examples.batch(kind, texts[first : first + rows], rng), device)
+            batch = to_device(examples.batch(kind, texts[first : first + rows], rng), device)
             counted = scored(batch)
             count = int(counted["reply_mask"].sum())
             if count:
@@ -213,12 +213,3 @@ def _with_adapters(model: Any, rank: int, seed: int) -> Any:
     # with a base named here, PEFT would ask the hub for it when the adapters are saved
     wrapped.peft_config["default"].base_model_name_or_path = ""
     return wrapped
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each real token among the real tokens of its row; 0 on padding before them."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)

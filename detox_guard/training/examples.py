@@ -7,7 +7,7 @@ prompt: where that stands is the business of `detox_guard.training.forward`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, cast, get_args
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.training.data import Text
 
-__all__ = ["KINDS", "Batch", "Examples", "Kind"]
+__all__ = ["KINDS", "Batch", "Examples", "Kind", "to_device"]
 
 Kind = Literal["bare", "split", "chat", "passage"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,6 +57,11 @@ class Batch(TypedDict):
     context_mask: torch.Tensor
     reply_ids: torch.Tensor  # [rows, reply_len]
     reply_mask: torch.Tensor
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch there."""
+    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Position
     from detox_guard.training.examples import Batch
 
-__all__ = ["Contrast", "contrast", "pair_loss", "reply_logits", "reply_loss"]
+__all__ = ["Contrast", "contrast", "pair_loss", "positions_of", "reply_logits", "reply_loss"]
 
 DPO_BETA = 0.5
 
@@ -50,7 +50,7 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
     outputs = model(
         inputs_embeds=inputs,
         attention_mask=mask,
-        position_ids=_positions(mask)[:, -input_len:],
+        position_ids=positions_of(mask)[:, -input_len:],
         past_key_values=past,
         use_cache=past is not None,
         # the head is a fifth of a small model's cost: only where a reply token is predicted
@@ -115,7 +115,7 @@ def _generator_logits(model: Any, batch: Batch) -> torch.Tensor:
     logits: torch.Tensor = model(
         input_ids=inputs,
         attention_mask=mask,
-        position_ids=_positions(mask)[:, mask.shape[1] - inputs.shape[1] :],
+        position_ids=positions_of(mask)[:, mask.shape[1] - inputs.shape[1] :],
         past_key_values=past,
         use_cache=past is not None,
     ).logits
@@ -128,13 +128,13 @@ def _prefill(model: Any, batch: Batch) -> tuple[Any, torch.Tensor | None]:
     ids, mask = batch["context_ids"], batch["context_mask"]
     if ids.shape[1] == 0:
         return None, None
-    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True, logits_to_keep=1)
     past = out.past_key_values
     if len(ids) == 1:
         past.batch_repeat_interleave(len(batch["reply_ids"]))
     return past, out.logits
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """Position of each real token among the real tokens of its row; 0 on padding before them."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)

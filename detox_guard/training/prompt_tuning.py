@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import peft
 import torch
@@ -27,14 +27,14 @@ from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.training.config import FILES
 from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts
-from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind
+from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, to_device
 from detox_guard.training.forward import Contrast, contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.training.config import TrainingConfig
 
-__all__ = ["Progress", "train_detoxifier"]
+__all__ = ["Progress", "Steps", "divide", "make_examples", "train_detoxifier"]
 
 Row = TypeVar("Row")
 _Pair = tuple[Text, Text]
@@ -70,9 +70,9 @@ def train_detoxifier(
     if backbone.device.type == "cuda" and backbone.device.index:  # the Trainer would move the model to the first
         bound = "'cuda' for training; choose the device with CUDA_VISIBLE_DEVICES"
         raise InvalidParamsError("device", str(backbone.device), bound)
-    examples = _examples(config, backbone, [text for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS)
-    train, heldout = _divide([text for rows in data for text in rows.texts], config)
-    pairs, heldout_pairs = _divide([pair for rows in paired for pair in rows.pairs], config) if paired else ([], [])
+    examples = make_examples(config, backbone, [text for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS)
+    train, heldout = divide([text for rows in data for text in rows.texts], config)
+    pairs, heldout_pairs = divide([pair for rows in paired for pair in rows.pairs], config) if paired else ([], [])
 
     start = None if config.start is None else Detoxifier.load(config.start)
     if start is not None:
@@ -83,7 +83,7 @@ def train_detoxifier(
     run = _run_folder(config, backbone, sources, start)
     harmless = list(dict.fromkeys(text for rows in anchors for text in rows.texts))
     random.Random(config.seed).shuffle(harmless)
-    trainer = _trainer(model, _Steps(examples, train, harmless, pairs, config), config, run, backbone, progress)
+    trainer = _trainer(model, Steps(examples, train, harmless, pairs, config), config, run, backbone, progress)
     trainer.train(resume_from_checkpoint=_last_whole(run) if config.resume else None)
     after = _heldout_loss(model, examples, heldout, config)
     aim = _heldout_aim(model, examples, heldout_pairs, config) if heldout_pairs else {}
@@ -124,7 +124,7 @@ def _read(config: TrainingConfig, source: str) -> TextRows:
     return read_texts(source, field=config.text_field, max_bad_rows=config.max_bad_rows, licence=config.licence)
 
 
-def _examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence[str]) -> Examples:
+def make_examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence[str]) -> Examples:
     room = None
     if backbone.max_positions is not None:
         room = backbone.max_positions - config.virtual_tokens - config.reply_tokens
@@ -140,7 +140,7 @@ def _examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence[str
     )
 
 
-def _divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+def divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows. Equal rows count once, so that none can be on both sides."""
     unique = list(dict.fromkeys(rows))
     if len(unique) <= config.heldout:
@@ -205,7 +205,7 @@ class _Step(TypedDict):
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[_Step]):
+class Steps(Dataset[_Step]):
     """Item i is step i; a run that is resumed meets the batches it would have met."""
 
     examples: Examples
@@ -222,7 +222,7 @@ class _Steps(Dataset[_Step]):
         (kind,) = random.Random(seed).choices(KINDS, weights=self.config.mixture)
         rows = _rows(kind, self.config)
         paired = rows // 2 if self.pairs else 0
-        pairs = _next(self._pairs_for(kind), step * (self.config.batch_size // 2), paired)
+        pairs = _next(_pairs_for(kind, self.pairs), step * (self.config.batch_size // 2), paired)
         toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
         anchor = [other for _, other in pairs]
         if self.anchors:
@@ -232,10 +232,11 @@ class _Steps(Dataset[_Step]):
         assert batches[0] is not None
         return _Step(toxic=batches[0], anchor=batches[1], pairs=paired)
 
-    def _pairs_for(self, kind: Kind) -> Sequence[_Pair]:
-        """Pairs with a prompt of their own where the prompt is the context, the others elsewhere, if there are any."""
-        fit = [pair for pair in self.pairs if isinstance(pair[0], tuple) == (kind == "split")]
-        return fit or self.pairs
+
+def _pairs_for(kind: Kind, pairs: Sequence[_Pair]) -> Sequence[_Pair]:
+    """Pairs with a prompt of their own where the prompt is the context, the others elsewhere, if there are any."""
+    fit = [pair for pair in pairs if isinstance(pair[0], tuple) == (kind == "split")]
+    return fit or pairs
 
 
 def _next(rows: Sequence[Row], first: int, count: int) -> list[Row]:
@@ -259,7 +260,7 @@ def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: 
         total = tokens = 0.0
         for first in range(0, len(texts), _rows(kind, config)):
             batch = examples.batch(kind, texts[first : first + _rows(kind, config)], rng)
-            batch = _to(batch, soft_prompt.device)
+            batch = to_device(batch, soft_prompt.device)
             count = float(batch["reply_mask"].sum())
             logits = reply_logits(base, soft_prompt, batch, config.position)
             total += float(reply_loss(logits, batch)) * count
@@ -275,25 +276,20 @@ def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config:
     model.eval()
     base, soft_prompt = model.get_base_model(), _soft_prompt(model)
     aim: dict[str, float] = {}
-    steps = _Steps(examples, (), (), pairs, config)
     for kind in KINDS:
-        above, pairs = 0, steps._pairs_for(kind)
-        for first in range(0, len(pairs), _rows(kind, config)):
-            some = pairs[first : first + _rows(kind, config)]
+        above, own = 0, _pairs_for(kind, pairs)
+        for first in range(0, len(own), _rows(kind, config)):
+            some = own[first : first + _rows(kind, config)]
             ratios = []
             for side in (0, 1):
                 rng = random.Random(f"{config.seed}/aim/{kind}/{first}")
-                batch = _to(examples.batch(kind, [pair[side] for pair in some], rng), soft_prompt.device)
+                batch = to_device(examples.batch(kind, [pair[side] for pair in some], rng), soft_prompt.device)
                 logits = reply_logits(base, soft_prompt, batch, config.position)
                 ratios.append(contrast(base, logits, batch).log_ratio)
             above += int((ratios[0] > ratios[1]).sum())
-        aim[kind] = round(above / len(pairs), 4)
+        aim[kind] = round(above / len(own), 4)
     aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
     return aim
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
 
 
 class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -311,13 +307,13 @@ class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
         def logits_of(batch: Batch) -> torch.Tensor:
             return reply_logits(base, soft_prompt, batch, position)
 
-        toxic = _to(inputs["toxic"], soft_prompt.device)
+        toxic = to_device(inputs["toxic"], soft_prompt.device)
         logits = logits_of(toxic)
         loss = reply_loss(logits, toxic)
         pairs = inputs["pairs"] if self.config.pair_weight > 0 else 0
         if inputs["anchor"] is None or not (pairs or self.config.anchor_weight > 0):
             return loss
-        anchor = _to(inputs["anchor"], soft_prompt.device)
+        anchor = to_device(inputs["anchor"], soft_prompt.device)
         harmless: Contrast = contrast(base, logits_of(anchor), anchor)
         loss = loss + self.config.anchor_weight * harmless.divergence
         if pairs:
@@ -357,7 +353,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def _trainer(
-    model: Any, steps: _Steps, config: TrainingConfig, run: Path, backbone: Backbone, progress: Progress | None
+    model: Any, steps: Steps, config: TrainingConfig, run: Path, backbone: Backbone, progress: Progress | None
 ) -> Any:
     arguments = transformers.TrainingArguments(
         output_dir=str(run),
