@@ -82,6 +82,8 @@ def test_pairs_of_rows(tmp_path: Path) -> None:
     assert rows.bad == ((len(TEXTS) + 1, "no 'neutral'"),)
     prompted = write(tmp_path / "own.csv", "prompt,toxic,neutral\nThe bus,is awful,is late\n")
     assert read_pairs(prompted).pairs == ((("The bus", " is awful"), ("The bus", " is late")),)
+    with pytest.raises(DataError, match="plain text has no toxic and neutral"):
+        read_pairs(write(tmp_path / "lines.txt", "one\ntwo\n"))
     with pytest.raises(DataError, match="1 bad rows, 0 allowed"):
         read_pairs(str(pairs_file(tmp_path)), max_bad_rows=0)
 

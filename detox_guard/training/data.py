@@ -8,13 +8,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detox_guard.detoxifier import DataSource
 from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Text", "TextPairs", "TextRows", "read_pairs", "read_texts"]
 
@@ -54,64 +54,75 @@ def read_texts(source: str, *, field: str = "text", max_bad_rows: int = 100, lic
     Raises `DataError` naming the source: not found, of an unknown format, binary, empty, or with more than
     `max_bad_rows` bad rows, of which it gives the first line numbers and reasons.
     """
-    (rows,), name, digest = _read(source, (field,))
-    texts = tuple(row for _, row in rows if isinstance(row, str))
-    bad = tuple((line, str(row)) for line, row in rows if isinstance(row, _BadRow))
-    return TextRows(_source(source, name, digest, len(texts), bad, max_bad_rows, licence), texts, bad)
+    rows, name, digest = _read(source, (field,))
+    texts = tuple(row[field] for _, row in rows if isinstance(row, dict))
+    return TextRows(_source(source, name, digest, rows, max_bad_rows, licence), texts, _bad(rows))
 
 
 def read_pairs(source: str, *, max_bad_rows: int = 100, licence: str | None = None) -> TextPairs:
     """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first). Where it has a `prompt`, they
     continue that after a space. As `read_texts`, which see."""
-    (toxic, neutral), name, digest = _read(source, ("toxic", "neutral"))
-    try:
-        (prompts,), _, _ = _read(source, ("prompt",))
-    except DataError:  # a table without that column
-        prompts = [(line, _BadRow("no prompt")) for line, _ in toxic]
-    pairs: list[tuple[Text, Text]] = []
-    bad = []
-    for (line, one), (_, other), (_, prompt) in zip(toxic, neutral, prompts, strict=True):
-        wrong = next((text for text in (one, other) if isinstance(text, _BadRow)), None)
-        if wrong is not None:
-            bad.append((line, str(wrong)))
-        elif isinstance(prompt, str):
-            pairs.append(((prompt, f" {one}"), (prompt, f" {other}")))
-        else:
-            pairs.append((str(one), str(other)))
-    return TextPairs(_source(source, name, digest, len(pairs), bad, max_bad_rows, licence), tuple(pairs), tuple(bad))
+    rows, name, digest = _read(source, ("toxic", "neutral"), optional="prompt")
+    pairs = tuple(_pair(row) for _, row in rows if isinstance(row, dict))
+    return TextPairs(_source(source, name, digest, rows, max_bad_rows, licence), pairs, _bad(rows))
 
 
-def _read(source: str, fields: tuple[str, ...]) -> tuple[list[_Rows], str, str]:
-    """The rows of each field, the source's name for the card, and its SHA-256."""
+def _pair(row: dict[str, str]) -> tuple[Text, Text]:
+    if "prompt" not in row:
+        return row["toxic"], row["neutral"]
+    return (row["prompt"], f" {row['toxic']}"), (row["prompt"], f" {row['neutral']}")
+
+
+_Row = dict[str, str] | _BadRow
+"""The texts of one row by field: all that are asked for, and the optional one where it is good."""
+_Rows = list[tuple[int, _Row]]
+
+
+def _read(source: str, fields: tuple[str, ...], optional: str | None = None) -> tuple[_Rows, str, str]:
+    """The rows, the source's name for the card, and its SHA-256."""
     path = Path(source)
     hub_id = _HUB_ID.fullmatch(source)
     if path.exists() or path.suffix.lower() in _READERS or not hub_id:
-        found = [_read_file(path, field) for field in fields]
-        name = path.name
-    else:
-        found = [_read_hub(hub_id["name"], hub_id["split"] or "train", field) for field in fields]
-        name = source
-    digests = list(dict.fromkeys(digest for _, digest in found))
-    return [rows for rows, _ in found], name, digests[0] if len(digests) == 1 else _sha256("".join(digests))
+        raw, digest = _read_file(path, fields)
+        return [(line, _checked_row(row, fields, optional)) for line, row in raw], path.name, digest
+    columns = _read_hub(hub_id["name"], hub_id["split"] or "train", fields, optional)
+    rows = [
+        (line, _checked_row(dict(zip(columns, values, strict=True)), fields, optional))
+        for line, values in enumerate(zip(*columns.values(), strict=True), start=1)
+    ]
+    return rows, source, _sha256("\n".join("\n".join(row.values()) for _, row in rows if isinstance(row, dict)))
 
 
-def _source(
-    source: str, name: str, digest: str, rows: int, bad: Sequence[tuple[int, str]], most: int, licence: str | None
-) -> DataSource:
+def _bad(rows: _Rows) -> tuple[tuple[int, str], ...]:
+    return tuple((line, str(row)) for line, row in rows if isinstance(row, _BadRow))
+
+
+def _source(source: str, name: str, digest: str, rows: _Rows, most: int, licence: str | None) -> DataSource:
     """What the card says of it. Raises `DataError` where too little of it is good."""
+    bad = _bad(rows)
     listed = "; ".join(f"line {line}: {reason}" for line, reason in bad[:_SHOWN])
     if len(bad) > most:
         raise DataError(f"{source}: {len(bad)} bad rows, {most} allowed: {listed}")
-    if not rows:
+    if len(bad) == len(rows):
         raise DataError(f"{source}: no usable row in it" + (f": {listed}" if listed else ""))
-    return DataSource(name=name, sha256=digest, rows=rows, licence=licence)
-
-
-_Rows = list[tuple[int, "str | _BadRow"]]
+    return DataSource(name=name, sha256=digest, rows=len(rows) - len(bad), licence=licence)
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked_row(row: dict[str, Any] | _BadRow, fields: tuple[str, ...], optional: str | None) -> _Row:
+    if isinstance(row, _BadRow):
+        return row
+    texts: dict[str, str] = {}
+    for field in (*fields, *([optional] if optional in row else ())):
+        text = _checked(row[field], field)
+        if isinstance(text, str):
+            texts[field] = text
+        elif field != optional:
+            return text
+    return texts
 
 
 def _checked(value: object, field: str) -> str | _BadRow:
@@ -126,7 +137,10 @@ def _checked(value: object, field: str) -> str | _BadRow:
     return value.strip() or _BadRow(f"{field!r} is empty")
 
 
-def _read_file(path: Path, field: str) -> tuple[_Rows, str]:
+_Raw = tuple[int, "dict[str, Any] | _BadRow"]
+
+
+def _read_file(path: Path, fields: tuple[str, ...]) -> tuple[list[_Raw], str]:
     reader = _READERS.get(path.suffix.lower())
     if not path.exists():
         raise DataError(
@@ -142,14 +156,14 @@ def _read_file(path: Path, field: str) -> tuple[_Rows, str]:
         raise DataError(f"{path}: a binary file, not text")
     text = content.decode("utf-8-sig", errors="surrogateescape")
     try:
-        return list(reader(text, field)), hashlib.sha256(content).hexdigest()
+        return list(reader(text, fields)), hashlib.sha256(content).hexdigest()
     except csv.Error as error:
         raise DataError(f"{path}: not readable as CSV: {error}") from error
     except _BadRow as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def _jsonl(text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
+def _jsonl(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -160,48 +174,55 @@ def _jsonl(text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
             continue
         if not isinstance(row, dict):
             yield number, _BadRow("not a JSON object")
-        elif field not in row:
-            yield number, _BadRow(f"no {field!r}")
         else:
-            yield number, _checked(row[field], field)
+            lacking = next((field for field in fields if field not in row), None)
+            yield number, row if lacking is None else _BadRow(f"no {lacking!r}")
 
 
-def _table(delimiter: str, text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
+def _table(delimiter: str, text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
     reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
-    if reader.fieldnames is not None and field not in reader.fieldnames:
-        raise _BadRow(f"no column {field!r}; it has {', '.join(map(repr, reader.fieldnames))}")
+    for field in fields:
+        if reader.fieldnames is not None and field not in reader.fieldnames:
+            raise _BadRow(f"no column {field!r}; it has {', '.join(map(repr, reader.fieldnames))}")
     for row in reader:
-        value = row[field]
-        yield reader.line_num, _BadRow(f"no {field!r}") if value is None else _checked(value, field)
+        lacking = next((field for field in fields if row[field] is None), None)
+        yield reader.line_num, row if lacking is None else _BadRow(f"no {lacking!r}")
 
 
-def _csv(text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
-    return _table(",", text, field)
+def _csv(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
+    return _table(",", text, fields)
 
 
-def _tsv(text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
-    return _table("\t", text, field)
+def _tsv(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
+    return _table("\t", text, fields)
 
 
-def _txt(text: str, field: str) -> Iterator[tuple[int, str | _BadRow]]:
+def _txt(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
+    if len(fields) > 1:
+        raise _BadRow(f"plain text has no {' and '.join(fields)}; a .jsonl, .csv or .tsv file has")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, _checked(line, "line")
+            yield number, {fields[0]: line}
 
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _tsv, ".txt": _txt}
 
 
-def _read_hub(name: str, split: str, field: str) -> tuple[_Rows, str]:
+def _read_hub(name: str, split: str, fields: tuple[str, ...], optional: str | None) -> dict[str, Iterable[Any]]:
+    """The columns of these fields, and the optional one if the set has it."""
     import datasets
 
     try:
-        column = datasets.load_dataset(name, split=split)[field]
-    except KeyError:
-        raise DataError(f"{name}:{split}: no column {field!r}") from None
+        found = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library has no common root for what a fetch can raise
         raise DataError(
             f"{name}:{split}: cannot be fetched: {error}", hint="a local file, or a hub data set org/name[:split]"
         ) from error
-    rows: _Rows = [(number, _checked(value, field)) for number, value in enumerate(column, start=1)]
-    return rows, _sha256("\n".join(row for _, row in rows if isinstance(row, str)))
+    columns: dict[str, Iterable[Any]] = {}
+    for field in (*fields, *([optional] if optional else ())):
+        try:
+            columns[field] = found[field]
+        except KeyError:
+            if field != optional:
+                raise DataError(f"{name}:{split}: no column {field!r}") from None
+    return columns
