@@ -964,3 +964,11 @@ def test_the_shared_prompt_file() -> None:
         pytest.skip(f"no {path.name}: set DETOX_GUARD_DATA to the folder that holds rtp/")
     chosen = choose_prompts(read_prompts(path), 100, seed=0)
     assert [sum(p.group == group for p in chosen) for group in ("toxic", "non-toxic")] == [100, 100]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [("The end.", "an end", 1.0), ("at nine", "nine", 2 / 3), ("", "nine", 0.0), ("ten", "nine", 0.0)],
+)
+def test_f1_of_one_reference(answer: str, reference: str, f1: float) -> None:
+    assert answer_scores(answer, [reference])[1] == pytest.approx(f1)

@@ -12,7 +12,7 @@ import typer
 
 from detox_guard.cli import options, session
 from detox_guard.cli.console import stdout_console
-from detox_guard.errors import DetoxGuardError, InvalidParamsError
+from detox_guard.errors import InvalidParamsError
 from detox_guard.files import prepare_file
 from detox_guard.policy import Rule  # noqa: TC001 - typer reads it at run time
 
@@ -325,12 +325,8 @@ def ablate(
     fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in typed.items()}
     config = AblationConfig(**fields)
     _quiet_libraries()
-    try:
+    with session.needs_extra("train", "training"):
         result = run_ablation(config)
-    except ImportError as error:
-        raise DetoxGuardError(
-            f"training needs more packages: {error}", hint="pip install 'detox-guard[train]'"
-        ) from error
     _print(result, as_json)
 
 

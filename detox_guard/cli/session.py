@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from detox_guard.scoring import ToxicityScorer
     from detox_guard.text import Prompt
 
-__all__ = ["Reply", "draw_seed", "load_guard", "load_named_scorer", "run_all", "spinner", "stdin_is_terminal"]
+__all__ = [
+    "Reply",
+    "draw_seed",
+    "load_guard",
+    "load_named_scorer",
+    "needs_extra",
+    "run_all",
+    "spinner",
+    "stdin_is_terminal",
+]
 
 _AT_ONCE = 256
 """Requests handed to the engine at a time; its queue takes more, its batch fewer."""
@@ -140,6 +149,17 @@ async def _run_all(
 
     tell()  # those that had failed before they came here
     await asyncio.gather(*(one(reply) for reply in replies if not reply.done))
+
+
+@contextmanager
+def needs_extra(name: str, doing: str) -> Iterator[None]:
+    """A package that is not there becomes one line that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise DetoxGuardError(
+            f"{doing} needs more packages: {error}", hint=f"pip install 'detox-guard[{name}]'"
+        ) from error
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from detox_guard.cli import options
+from detox_guard.cli import options, session
 from detox_guard.cli.console import EXIT_INTERRUPTED, stderr_console, stdout_console
-from detox_guard.errors import DetoxGuardError
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -29,11 +28,8 @@ def train(as_json: options.Json = False, **fields: Any) -> None:
     """
     config = TrainingConfig(**options.given(fields))
     try:
-        detoxifier = _run(config)
-    except ImportError as error:
-        raise DetoxGuardError(
-            f"training needs more packages: {error}", hint="pip install 'detox-guard[train]'"
-        ) from error
+        with session.needs_extra("train", "training"):
+            detoxifier = _run(config)
     except KeyboardInterrupt:
         stderr_console().print("\nstopped; the same command goes on from the last checkpoint", style="dim")
         raise typer.Exit(EXIT_INTERRUPTED) from None

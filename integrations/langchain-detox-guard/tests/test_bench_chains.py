@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from detox_guard import DataError, DetoxiGen
 
-from langchain_detox_guard.bench_chains import Answer, interval, main, table, token_f1
+from langchain_detox_guard.bench_chains import Answer, interval, main, table
 from scripted_engine import ScriptedEngine
 
 
@@ -56,14 +56,6 @@ def test_it_answers_measures_and_goes_on(
     assert {params.seed for _, _, params in engine.calls} == {0, 1}
     assert sum(params.guard is not None for _, _, params in engine.calls) == 4
     assert "| agent, guarded | 2 | 0." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [("The end.", "an end", 1.0), ("at nine", "nine", 2 / 3), ("", "nine", 0.0), ("ten", "nine", 0.0)],
-)
-def test_f1(answer: str, reference: str, f1: float) -> None:
-    assert token_f1(answer, reference) == pytest.approx(f1)
 
 
 def test_intervals_hold_the_mean() -> None:

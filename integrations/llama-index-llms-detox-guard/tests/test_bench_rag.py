@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.llms.detox_guard.bench_rag import Answer, interval, main, table, token_f1
+from llama_index.llms.detox_guard.bench_rag import Answer, interval, main, table
 from llama_index_harness import FakeEngine
 
 from detox_guard import DataError, DetoxiGen
@@ -58,14 +58,6 @@ def test_it_answers_measures_and_goes_on(
     assert alphas == {0.0, 3.0, 4.0}
     assert {params.seed for _, params in engine.asked} == {0, 1}
     assert "| hook | 0." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [("The end.", "an end", 1.0), ("at nine", "nine", 2 / 3), ("", "nine", 0.0), ("ten", "nine", 0.0)],
-)
-def test_f1(answer: str, reference: str, f1: float) -> None:
-    assert token_f1(answer, reference) == pytest.approx(f1)
 
 
 def test_intervals_hold_the_mean() -> None:
