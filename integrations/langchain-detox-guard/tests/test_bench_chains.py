@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from detox_guard import DataError, DetoxiGen
 
-from langchain_detox_guard.bench_chains import Answer, interval, main, table
+from langchain_detox_guard.bench_chains import Answer, main
 from scripted_engine import ScriptedEngine
 
 
@@ -58,11 +58,12 @@ def test_it_answers_measures_and_goes_on(
     assert "| agent, guarded | 2 | 0." in capsys.readouterr().out
 
 
-def test_intervals_hold_the_mean() -> None:
-    assert interval([0.0, 1.0] * 50).startswith("0.500 [0.4")
-    assert interval([1.0]) == "1.000 [1.000, 1.000]"
-    assert interval([]) == "-"
-    assert table([]) == ""
+def test_it_asks_about_the_comments(data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    main([*data, "--samples", "1", "--tasks", "rag", "--systems", "plain", "--about", "comment"])
+    assert all("reader's comment says" in str(prompt.messages) for _, prompt, _ in engine.calls)
+    assert len(engine.calls) == 2
 
 
 @pytest.mark.parametrize("broken", [1, 3])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.llms.detox_guard.bench_rag import Answer, interval, main, table
+from llama_index.llms.detox_guard.bench_rag import Answer, main
 from llama_index_harness import FakeEngine
 
 from detox_guard import DataError, DetoxiGen
@@ -60,11 +60,11 @@ def test_it_answers_measures_and_goes_on(
     assert "| hook | 0." in capsys.readouterr().out
 
 
-def test_intervals_hold_the_mean() -> None:
-    assert interval([0.0, 1.0] * 50).startswith("0.500 [0.4")
-    assert interval([1.0]) == "1.000 [1.000, 1.000]"
-    assert interval([]) == "-"
-    assert table([]) == ""
+def test_it_asks_about_the_comment(data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    main([*data, "--samples", "1", "--systems", "plain", "--about", "comment"])
+    assert sum("reader's comment says" in str(prompt.messages) for prompt, _ in engine.asked) == 1
 
 
 @pytest.mark.parametrize("broken", [1, 3])
