@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RULES", "Mixed", "detoxigen", "dexperts", "kl_divergence", "plausible", "suppress"]
+__all__ = ["NATS", "REACH", "RULES", "Mixed", "bounded", "detoxigen", "dexperts", "kl_divergence", "plausible"]
+
+
+REACH, NATS = 3.0, 0.1
+"""`bounded`, per unit of alpha: the most strength, and the most nats by which a token's distribution may move."""
+_SEARCH_STEPS = 14
 
 
 class Mixed(NamedTuple):
@@ -58,13 +63,15 @@ def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
     return _reweighed(log_gen, _log_direction(log_gen, log_streams, weights), alpha, keep)
 
 
-def suppress(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
-    """`dexperts`, one-sided: `log p = log p_gen + α·min(0, Σ w_i·(log p_i - log p_gen)) + const` on the nucleus (ours).
+def bounded(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
+    """`dexperts` with a strength of its own at each token (ours): the largest `a ≤ REACH·α` that moves the nucleus by
+    no more than `KL(p‖p_gen) = NATS·α`.
 
-    A token that the detoxifier favours loses by how much; one that it does not is left as it was. So the strength
-    follows the evidence: where the rows agree, or differ in the detoxifier's disfavour, nothing is steered.
+    Where the rows differ in all they say, as at the first tokens of a reply, the whole strength would tear the text
+    apart, and where they hardly differ it would do nothing; so it goes from the former to the latter.
     """
-    return _reweighed(log_gen, _log_direction(log_gen, log_streams, weights).clamp_max(0), alpha, keep)
+    direction = _log_direction(log_gen, log_streams, weights)
+    return _reweighed(log_gen, direction, _strength(log_gen, direction, REACH * alpha, NATS * alpha, keep), keep)
 
 
 def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
@@ -88,12 +95,37 @@ def _reweighed(log_gen: Tensor, direction: Tensor, alpha: Tensor, keep: Tensor) 
     return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
 
 
+def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, nats: Tensor, keep: Tensor) -> Tensor:
+    """`[N]`: the largest strength of `_reweighed` up to `most` at which its KL to the generator is at most `nats`.
+
+    That KL grows with the strength `a`, at the rate `a·Var(direction)`: Newton's steps, halved where they leave what
+    is left to search. In float64, and of a fixed number, so that a row does not depend on its neighbours.
+    """
+    log_gen = log_gen.double().masked_fill(~keep, -torch.inf)
+    direction = direction.double().masked_fill(~keep, 0)
+    own = log_gen.logsumexp(-1)
+    most, nats = most.double(), nats.double()
+    low, high, a = torch.zeros_like(most), most, most
+    for _ in range(_SEARCH_STEPS):
+        log_p = log_gen + a.unsqueeze(-1) * direction
+        norm = log_p.logsumexp(-1)
+        p = (log_p - norm.unsqueeze(-1)).exp()
+        mean = (p * direction).sum(-1)
+        kl = a * mean - (norm - own)
+        over = kl > nats
+        low, high = torch.where(over, low, a), torch.where(over, a, high)
+        rate = a * (p * (direction - mean.unsqueeze(-1)).square()).sum(-1)
+        step = a - (kl - nats) / rate
+        a = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+    return a.to(torch.float32)
+
+
 def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("s,nsk->nk", weights, log_streams - log_gen.unsqueeze(1))
 
 
 RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Mixed]] = {
-    "suppress": suppress,
+    "bounded": bounded,
     "dexperts": dexperts,
     "detoxigen": detoxigen,
 }

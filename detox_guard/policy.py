@@ -11,7 +11,7 @@ from detox_guard.checked import Checked
 
 __all__ = ["GuardPolicy", "Rule", "Rung"]
 
-Rule = Literal["suppress", "dexperts", "detoxigen"]
+Rule = Literal["bounded", "dexperts", "detoxigen"]
 Alpha = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -47,7 +47,7 @@ class GuardPolicy(Checked):
     unit: Literal["sentence"] | Annotated[int, Field(ge=1, le=1024)] = "sentence"
     max_unit_tokens: Annotated[int, Field(ge=1, le=1024)] = 48
     context_chars: Annotated[int, Field(ge=0, le=100_000)] = 200
-    ladder: Annotated[tuple[Rung, ...], Field(max_length=32)] = (Rung(alpha=4.0), Rung(alpha=5.0))
+    ladder: Annotated[tuple[Rung, ...], Field(max_length=32)] = (Rung(alpha=6.0), Rung(alpha=9.0))
     max_rewinds: Annotated[int, Field(ge=0, le=100)] = 4
     on_exhausted: Literal["replace", "stop", "raise"] = "replace"
     replacement: Annotated[str, Field(max_length=10_000)] = "[removed]"

@@ -77,14 +77,35 @@ class Reference:
         weights = [spec.weight for spec in self.streams]
         log_pull = {t: sum(w * (s[t] - gen[t]) for w, s in zip(weights, streams, strict=True)) for t in inside}
         p = torch.zeros(len(gen), dtype=torch.float64)
+        alpha = self._bounded(gen, log_pull, params.alpha) if params.rule == "bounded" else params.alpha
         for t in inside:
             if params.rule == "detoxigen":
                 g = math.exp(gen[t])
                 pull = sum(w * (math.exp(s[t]) - g) for w, s in zip(weights, streams, strict=True))
-                p[t] = max(0.0, g + params.alpha * pull)
+                p[t] = max(0.0, g + alpha * pull)
             else:
-                pull = min(0.0, log_pull[t]) if params.rule == "suppress" else log_pull[t]
-                p[t] = math.exp(gen[t] + params.alpha * pull)
+                p[t] = math.exp(gen[t] + alpha * log_pull[t])
         if p.sum() == 0:
             p[max(inside, key=log_pull.__getitem__)] = 1.0
         return p / p.sum()
+
+    @staticmethod
+    def _bounded(gen: list[float], pull: dict[int, float], alpha: float) -> float:
+        """The largest strength up to 3 alpha that moves the nucleus by at most alpha/10 nats, by halving."""
+
+        def moved(strength: float) -> float:
+            def shares(a: float) -> list[float]:
+                logits = [gen[t] + a * d for t, d in pull.items()]
+                top = max(logits)
+                total = sum(math.exp(x - top) for x in logits)
+                return [x - top - math.log(total) for x in logits]
+
+            return sum(math.exp(q) * (q - p) for q, p in zip(shares(strength), shares(0.0), strict=True))
+
+        low, high = 0.0, 3 * alpha
+        if moved(high) <= alpha / 10:
+            return high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if moved(middle) <= alpha / 10 else (low, middle)
+        return low

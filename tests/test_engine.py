@@ -69,7 +69,7 @@ def test_greedy_equals_the_two_pass_oracle_on_200_prompts(kind: str, streams: st
     check_against_oracle(backbone, random_streams(backbone, streams), random_prompts(backbone, 100), params)
 
 
-@pytest.mark.parametrize("rule", ["detoxigen", "dexperts", "suppress"])
+@pytest.mark.parametrize("rule", ["detoxigen", "dexperts", "bounded"])
 @pytest.mark.parametrize(
     ("streams", "changes"),
     [

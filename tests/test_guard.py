@@ -171,7 +171,7 @@ def test_a_flagged_word_is_decoded_again_without_it(tiny: DetoxiGen) -> None:
     assert letter in plain.text
     assert letter not in guarded.text.replace(policy.replacement, "")
     first = guarded.interventions[0]
-    assert (first.action, first.alpha, first.next_alpha) == ("rewind", 1.5, 4.0)
+    assert (first.action, first.alpha, first.next_alpha) == ("rewind", 1.5, 6.0)
     assert first.text is not None
     assert letter in first.text
     assert first.text in plain.text
@@ -189,7 +189,7 @@ def test_exhausted(tiny: DetoxiGen, on_exhausted: str) -> None:
     r = tiny.generate("Hello there", guard=policy)
     assert (r.text, r.finish_reason) == ("[removed]" if on_exhausted == "replace" else "", "guard")
     assert [event.action for event in r.interventions] == ["rewind", "rewind", on_exhausted]
-    assert [event.alpha for event in r.interventions] == [1.5, 4.0, 5.0]
+    assert [event.alpha for event in r.interventions] == [1.5, 6.0, 9.0]
     assert r.usage.completion_tokens == 0
     assert r.usage.discarded_tokens > 0
 

@@ -155,7 +155,7 @@ def _guard(i: Ingredients) -> Method:
 _STRENGTHS: dict[str, Callable[[Ingredients, float], Method]] = {
     "detoxigen": lambda i, alpha: i.steered("detoxigen", "detoxigen", alpha),
     "detoxigen-floor": lambda i, alpha: i.steered("detoxigen-floor", "detoxigen", alpha, i.plausibility),
-    "suppress": lambda i, alpha: i.steered("suppress", "suppress", alpha),
+    "bounded": lambda i, alpha: i.steered("bounded", "bounded", alpha),
     "dexperts": lambda i, alpha: i.steered("dexperts", "dexperts", alpha),
     "dexperts-floor": lambda i, alpha: i.steered("dexperts-floor", "dexperts", alpha, i.plausibility),
     "dexperts-expert": _expert,
@@ -175,7 +175,7 @@ METHODS = {
     "detoxigen": "the paper's rule, in probability space",
     "detoxigen-floor": "the same with a plausibility floor",
     "dexperts": "the log-space anti-expert rule, same soft prompt",
-    "suppress": "that rule, one-sided: tokens only lose by it",
+    "bounded": "that rule, its strength bounded at each token",
     "dexperts-floor": "dexperts with a plausibility floor",
     "dexperts-expert": "with a second, non-toxic soft prompt as an expert",
     "toxic-prefix": "a hand-written toxic instruction in place of the soft prompt (the idea of self-debiasing)",

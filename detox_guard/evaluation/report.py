@@ -200,7 +200,7 @@ def _page(title: str, body: str) -> str:
 
 
 _MORE_STYLE = """
-body{max-width:62rem}
+body{max-width:78rem}
 h2{font-size:1.05rem;margin:2.2rem 0 .6rem}
 img{max-width:100%;height:auto}
 .wide{overflow-x:auto}

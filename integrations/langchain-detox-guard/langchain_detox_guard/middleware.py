@@ -70,7 +70,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         tool_results: Literal["mask", "drop", "mark"] | None = "mask",
         scorer: str | ToxicityScorer | None = None,
         threshold: float = 0.5,
-        ladder: Sequence[Rung] = (4.0, 5.0, "rewrite"),
+        ladder: Sequence[Rung] = (6.0, 9.0, "rewrite"),
         on_exhausted: Literal["mask", "replace", "raise"] = "mask",
         replacement: str = REPLACEMENT,
     ) -> None:

@@ -67,10 +67,10 @@ def test_alpha_is_set_in_every_call() -> None:
 def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
     engine = until(5.0)
     out = run(engine)
-    assert alphas(engine) == [3.0, 4.0, 5.0]
+    assert alphas(engine) == [3.0, 6.0, 9.0]
     assert out["messages"][-1].content == "That was a fine idea."
     assert [(one["action"], one["alpha"], one["rung"]) for one in out["detox"]] == [
-        ("again", 3.0, 4.0), ("again", 4.0, 5.0),
+        ("again", 3.0, 6.0), ("again", 6.0, 9.0),
     ]  # fmt: skip
     assert len(out["messages"]) == 2
 
@@ -104,7 +104,7 @@ async def test_async_does_the_same() -> None:
     agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
     out = await agent.ainvoke({"messages": [HumanMessage("Well?")]})
     assert out["messages"][-1].content == "That was a fine idea."
-    assert alphas(engine) == [3.0, 4.0, 5.0]
+    assert alphas(engine) == [3.0, 6.0, 9.0]
 
 
 @pytest.mark.parametrize("is_async", [False, True])

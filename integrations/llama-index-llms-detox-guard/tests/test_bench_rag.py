@@ -55,7 +55,7 @@ def test_it_answers_measures_and_goes_on(
     assert not toxic["plain", False]
     assert not toxic["hook", True]
     alphas = {params.alpha for _, params in engine.asked}
-    assert alphas == {0.0, 3.0, 4.0}
+    assert alphas == {0.0, 3.0, 6.0}
     assert {params.seed for _, params in engine.asked} == {0, 1}
     assert "| hook | 0." in capsys.readouterr().out
 

@@ -107,7 +107,7 @@ async def test_chat_engines(index: VectorStoreIndex, mode: str, ours: bool) -> N
     if ours:
         answers = [params for _, params in fake.asked if params.guard]
         assert len(answers) == 4
-        assert all(params.alpha == 4.0 for params in answers)  # the context was toxic before it was masked
+        assert all(params.alpha == 6.0 for params in answers)  # the context was toxic before it was masked
 
 
 @pytest.mark.parametrize("mode", ENGINES)

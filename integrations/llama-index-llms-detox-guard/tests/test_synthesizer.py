@@ -90,7 +90,7 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
         assert (not asked) == (mode in ASK_NOTHING)
         assert not any("stupid" in str(prompt) for prompt, _ in asked)
         assert all(params.guard == POLICY for _, params in asked)
-        assert all(params.alpha == 4.0 for _, params in asked)
+        assert all(params.alpha == 6.0 for _, params in asked)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -285,7 +285,7 @@ async def test_plain_chunks_are_screened_too(is_async: bool) -> None:
     else:
         assert synthesizer.get_response(QUERY, CONTEXT) == CLEAN
     assert "stupid" not in str(engine.asked[0][0])
-    assert engine.asked[0][1].alpha == 4.0
+    assert engine.asked[0][1].alpha == 6.0
 
 
 # -- what goes wrong

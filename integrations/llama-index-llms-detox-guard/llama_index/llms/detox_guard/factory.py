@@ -35,7 +35,7 @@ def get_detox_response_synthesizer(
     policy: detox_guard.GuardPolicy | None = None,
     context: Action | None = "mask",
     context_threshold: float | None = None,
-    toxic_context_alpha: float = 4.0,
+    toxic_context_alpha: float = 6.0,
     redact_sources: bool = True,
     **factory_options: Any,
 ) -> DetoxSynthesizer:

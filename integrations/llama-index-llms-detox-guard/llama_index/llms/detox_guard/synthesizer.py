@@ -86,7 +86,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         policy: detox_guard.GuardPolicy | None = None,
         context: Action | None = "mask",
         context_threshold: float | None = None,
-        toxic_context_alpha: float = 4.0,
+        toxic_context_alpha: float = 6.0,
         redact_sources: bool = True,
     ) -> None:
         """`context_threshold`: None is the policy's threshold."""
