@@ -91,7 +91,7 @@ class Reference:
 
     @staticmethod
     def _bounded(gen: list[float], pull: dict[int, float], alpha: float) -> float:
-        """The largest strength up to 3 alpha that moves the nucleus by at most alpha/10 nats, by halving."""
+        """The largest strength up to 8 alpha that moves the nucleus by at most alpha/4 nats, by halving."""
 
         def moved(strength: float) -> float:
             def shares(a: float) -> list[float]:
@@ -102,10 +102,10 @@ class Reference:
 
             return sum(math.exp(q) * (q - p) for q, p in zip(shares(strength), shares(0.0), strict=True))
 
-        low, high = 0.0, 3 * alpha
-        if moved(high) <= alpha / 10:
+        low, high = 0.0, 8 * alpha
+        if moved(high) <= alpha / 4:
             return high
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if moved(middle) <= alpha / 10 else (low, middle)
+            low, high = (middle, high) if moved(middle) <= alpha / 4 else (low, middle)
         return low

@@ -45,7 +45,7 @@ def prompts(default_backbone: Backbone) -> list[list[int]]:
     return [default_backbone.tokenizer(text)["input_ids"] for text in OPENINGS]
 
 
-@pytest.mark.parametrize(("which", "rule"), [("shipped", "dexperts"), ("front", "detoxigen")])
+@pytest.mark.parametrize(("which", "rule"), [("shipped", "bounded"), ("shipped", "dexperts"), ("front", "detoxigen")])
 def test_twenty_prompts_equal_the_float64_oracle(
     unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]], which: str, rule: str
 ) -> None:

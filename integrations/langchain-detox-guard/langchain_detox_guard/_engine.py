@@ -69,7 +69,7 @@ class EngineFields(Serializable):
     revision: str | None = None
 
     alpha: float = 3.0
-    rule: str = "dexperts"
+    rule: str = "bounded"
     plausibility: float = 0.0
     temperature: float = 1.0
     top_p: float = 0.9
