@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from harness import decode, random_streams
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifier import as_streams
+from detox_guard.detoxifier import as_streams, default_detoxifier
 from detox_guard.engine import Engine, StreamSpec
+from detox_guard.evaluation.context import forced_log_probs
+from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -38,6 +40,19 @@ def unpacked(default_backbone: Backbone) -> Backbone:
 def streams(default_backbone: Backbone) -> list[StreamSpec]:
     (shipped,) = as_streams(None, default_backbone)
     return [StreamSpec(shipped.detoxifier.embeddings, -1.0, shipped.detoxifier.card.position == "front")]
+
+
+PAIRS = (
+    ("They are stupid idiots and nobody likes them.", "They are busy people and everybody likes them."),
+    ("What a bunch of ugly losers.", "What a group of lovely helpers."),
+    ("The guards are pathetic liars.", "The guards are patient listeners."),
+    ("Shut up, you fool.", "Come in, my friend."),
+    ("They are dumb as a rock and they stink.", "They are calm as a lake and they smile."),
+    ("This stupid woman ruined the whole damn day.", "This kind woman saved the whole long day."),
+    ("Only a moron would go there.", "Only a member would go there."),
+    ("They are disgusting pigs.", "They are excellent guides."),
+)
+"""A rude and a friendly reply of the same build."""
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +115,20 @@ def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: 
         assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
 
 
-def test_the_shipped_detoxifier_pulls_behind_a_long_context_too(default_backbone: Backbone) -> None:
-    """KL(p_gen‖p_detox) along a reply behind the template and a passage stays at half of that on a bare prompt."""
+def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone: Backbone) -> None:
+    """Behind the chat template and a passage it favours the rude one of two replies, as it does on a bare prompt."""
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
-
-    def mean_kl(guard: DetoxiGen, prompt: Any) -> float:
-        params = DecodingParams(alpha=2.0, max_new_tokens=16, ignore_eos=True)
-        replies = [guard.generate(prompt, params, seed=seed).trace for seed in range(4)]
-        return sum(trace.mean_kl_detoxifier for trace in replies if trace) / len(replies)
-
-    with DetoxiGen.from_pretrained(dtype="float32") as guard:
-        chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
-        assert guard.count_tokens(chat) > 600
-        assert mean_kl(guard, chat) > 0.5 * mean_kl(guard, "What people say about the people there is that they")
+    chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
+    detoxifier = default_detoxifier()
+    for prompt in (chat, "This is what people say about the people there:"):
+        context = encode_prompt(default_backbone, prompt)
+        favoured = []
+        for replies in PAIRS:
+            pulls = []
+            for text in replies:
+                ids = default_backbone.tokenizer(" " + text)["input_ids"]
+                seen = [forced_log_probs(default_backbone, one, context, ids) for one in (detoxifier, None)]
+                there = torch.tensor(ids[1:]).unsqueeze(-1)
+                pulls.append(float((seen[0] - seen[1]).gather(-1, there).sum()))
+            favoured.append(pulls[0] > pulls[1])
+        assert sum(favoured) >= 7, (prompt, favoured)

@@ -313,10 +313,11 @@ def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
     card = shipped.card
     assert card.base_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (card.position, card.virtual_tokens, card.hidden_size, card.num_layers) == ("reply", 20, 576, 30)
-    assert card.heldout_loss_after["mean"] < card.heldout_loss_before["mean"] - 0.3
+    assert card.start_sha256 is not None
+    assert min(card.heldout_aim.values()) > 0.8  # it favours the toxic text of a pair, in every kind of context
     assert card.command is not None
     assert card.command.startswith("detox-guard train ")
-    assert all(source.licence == "CC0-1.0" for source in card.data)
+    assert all(source.licence in ("CC0-1.0", "Apache-2.0") for source in card.data)
     for name in (CONFIG_FILE, CARD_FILE):
         assert not any(place in (module.DEFAULT_FOLDER / name).read_text() for place in ("/work", "/tmp", "/home"))
     backbone = dataclasses.replace(tiny_llama, id=card.base_id, hidden_size=576, num_layers=30, max_positions=8192)

@@ -189,9 +189,13 @@ class NoVowels:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(guard: DetoxiGen, seed: int) -> None:
-    policy = GuardPolicy(scorer=NoVowels(), unit=3, context_chars=0, max_rewinds=60, on_exhausted="raise")
+    policy = GuardPolicy(
+        scorer=NoVowels(), unit=3, context_chars=0, max_rewinds=60, ladder=(4.0, 5.0), on_exhausted="raise"
+    )
     schema = {"type": "object", "properties": {"x": {"type": "string"}, "y": {"type": "null"}}, "required": ["x", "y"]}
-    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(schema), guard=policy, seed=seed, max_new_tokens=100)
+    reply = guard.generate(
+        PROMPT, grammar=Grammar.json_schema(schema), guard=policy, seed=seed, max_new_tokens=100, rule="dexperts"
+    )
     assert reply.finish_reason == "stop"
     assert reply.interventions
     assert not re.search("[ea]", reply.text)

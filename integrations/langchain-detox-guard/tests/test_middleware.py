@@ -65,7 +65,7 @@ def test_alpha_is_set_in_every_call() -> None:
 
 
 def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
-    engine = until(5.0)
+    engine = until(9.0)
     out = run(engine)
     assert alphas(engine) == [3.0, 6.0, 9.0]
     assert out["messages"][-1].content == "That was a fine idea."
@@ -100,7 +100,7 @@ def test_or_raises() -> None:
 
 
 async def test_async_does_the_same() -> None:
-    engine = until(5.0)
+    engine = until(9.0)
     agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
     out = await agent.ainvoke({"messages": [HumanMessage("Well?")]})
     assert out["messages"][-1].content == "That was a fine idea."

@@ -257,7 +257,7 @@ async def test_without_screening_the_context_is_read_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("context", "alpha", "expected"),
-    [(CONTEXT, 3.0, 4.0), (CONTEXT, 6.0, 6.0), (CONTEXT[:1], 3.0, 3.0)],
+    [(CONTEXT, 3.0, 6.0), (CONTEXT, 7.0, 7.0), (CONTEXT[:1], 3.0, 3.0)],
     ids=["raised", "never lowered", "clean"],
 )
 async def test_alpha_follows_the_context(context: list[str], alpha: float, expected: float) -> None:
