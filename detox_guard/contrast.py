@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NATS", "REACH", "RULES", "Mixed", "bounded", "detoxigen", "dexperts", "kl_divergence", "plausible"]
 
-
 REACH, NATS = 8.0, 0.25
 """`bounded`, per unit of alpha: the most strength, and the most nats by which a token's distribution may move."""
 _SEARCH_STEPS = 14

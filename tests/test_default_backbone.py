@@ -119,6 +119,7 @@ def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone:
     """Behind the chat template and a passage it favours the rude one of two replies, as it does on a bare prompt."""
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
     chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
+    assert len(encode_prompt(default_backbone, chat)) > 600
     detoxifier = default_detoxifier()
     for prompt in (chat, "This is what people say about the people there:"):
         context = encode_prompt(default_backbone, prompt)
