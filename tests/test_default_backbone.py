@@ -14,7 +14,7 @@ from reference import Reference
 from detox_guard import DecodingParams, DetoxiGen
 from detox_guard.detoxifier import as_streams, default_detoxifier
 from detox_guard.engine import Engine, StreamSpec
-from detox_guard.evaluation.context import forced_log_probs
+from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
 from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -115,21 +115,26 @@ def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: 
         assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
 
 
+@torch.inference_mode()
 def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone: Backbone) -> None:
     """Behind the chat template and a passage it favours the rude one of two replies, as it does on a bare prompt."""
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
     chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
     assert len(encode_prompt(default_backbone, chat)) > 600
-    detoxifier = default_detoxifier()
+    embed, soft_prompt = default_backbone.model.get_input_embeddings(), default_detoxifier().embeddings.unsqueeze(0)
     for prompt in (chat, "This is what people say about the people there:"):
-        context = encode_prompt(default_backbone, prompt)
+        context = embed(torch.tensor([encode_prompt(default_backbone, prompt)]))
+        read = prefix_kv(default_backbone, context)  # once for all replies
         favoured = []
         for replies in PAIRS:
             pulls = []
             for text in replies:
                 ids = default_backbone.tokenizer(" " + text)["input_ids"]
-                seen = [forced_log_probs(default_backbone, one, context, ids) for one in (detoxifier, None)]
-                there = torch.tensor(ids[1:]).unsqueeze(-1)
-                pulls.append(float((seen[0] - seen[1]).gather(-1, there).sum()))
+                reply = embed(torch.tensor([ids]))
+                steered, plain = (
+                    tail_log_probs(default_backbone, read, tail, len(ids))[0]
+                    for tail in (torch.cat([soft_prompt, reply], dim=1), reply)
+                )
+                pulls.append(float((steered - plain).gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).sum()))
             favoured.append(pulls[0] > pulls[1])
         assert sum(favoured) >= 7, (prompt, favoured)
