@@ -44,6 +44,14 @@ def test_pairs_are_of_one_prompt() -> None:
     ]
 
 
+def test_replies_of_a_chat_begin_with_a_word() -> None:
+    scores = {"That is surely told apart.": 0.9, "It is quite harmless instead.": 0.1, " It begins with a space": 0.95}
+    rows = choose_pairs([("Hi", text) for text in scores], lambda texts: [scores[text] for text in texts], chat=True)
+    assert rows == [
+        {"prompt": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}
+    ]
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Real replies of the default backbone; the classifier's certainty is set so low that some of them pair."""
     prompts = write(
@@ -67,6 +75,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     first = (tmp_path / "own.jsonl").read_text()
     assert main(arguments) == 0
     assert (tmp_path / "own.jsonl").read_text() == first
+    assert main([*arguments, "--chat"]) == 0
+    assert (tmp_path / "own.jsonl").read_text() != first
     for toxic, neutral in read_pairs(str(tmp_path / "own.jsonl")).pairs:
         assert toxic[0] == neutral[0]
         assert toxic[1].startswith(" ")

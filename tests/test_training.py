@@ -27,8 +27,8 @@ from detox_guard.errors import (
 )
 from detox_guard.training import TrainingConfig, train_detoxifier
 from detox_guard.training.data import read_pairs, read_texts
-from detox_guard.training.examples import KINDS, Batch, Examples, Kind
-from detox_guard.training.forward import contrast, pair_loss, reply_logits, reply_loss
+from detox_guard.training.examples import KINDS, Batch, Examples, Kind, rows_of
+from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -172,6 +172,21 @@ def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
     assert tokenizer.decode(batch["reply_ids"][0]) == own[1]
     bare = [examples.batch("bare", [text], random.Random(0))["reply_ids"] for text in (own, whole)]
     assert torch.equal(bare[0], bare[1])
+    batch = examples.batch("chat", [own, whole], random.Random(0))
+    turns = tokenizer.batch_decode(batch["context_ids"])
+    assert "<|im_start|>user\nThe bus<|im_end|>" in turns[0]
+    assert "The bus<|im_end|>" not in turns[1]
+    assert all(turn.endswith("<|im_start|>assistant\n") for turn in turns)
+    assert tokenizer.decode(batch["reply_ids"][0], skip_special_tokens=True) == "is late"
+
+
+@pytest.mark.parametrize("kind", ["split", "chat"])
+def test_rows_of_a_batch(tiny_llama: Backbone, kind: Kind) -> None:
+    """Contexts go with their replies; one that is shared stays."""
+    batch = batch_of(tiny_llama, kind)
+    some = rows_of(batch, slice(1, None))
+    assert torch.equal(some["reply_ids"], batch["reply_ids"][1:])
+    assert torch.equal(some["context_ids"], batch["context_ids"][1:] if kind == "split" else batch["context_ids"])
 
 
 def test_chat_contexts(tiny_llama: Backbone) -> None:
@@ -259,12 +274,21 @@ def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
     assert torch.equal(loss, reply_loss(reply_logits(tiny_llama.model, prompt, batch, "reply"), batch))
 
 
+@pytest.mark.parametrize("position", get_args(Position))
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_streams_read_the_context_once(tiny_llama: Backbone, kind: Kind, position: Position) -> None:
+    """The detoxifier's logits are those of a pass of its own: nothing of the generator's reply is left in the cache."""
+    prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
+    detoxifier, _ = both_logits(tiny_llama.model, prompt, batch, position)
+    torch.testing.assert_close(detoxifier, reply_logits(tiny_llama.model, prompt, batch, position))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_contrast_row_by_row(tiny_llama: Backbone, kind: Kind) -> None:
     """Each row alone, unpadded: its tokens' log-ratios summed, all divergences averaged; the first token only counts
     where a context predicts it."""
     prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
-    found = contrast(tiny_llama.model, reply_logits(tiny_llama.model, prompt, batch, "reply"), batch)
+    found = contrast(*both_logits(tiny_llama.model, prompt, batch, "reply"), batch)
     embed, divergences = tiny_llama.model.get_input_embeddings(), []
     for row in range(3):
         context, reply = row_of(batch, row)

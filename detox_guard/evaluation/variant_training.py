@@ -153,7 +153,7 @@ class VariantTraining:
         steps = Steps(examples, variant.rows, (), (), own)  # the very batches of prompt tuning
 
         def batch(step: int) -> Batch:
-            return steps[step]["toxic"]
+            return steps[step]["batch"]
 
         before = self._loss(partial(weights_logits, self._backbone.model), examples)
         trained = train_weights(

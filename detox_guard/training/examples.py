@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.training.data import Text
 
-__all__ = ["KINDS", "Batch", "Examples", "Kind", "to_device"]
+__all__ = ["KINDS", "Batch", "Examples", "Kind", "rows_of", "to_device"]
 
 Kind = Literal["bare", "split", "chat", "passage"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -64,14 +64,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
 
 
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some of its replies, with their contexts."""
+    shared = len(batch["context_ids"]) < len(batch["reply_ids"])
+    own = {name: tensor if shared and name.startswith("context") else tensor[rows] for name, tensor in batch.items()}
+    return cast("Batch", own)
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Makes batches of one kind from toxic texts, alike for the same `rng`.
+    """Makes batches of one kind from texts, alike for the same `rng`.
 
     "bare": nothing but the text; "split": the prompt, or the first half of the text, is the context; "chat": the text
-    answers an
-    instruction behind the chat template; "passage": the same, with `passage_len` tokens of neutral text in it.
-    Without a chat template the latter two are plain text. `max_context_len` cuts contexts on the left.
+    answers an instruction, or its own prompt, behind the chat template; "passage": it answers an instruction behind
+    `passage_len` tokens of neutral text. Without a chat template the latter two are plain text. `max_context_len` cuts
+    contexts on the left.
     """
 
     backbone: Backbone
@@ -88,6 +95,9 @@ class Examples:
             replies = [self._ids(after, special=False) for _, after in pairs]
         else:
             contexts = [self._ids("") if kind == "bare" else self._chat(self._user_turn(kind, rng))]
+            if kind == "chat" and any(isinstance(text, tuple) for text in texts):
+                contexts = [contexts[0] if isinstance(text, str) else self._chat(text[0]) for text in texts]
+                texts = [text if isinstance(text, str) else text[1].lstrip() for text in texts]
             replies = [self._ids(text if isinstance(text, str) else "".join(text), special=False) for text in texts]
         if self.max_context_len is not None:
             contexts = [ids[max(0, len(ids) - self.max_context_len) :] for ids in contexts]

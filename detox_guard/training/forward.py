@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Position
     from detox_guard.training.examples import Batch
 
-__all__ = ["Contrast", "contrast", "pair_loss", "positions_of", "reply_logits", "reply_loss"]
+__all__ = ["Contrast", "both_logits", "contrast", "pair_loss", "positions_of", "reply_logits", "reply_loss"]
 
 DPO_BETA = 0.5
 
@@ -27,37 +27,25 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
     being causal, nothing before the virtual tokens depends on them, so the context's K/V comes without a graph, and
     once for all rows when they share it.
     """
-    embed = model.get_input_embeddings()
-    context_ids, reply_ids = batch["context_ids"], batch["reply_ids"]
-    rows, reply_len = reply_ids.shape
-    virtual = soft_prompt.to(embed.weight.dtype).expand(rows, -1, -1)
-    virtual_mask = reply_ids.new_ones(rows, len(soft_prompt))
-    context_mask = batch["context_mask"].expand(rows, -1)
-    past = None
     if position == "front":
-        prefix = torch.cat([virtual, embed(context_ids).expand(rows, -1, -1)], dim=1)
-        prefix_mask = torch.cat([virtual_mask, context_mask], dim=1)
-        # padding to the very left: even behind an empty context, a reply follows a real token
-        order = prefix_mask.argsort(dim=1, stable=True)
-        prefix = prefix.gather(1, order.unsqueeze(-1).expand_as(prefix))
-        inputs = torch.cat([prefix, embed(reply_ids)], dim=1)
-        mask = torch.cat([prefix_mask.gather(1, order), batch["reply_mask"]], dim=1)
-    else:
-        past, _ = _prefill(model, batch)
-        inputs = torch.cat([virtual, embed(reply_ids)], dim=1)
-        mask = torch.cat([context_mask, virtual_mask, batch["reply_mask"]], dim=1)
-    input_len = inputs.shape[1]
-    outputs = model(
-        inputs_embeds=inputs,
-        attention_mask=mask,
-        position_ids=positions_of(mask)[:, -input_len:],
-        past_key_values=past,
-        use_cache=past is not None,
-        # the head is a fifth of a small model's cost: only where a reply token is predicted
-        logits_to_keep=torch.arange(input_len - reply_len - 1, input_len - 1, device=inputs.device),
-    )
-    logits: torch.Tensor = outputs.logits
-    return logits
+        return _behind_front(model, soft_prompt, batch)
+    past, _ = _prefill(model, batch)
+    return _behind_context(model, soft_prompt, batch, past)
+
+
+def both_logits(
+    model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The detoxifier's logits, as `reply_logits`, and those of the frozen generator, which have no graph; what both
+    read is computed once. Where no row has a context, the generator predicts all but the first token of each reply:
+    [rows, reply_len - 1, vocab]."""
+    past, first = _prefill(model, batch)
+    generator = _generator_logits(model, batch, past, first)
+    if position == "front":
+        return _behind_front(model, soft_prompt, batch), generator
+    if past is not None and batch["reply_ids"].shape[1] > 1:
+        past.crop(1 - batch["reply_ids"].shape[1])  # what the generator read after the context
+    return _behind_context(model, soft_prompt, batch, past), generator
 
 
 def reply_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -77,12 +65,10 @@ class Contrast(NamedTuple):
     """Scalar: mean KL(p_gen‖p_detox), nats a token."""
 
 
-def contrast(model: Any, logits: torch.Tensor, batch: Batch) -> Contrast:
-    """Compare the detoxifier's `logits` (of `reply_logits`) with the generator's on the same batch; float32,
-    differentiable in the former."""
-    with torch.no_grad():
-        log_gen = _generator_logits(model, batch).float().log_softmax(-1)
-    log_detox = logits[:, -log_gen.shape[1] :].float().log_softmax(-1)
+def contrast(detoxifier: torch.Tensor, generator: torch.Tensor, batch: Batch) -> Contrast:
+    """Compare the logits of `both_logits` on the same batch; float32, differentiable in the former."""
+    log_gen = generator.float().log_softmax(-1)
+    log_detox = detoxifier[:, -log_gen.shape[1] :].float().log_softmax(-1)
     weights = batch["reply_mask"].float()
     if batch["context_ids"].shape[1]:
         weights = torch.cat([weights[:, :1] * batch["context_mask"][:, -1:], weights[:, 1:]], dim=1)
@@ -105,13 +91,55 @@ def pair_loss(toxic: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
     return functional.softplus(-DPO_BETA * (toxic - neutral)).mean()
 
 
-def _generator_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits of the frozen generator that predict the replies: [rows, reply_len, vocab], or [rows, reply_len - 1,
-    vocab] of all but their first tokens where no row has a context."""
+def _behind_front(model: Any, soft_prompt: torch.Tensor, batch: Batch) -> torch.Tensor:
+    embed = model.get_input_embeddings()
+    rows = len(batch["reply_ids"])
+    virtual, virtual_mask = _virtual(embed, soft_prompt, batch)
+    prefix = torch.cat([virtual, embed(batch["context_ids"]).expand(rows, -1, -1)], dim=1)
+    prefix_mask = torch.cat([virtual_mask, batch["context_mask"].expand(rows, -1)], dim=1)
+    # padding to the very left: even behind an empty context, a reply follows a real token
+    order = prefix_mask.argsort(dim=1, stable=True)
+    prefix = prefix.gather(1, order.unsqueeze(-1).expand_as(prefix))
+    mask = torch.cat([prefix_mask.gather(1, order), batch["reply_mask"]], dim=1)
+    return _predictions(model, torch.cat([prefix, embed(batch["reply_ids"])], dim=1), mask, batch, None)
+
+
+def _behind_context(model: Any, soft_prompt: torch.Tensor, batch: Batch, past: Any) -> torch.Tensor:
+    embed = model.get_input_embeddings()
+    virtual, virtual_mask = _virtual(embed, soft_prompt, batch)
+    context_mask = batch["context_mask"].expand(len(virtual), -1)
+    mask = torch.cat([context_mask, virtual_mask, batch["reply_mask"]], dim=1)
+    return _predictions(model, torch.cat([virtual, embed(batch["reply_ids"])], dim=1), mask, batch, past)
+
+
+def _virtual(embed: Any, soft_prompt: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = len(batch["reply_ids"])
+    virtual = soft_prompt.to(embed.weight.dtype).expand(rows, -1, -1)
+    return virtual, batch["reply_ids"].new_ones(rows, len(soft_prompt))
+
+
+def _predictions(model: Any, inputs: torch.Tensor, mask: torch.Tensor, batch: Batch, past: Any) -> torch.Tensor:
+    """Logits at the places of `inputs` [rows, input_len, hidden] that predict the reply at its end."""
+    input_len, reply_len = inputs.shape[1], batch["reply_ids"].shape[1]
+    outputs = model(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=positions_of(mask)[:, -input_len:],
+        past_key_values=past,
+        use_cache=past is not None,
+        # the head is a fifth of a small model's cost: only where a reply token is predicted
+        logits_to_keep=torch.arange(input_len - reply_len - 1, input_len - 1, device=inputs.device),
+    )
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
+@torch.no_grad()
+def _generator_logits(model: Any, batch: Batch, past: Any, first: torch.Tensor | None) -> torch.Tensor:
+    """`past` and `first` as `_prefill` gives them; `past` is longer afterwards."""
     rows = len(batch["reply_ids"])
     mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
     inputs = batch["reply_ids"][:, :-1]
-    past, first = _prefill(model, batch)
     logits: torch.Tensor = model(
         input_ids=inputs,
         attention_mask=mask,

@@ -71,10 +71,12 @@ def sample(
     samples: int = 8,
     tokens: int = 18,
     seed: int = 0,
+    chat: bool = False,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[tuple[str, str]]:
     """`(prompt, reply)`, `samples` of each prompt, from the backbone leaned towards the detoxifier (None: the one we
-    ship) by `alpha`. `progress` hears how many prompts are done. Raises what loading and decoding raise."""
+    ship) by `alpha`. `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises what loading
+    and decoding raise."""
     from detox_guard.detoxifier import SteeringStream, default_detoxifier
     from detox_guard.generation import DetoxiGen
     from detox_guard.params import DecodingParams
@@ -87,19 +89,25 @@ def sample(
             seeds = range(seed + at * samples, seed + at * samples + len(asked))
             drawn = DecodingParams(alpha=alpha, rule="dexperts", max_new_tokens=tokens, trace=False)
             params = [drawn.replace(seed=one) for one in seeds]
-            replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(asked, params), strict=True)]
+            put = [[{"role": "user", "content": prompt}] for prompt in asked] if chat else asked
+            replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(put, params), strict=True)]
             progress(min(len(prompts), at + PROMPTS_A_BATCH))
     return replies
 
 
 def choose_pairs(
-    replies: Sequence[tuple[str, str]], predict: Callable[[Sequence[str]], Sequence[float]]
+    replies: Sequence[tuple[str, str]],
+    predict: Callable[[Sequence[str]], Sequence[float]],
+    *,
+    chat: bool = False,
 ) -> list[dict[str, str]]:
     """Rows of `prompt`, `toxic`, `neutral`: each prompt's surely toxic replies, with its most harmless ones.
 
-    Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space.
+    Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
+    a `chat`, with nothing before them.
     """
-    fit = [(prompt, text) for prompt, text in replies if text[:1] == " " and text[1:2].isalnum() and len(text) > 20]
+    lead = "" if chat else " "
+    fit = [(prompt, text) for prompt, text in replies if _begins_a_word(text, lead) and len(text) > 20]
     by_prompt: dict[str, list[tuple[float, str]]] = {}
     for (prompt, text), score in zip(fit, predict([text for _, text in fit]) if fit else (), strict=True):
         by_prompt.setdefault(prompt, []).append((score, text.strip()))
@@ -110,6 +118,10 @@ def choose_pairs(
         for place, (_, text) in enumerate(toxic if harmless else ()):
             rows.append({"prompt": prompt, "toxic": text, "neutral": harmless[place % len(harmless)][1]})
     return rows
+
+
+def _begins_a_word(text: str, lead: str) -> bool:
+    return text.startswith(lead) and text[len(lead) :][:1].isalnum()
 
 
 def _likely(prompts: Sequence[str], predict: Callable[[Sequence[str]], Sequence[float]], count: int) -> list[str]:
@@ -135,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alpha", type=float, default=2.0, help="how far to lean towards it")
     parser.add_argument("--limit", type=int, default=240, help="prompts")
     parser.add_argument("--samples", type=int, default=8, help="replies a prompt")
+    parser.add_argument("--chat", action="store_true", help="prompts are user turns, through the chat template")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
@@ -166,9 +179,10 @@ def _make(given: Any) -> list[dict[str, str]]:
         alpha=given.alpha,
         samples=given.samples,
         seed=given.seed,
+        chat=given.chat,
         progress=lambda done: print(f"{done} of {len(prompts)} prompts", file=sys.stderr),
     )
-    rows = choose_pairs(replies, predict)
+    rows = choose_pairs(replies, predict, chat=given.chat)
     if not rows:
         raise DataError("no prompt has a toxic and a harmless reply", hint="more prompts or samples, or a higher alpha")
     return rows

@@ -27,8 +27,8 @@ from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.training.config import FILES
 from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts
-from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, to_device
-from detox_guard.training.forward import Contrast, contrast, pair_loss, reply_logits, reply_loss
+from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, rows_of, to_device
+from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -196,11 +196,11 @@ def _embedding_scale(backbone: Backbone) -> float | None:
 
 
 class _Step(TypedDict):
-    """What one training step sees: toxic replies, and harmless ones in contexts of the same kind. The first `pairs`
-    rows of both say the same."""
+    """What one training step sees: `toxic` toxic replies, then harmless ones in contexts of the same kind. The first
+    `pairs` of both say the same."""
 
-    toxic: Batch
-    anchor: Batch | None
+    batch: Batch
+    toxic: int
     pairs: int
 
 
@@ -224,18 +224,19 @@ class Steps(Dataset[_Step]):
         paired = rows // 2 if self.pairs else 0
         pairs = _next(_pairs_for(kind, self.pairs), step * (self.config.batch_size // 2), paired)
         toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
-        anchor = [other for _, other in pairs]
-        if self.anchors:
-            anchor += _next(self.anchors, step * self.config.batch_size, rows - paired)
-        # Both in the same contexts, or the soft prompt could tell the two by their contexts.
-        batches = [self.examples.batch(kind, some, random.Random(seed)) if some else None for some in (toxic, anchor)]
-        assert batches[0] is not None
-        return _Step(toxic=batches[0], anchor=batches[1], pairs=paired)
+        harmless: list[Text] = []
+        if self.config.anchor_weight > 0 or self.config.pair_weight > 0:
+            harmless += [other for _, other in pairs]
+            if self.anchors:
+                harmless += _next(self.anchors, step * self.config.batch_size, rows - paired)
+        # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
+        batch = self.examples.batch(kind, toxic + harmless, random.Random(seed))
+        return _Step(batch=batch, toxic=len(toxic), pairs=paired)
 
 
 def _pairs_for(kind: Kind, pairs: Sequence[_Pair]) -> Sequence[_Pair]:
     """Pairs with a prompt of their own where the prompt is the context, the others elsewhere, if there are any."""
-    fit = [pair for pair in pairs if isinstance(pair[0], tuple) == (kind == "split")]
+    fit = [pair for pair in pairs if isinstance(pair[0], tuple) == (kind in ("split", "chat"))]
     return fit or pairs
 
 
@@ -280,13 +281,12 @@ def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config:
         above, own = 0, _pairs_for(kind, pairs)
         for first in range(0, len(own), _rows(kind, config)):
             some = own[first : first + _rows(kind, config)]
-            ratios = []
-            for side in (0, 1):
-                rng = random.Random(f"{config.seed}/aim/{kind}/{first}")
-                batch = to_device(examples.batch(kind, [pair[side] for pair in some], rng), soft_prompt.device)
-                logits = reply_logits(base, soft_prompt, batch, config.position)
-                ratios.append(contrast(base, logits, batch).log_ratio)
-            above += int((ratios[0] > ratios[1]).sum())
+            texts = [text for side in zip(*some, strict=True) for text in side]
+            batch = examples.batch(kind, texts, random.Random(f"{config.seed}/aim/{kind}/{first}"))
+            batch = to_device(batch, soft_prompt.device)
+            found = contrast(*both_logits(base, soft_prompt, batch, config.position), batch)
+            toxic, neutral = found.log_ratio.split(len(some))
+            above += int((toxic > neutral).sum())
         aim[kind] = round(above / len(own), 4)
     aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
     return aim
@@ -304,20 +304,15 @@ class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
         soft_prompt = _soft_prompt(model)
         base, position = model.get_base_model(), self.config.position
 
-        def logits_of(batch: Batch) -> torch.Tensor:
-            return reply_logits(base, soft_prompt, batch, position)
-
-        toxic = to_device(inputs["toxic"], soft_prompt.device)
-        logits = logits_of(toxic)
-        loss = reply_loss(logits, toxic)
-        pairs = inputs["pairs"] if self.config.pair_weight > 0 else 0
-        if inputs["anchor"] is None or not (pairs or self.config.anchor_weight > 0):
-            return loss
-        anchor = to_device(inputs["anchor"], soft_prompt.device)
-        harmless: Contrast = contrast(base, logits_of(anchor), anchor)
-        loss = loss + self.config.anchor_weight * harmless.divergence
+        batch, toxic, pairs = to_device(inputs["batch"], soft_prompt.device), inputs["toxic"], inputs["pairs"]
+        rude, rest = rows_of(batch, slice(toxic)), rows_of(batch, slice(toxic, None))
+        if not len(rest["reply_ids"]):
+            return reply_loss(reply_logits(base, soft_prompt, batch, position), batch)
+        logits, generator = both_logits(base, soft_prompt, batch, position)
+        harmless = contrast(logits[toxic:], generator[toxic:], rest)
+        loss = reply_loss(logits[:toxic], rude) + self.config.anchor_weight * harmless.divergence
         if pairs:
-            twins = contrast(base, logits, toxic)
+            twins = contrast(logits[:toxic], generator[:toxic], rude)
             loss = loss + self.config.pair_weight * pair_loss(twins.log_ratio[:pairs], harmless.log_ratio[:pairs])
         return loss
 
