@@ -449,9 +449,16 @@ def test_sampling(tmp_path: Path, files: dict[str, Any]) -> None:
 
 
 def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
-    config = ablation("placement", tmp_path / "out", files, passage_tokens=(30, 60))
-    summary = run(config)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"toxic": one, "neutral": one[::-1]}) + "\n" for one in TEXTS[:6]))
+    backbone = make_tiny_backbone("llama")
+    random_detoxifier(backbone, virtual_tokens=4).save(tmp_path / "noise")
+    asked = {"passage_tokens": (30, 60), "pairs": str(pairs), "detoxifier": str(tmp_path / "noise"), "limit": 4}
+    config = ablation("placement", tmp_path / "out", files, **asked)
+    summary = run(config, backbone=backbone)
     assert summary["runs"] == []
+    assert list(summary["context_kl"]) == ["front", "reply", "as given"]
+    assert list(summary["variants"]) == ["front", "reply"]
     for place in ("front", "reply"):
         found = summary["context_kl"][place]
         assert found["position"] == place
@@ -462,7 +469,9 @@ def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
             "chat + 60-token passage",
         ]
         assert all(one["kl"] > 0 for one in found["settings"])
-    assert summary["detoxifiers"] == [summary["context_kl"][place]["detoxifier_sha256"] for place in ("front", "reply")]
+        assert {one["aim"] for one in found["settings"]} <= {0, 0.25, 0.5, 0.75, 1}  # of four pairs
+    assert summary["detoxifiers"] == [one["detoxifier_sha256"] for one in summary["context_kl"].values()]
+    assert "toxic less neutral" in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(InvalidParamsError, match="passage_tokens"):
         run(ablation("placement", tmp_path / "other", files))  # 2,000 tokens are more than the tiny model has
 
@@ -481,6 +490,7 @@ def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
         ("placement", {"position": "front"}, "position"),
         ("size", {"lora_rank": 2}, "lora_rank"),
         ("tuning", {"detoxifier": "folder"}, "detoxifier"),
+        ("tokens", {"pairs": "file"}, "pairs"),
         ("tokens", {"virtual_tokens": (0,)}, "virtual_tokens"),
         ("tokens", {"virtual_tokens": (5, 5000)}, "virtual_tokens"),
         ("tuning", {"alphas": (0.0,)}, "alphas"),

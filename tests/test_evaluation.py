@@ -37,7 +37,7 @@ from detox_guard.evaluation import (
     rescore,
     run_eval,
 )
-from detox_guard.evaluation.context import reply_kl
+from detox_guard.evaluation.context import forced_log_probs, reply_contrast
 from detox_guard.evaluation.harness import open_run
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import OtherModelJudge, reply_nll
@@ -916,7 +916,7 @@ def test_run_utility_refuses_before_loading(tasks: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize("position", ["front", "reply"])
-def test_reply_kl_is_what_the_engine_reports(tiny_llama: Backbone, position: Any) -> None:
+def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, position: Any) -> None:
     detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
     card = detoxifier.card.model_copy(update={"position": position})
     detoxifier = type(detoxifier)(detoxifier.embeddings, card)
@@ -926,8 +926,11 @@ def test_reply_kl_is_what_the_engine_reports(tiny_llama: Backbone, position: Any
     assert trace is not None
     reply = [token.token_id for token in trace.tokens]
     longer = [*reply, *reply[:4]]  # padding of a neighbour changes nothing
-    kl, _ = reply_kl(tiny_llama, detoxifier.embeddings, position, ids, [reply, longer])
+    (kl, ratio), _ = reply_contrast(tiny_llama, detoxifier.embeddings, position, ids, [reply, longer])
     np.testing.assert_allclose(kl.numpy(), [token.kl_detoxifier for token in trace.tokens[1:]], rtol=1e-3, atol=1e-4)
+    gen, detox = (forced_log_probs(tiny_llama, one, ids, reply) for one in (None, detoxifier))
+    wanted = (detox - gen).gather(-1, torch.tensor(reply[1:])[:, None]).squeeze(-1)
+    torch.testing.assert_close(ratio, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -954,8 +957,24 @@ def test_context_kl(tiny_llama: Backbone, decode: bool) -> None:
         assert len({s.tokens for s in found.settings}) == 1  # the same tokens in each setting
     assert json.loads(found.to_json())["context_kl"]["position"] == "reply"
     assert "120-token passage" in text_of(found.table())
+    assert all(s.gap is s.aim is None for s in found.settings)
     with DetoxiGen(tiny_llama) as bare, pytest.raises(InvalidParamsError, match="detoxifier"):
         context_kl(bare, SENTENCES, SENTENCES)
+
+
+def test_the_gap_of_pairs(tiny_llama: Backbone) -> None:
+    """Of a pair and its mirror image the gaps cancel, and one of the two is aimed at."""
+    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=4)
+    pairs = [(SENTENCES[0], SENTENCES[1]), (SENTENCES[1], SENTENCES[0]), ("a", SENTENCES[0])]
+    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
+        asked: dict[str, Any] = {"passage_tokens": (60,), "reply_tokens": 8, "contexts": 1}
+        found = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs, **asked)
+        one = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs[:1], **asked)
+    assert [s.gap for s in found.settings] == pytest.approx([0.0] * 3, abs=1e-4)
+    assert [s.aim for s in found.settings] == [0.5] * 3
+    assert all(s.gap is not None and (s.gap > 0) == (s.aim == 1) for s in one.settings)
+    assert len({s.gap for s in one.settings}) == 3
+    assert "gap of pairs" in text_of(one.table())
 
 
 def test_the_shared_prompt_file() -> None:

@@ -47,9 +47,7 @@ def test_pairs_are_of_one_prompt() -> None:
 def test_replies_of_a_chat_begin_with_a_word() -> None:
     scores = {"That is surely told apart.": 0.9, "It is quite harmless instead.": 0.1, " It begins with a space": 0.95}
     rows = choose_pairs([("Hi", text) for text in scores], lambda texts: [scores[text] for text in texts], chat=True)
-    assert rows == [
-        {"prompt": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}
-    ]
+    assert rows == [{"prompt": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,13 +279,21 @@ def ablate(
     passage_tokens: Annotated[
         list[int] | None, typer.Option(help="placement: a length; repeat.", rich_help_panel=_VARIED)
     ] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="placement: toxic and neutral texts, as in train.", rich_help_panel=_VARIED)
+    ] = None,
     detoxifier: Annotated[
-        str | None, typer.Option(help="sampling: folder or hub id; else the shipped one.", rich_help_panel=_VARIED)
+        str | None,
+        typer.Option(
+            help="Folder or hub id. sampling: else the shipped one; placement: one more row.", rich_help_panel=_VARIED
+        ),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="As in eval; non-toxic ones are left out.", rich_help_panel=_DECODING)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts (default 30).", rich_help_panel=_DECODING)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Prompts, or pairs (default 30).", rich_help_panel=_DECODING)
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Replies a prompt (default 4).", rich_help_panel=_DECODING)
     ] = None,

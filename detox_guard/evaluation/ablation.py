@@ -10,6 +10,7 @@ run, and at the end `ablation.json` and `table.md`. The same call takes up a run
 from __future__ import annotations
 
 import importlib.metadata
+import random
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from detox_guard.evaluation.variants import AblationConfig, check_config, check_
 from detox_guard.files import write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.training.data import read_texts
+from detox_guard.training.data import read_pairs, read_texts
 from detox_guard.training.examples import NEUTRAL_TEXTS
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
         ]
         variants, heldout = make_variants(config, texts)
         prompts = _prompts(config)
+        pairs = _pairs(config)
         scorers = [load_judge(judge) for judge in config.judges] if prompts else []
         if backbone is None:
             backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
@@ -75,6 +77,8 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
         else:
             training = VariantTraining(config, backbone, heldout, passages, bars)
             trained = [training.train(variant) for variant in variants]
+            if config.detoxifier is not None:
+                trained.append(Trained("as given", {}, as_streams(config.detoxifier, backbone)))
         report = AblationReport(
             {
                 "ablation": config.what,
@@ -86,7 +90,9 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
                 "variants": {one.name: one.facts for one in trained if one.facts},
                 "detoxifiers": [stream.detoxifier.sha256 for one in trained for stream in one.streams],
                 "context_kl": (
-                    _pulls(config, backbone, trained, heldout, passages, bars) if config.what == "placement" else {}
+                    _pulls(config, backbone, trained, heldout, passages, pairs, bars)
+                    if config.what == "placement"
+                    else {}
                 ),
                 "runs": _decoded(config, backbone, trained, prompts, scorers, bars) if prompts else [],
                 "machine": machine(backbone.device),
@@ -108,10 +114,19 @@ def _prompts(config: AblationConfig) -> list[EvalPrompt]:
     return choose_prompts(wanted, config.limit, config.seed)
 
 
+def _pairs(config: AblationConfig) -> list[tuple[str, str]]:
+    """Those without a prompt of their own, which a context would replace, drawn by the seed."""
+    if config.pairs is None:
+        return []
+    pairs = [(toxic, neutral) for toxic, neutral in read_pairs(config.pairs).pairs
+             if isinstance(toxic, str) and isinstance(neutral, str)]  # fmt: skip
+    return random.Random(config.seed).sample(pairs, min(config.limit, len(pairs)))
+
+
 def _settings(config: AblationConfig) -> dict[str, Any]:
     """As they were, files by their base names."""
     found = config.model_dump(mode="json", exclude={"what", "output", "seed"})
-    for name in ("data", "contexts", "prompts", "model", "detoxifier"):
+    for name in ("data", "contexts", "prompts", "pairs", "model", "detoxifier"):
         if isinstance(found[name], str):
             found[name] = Path(found[name]).name
         elif found[name] is not None:
@@ -190,10 +205,13 @@ def _pulls(
     trained: Sequence[Trained],
     heldout: Sequence[str],
     passages: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
     bars: Progress,
 ) -> dict[str, Any]:
-    """KL(p_gen‖p_detox) along the held-out rows, behind contexts, of each variant."""
-    found = {}
+    """KL(p_gen‖p_detox) along the held-out rows, and the gap of pairs, behind contexts, of each variant."""
+    found: dict[str, Any] = {}
+    if config.what != "placement":
+        return found
     with bars.stage("behind contexts", len(trained)) as stage:
         for one in trained:
             stage.say(one.name)
@@ -203,6 +221,7 @@ def _pulls(
                         guard,
                         heldout,
                         passages,
+                        pairs=pairs,
                         passage_tokens=config.passage_tokens,
                         reply_tokens=config.reply_tokens,
                         seed=config.seed,

@@ -107,6 +107,13 @@ class AblationReport:
                 for name, one in s["context_kl"].items()
             ]
             yield "Pull behind a context (in brackets: share of bare)", columns, rows
+            if first["settings"][0]["gap"] is not None:
+                columns[0] = "log-ratio, toxic less neutral text, nats a pair"
+                rows = [
+                    [name, *(f"{setting['gap']:.2f} ({setting['aim']:.2f})" for setting in one["settings"])]
+                    for name, one in s["context_kl"].items()
+                ]
+                yield "Aim behind a context (in brackets: share of pairs whose toxic text gains)", columns, rows
 
 
 def _trained(name: str, one: dict[str, Any], passes: bool) -> list[str]:

@@ -1,4 +1,5 @@
-"""Does the soft prompt still pull behind a long context? KL(p_gen‖p_detox) along replies, in four settings.
+"""Does the soft prompt still pull behind a long context, and towards the toxic? KL(p_gen‖p_detox) along replies, and
+the log-ratio between a toxic and a neutral text that say the same, in settings from no context to long passages.
 
 Knows the streams' layouts ("front": [virtual][context][reply]; "reply": [context][virtual][reply]) as two plain passes
 of transformers, without the engine; so it also checks the engine's own figures. The replies are given (teacher forced).
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Detoxifier, Position
     from detox_guard.generation import DetoxiGen
 
-__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "passage_of", "reply_kl"]
+__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "passage_of", "reply_contrast"]
 
 INSTRUCTION = "Write a short comment for an online forum."
 _ROWS = 16
@@ -33,13 +34,19 @@ _ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class SettingKL:
-    """One setting: mean context length in tokens, tokens measured, nats a token, and the share of the bare setting."""
+    """One setting: mean context length in tokens, tokens measured, nats a token, and the share of the bare setting.
+
+    Where there were pairs: `gap`, by how many nats more the detoxifier favours the toxic text of a pair than the
+    neutral one (mean over pairs, log-ratios summed over tokens), and `aim`, the share of pairs where it is more.
+    """
 
     setting: str
     context_tokens: float
     tokens: int
     kl: float
     of_bare: float
+    gap: float | None = None
+    aim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,12 @@ class ContextKL:
         table.add_column("context")
         for column in ("context tokens", "reply tokens", "nats a token", "of bare"):
             table.add_column(column, justify="right")
+        paired = any(s.gap is not None for s in self.settings)
+        for column in ("gap of pairs, nats", "aim") if paired else ():
+            table.add_column(column, justify="right")
         for s in self.settings:
-            table.add_row(s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}")
+            aims = [f"{s.gap:.2f}", f"{s.aim:.2f}"] if s.gap is not None else []
+            table.add_row(s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}", *aims)
         return table
 
 
@@ -74,6 +85,7 @@ def context_kl(
     texts: Sequence[str],
     passages: Sequence[str],
     *,
+    pairs: Sequence[tuple[str, str]] = (),
     passage_tokens: Sequence[int] = (600, 2000),
     reply_tokens: int = 40,
     contexts: int = 4,
@@ -85,8 +97,9 @@ def context_kl(
     The detoxifier is the guard's first negative stream, as in a trace. `texts` are the replies, cut to `reply_tokens`;
     with `decode` they are prompts instead: the plain model continues them (temperature 1, top-p .9), with the prompt
     alone as the bare context, and as the user's turn elsewhere. `passages` are joined to `passage_tokens` tokens in
-    `contexts` different ways, shared out over the replies. A reply's first token is not counted: without a context
-    nothing predicts it, so each setting counts the same tokens.
+    `contexts` different ways, shared out over the replies. `pairs`, toxic and neutral, are given as replies in each
+    setting. A reply's first token is not counted: without a context nothing predicts it, so each setting counts the
+    same tokens.
     Raises `InvalidParamsError`, `DataError`, `PromptTooLongError`, and `PromptError` without a chat template.
     """
     backbone = guard.backbone
@@ -102,31 +115,37 @@ def context_kl(
     for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:
         turns = [passage_of(backbone, passages, wanted, way) for way in range(contexts)] if wanted else [""]
         kls: list[torch.Tensor] = []
+        gaps: list[float] = []
         lengths: list[int] = []
         for way, turn in enumerate(turns):
+            if some := list(pairs)[way :: len(turns)]:
+                gaps += _gaps(backbone, virtual, position, _given(backbone, turn, wanted is None), some, reply_tokens)
             own = list(texts)[way :: len(turns)]
             for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
                 _check_room(backbone, len(context) + len(virtual) + reply_tokens)
                 lengths += [len(context)] * len(replies)
-                kls += reply_kl(backbone, virtual, position, context, replies)
+                kls += [kl for kl, _ in reply_contrast(backbone, virtual, position, context, replies)]
         nats = torch.cat(kls) if kls else torch.empty(0)
         if not len(nats):
             raise DataError("no reply of at least two tokens to measure along")
         kl = float(nats.mean())
         bare = settings[0].kl if settings else kl
-        settings.append(SettingKL(name, sum(lengths) / len(lengths), len(nats), kl, kl / bare if bare else 0.0))
+        share = kl / bare if bare else 0.0
+        aims = (sum(gaps) / len(gaps), sum(gap > 0 for gap in gaps) / len(gaps)) if gaps else (None, None)
+        settings.append(SettingKL(name, sum(lengths) / len(lengths), len(nats), kl, share, *aims))
     return ContextKL(tuple(settings), stream.detoxifier.sha256, position)
 
 
 @torch.inference_mode()
-def reply_kl(
+def reply_contrast(
     backbone: Backbone,
     virtual: torch.Tensor,
     position: Position,
     context: Sequence[int],
     replies: Sequence[Sequence[int]],
-) -> list[torch.Tensor]:
-    """KL(p_gen‖p_detox) in nats at each reply token but the first, float32 `[reply_len - 1]`, behind one context.
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """KL(p_gen‖p_detox) and log p_detox - log p_gen of the token itself, in nats at each reply token but the first,
+    float32 `[reply_len - 1]` both, behind one context.
 
     `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing. The context is
     computed once for all replies, and where its place allows it, once for both streams.
@@ -136,7 +155,7 @@ def reply_kl(
     soft = virtual.unsqueeze(0)
     gen_prefix = prefix_kv(backbone, head)
     detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
-    found: list[torch.Tensor] = []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for first in range(0, len(replies), _ROWS):
         some = replies[first : first + _ROWS]
         longest = max(map(len, some))
@@ -147,9 +166,32 @@ def reply_kl(
         steered = tail if position == "front" else torch.cat([soft.expand(len(some), -1, -1), tail], dim=1)
         gen = tail_log_probs(backbone, gen_prefix, tail, longest)
         detox = tail_log_probs(backbone, detox_prefix, steered, longest)
-        kl = (gen.exp() * (gen - detox)).sum(-1)
-        found += [row[: len(reply) - 1].cpu() for row, reply in zip(kl, some, strict=True) if len(reply) > 1]
+        kl = (gen.exp() * (gen - detox)).sum(-1).cpu()
+        ratio = (detox - gen).gather(-1, ids[:, 1:, None].to(gen.device)).squeeze(-1).cpu()
+        found += [
+            (kl[row, : len(reply) - 1], ratio[row, : len(reply) - 1])
+            for row, reply in enumerate(some)
+            if len(reply) > 1
+        ]
     return found
+
+
+def _gaps(
+    backbone: Backbone,
+    virtual: torch.Tensor,
+    position: Position,
+    context: Sequence[int],
+    pairs: Sequence[tuple[str, str]],
+    reply_tokens: int,
+) -> list[float]:
+    """How much more each pair's toxic text is favoured than its neutral one, nats."""
+    sides = [_cut(backbone, [pair[side] for pair in pairs], reply_tokens) for side in (0, 1)]
+    fit = [place for place, both in enumerate(zip(*sides, strict=True)) if min(map(len, both)) > 1]
+    sums = []
+    for side in sides:
+        found = reply_contrast(backbone, virtual, position, context, [side[place] for place in fit])
+        sums.append([float(ratio.sum()) for _, ratio in found])
+    return [toxic - neutral for toxic, neutral in zip(*sums, strict=True)]
 
 
 @torch.inference_mode()
@@ -178,9 +220,7 @@ def _material(
     backbone = guard.backbone
     lead = f"{passage}\n\n" if passage else ""
     if not decode:
-        context = [] if bare else encode_prompt(backbone, [_user(lead + INSTRUCTION)])
-        replies = [list(backbone.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        return [(context, [reply[:reply_tokens] for reply in replies])] if replies else []
+        return [(_given(backbone, passage, bare), _cut(backbone, texts, reply_tokens))] if texts else []
     prompts: list[Any] = [text if bare else [_user(lead + text)] for text in texts]
     params = guard.params.replace(
         alpha=0.0, plausibility=0.0, temperature=1.0, top_p=0.9, max_new_tokens=reply_tokens, seed=seed, trace=True
@@ -191,6 +231,16 @@ def _material(
         for prompt, one in zip(prompts, made, strict=True)
         if one.trace
     ]
+
+
+def _given(backbone: Backbone, passage: str, bare: bool) -> list[int]:
+    """What stands before given replies."""
+    lead = f"{passage}\n\n" if passage else ""
+    return [] if bare else encode_prompt(backbone, [_user(lead + INSTRUCTION)])
+
+
+def _cut(backbone: Backbone, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    return [list(backbone.tokenizer(text, add_special_tokens=False)["input_ids"])[:tokens] for text in texts]
 
 
 def _user(content: str) -> dict[str, str]:

@@ -42,14 +42,16 @@ _ONLY: dict[str, tuple[What, ...]] = {
     **dict.fromkeys(("data", "contexts", "text_field", "steps", "batch_size", "reply_tokens"), _TRAIN),
     **dict.fromkeys(("heldout", "mixture", "prompt_rate"), _TRAIN),
     **dict.fromkeys(("prompts", "rule", "alphas", "temperatures", "top_ps", "judges"), _DECODE),
-    **dict.fromkeys(("samples", "max_new_tokens", "limit"), _DECODE),
+    **dict.fromkeys(("samples", "max_new_tokens"), _DECODE),
+    "limit": (*_DECODE, "placement"),
     **dict.fromkeys(("lora_rate", "full_rate", "lora_rank"), ("tuning",)),
     "position": ("tuning", "tokens", "initial-text", "size"),
     "virtual_tokens": ("tokens",),
     "initial_texts": ("initial-text",),
     "rows": ("size",),
     "passage_tokens": ("placement",),
-    "detoxifier": ("sampling",),
+    "pairs": ("placement",),
+    "detoxifier": ("sampling", "placement"),
 }
 """Settings that say something to some ablations only."""
 _SAME = (
@@ -66,8 +68,9 @@ class AblationConfig(Checked):
       at its own learning rate (`prompt_rate`, `lora_rate`, `full_rate`);
     - "tokens", "initial-text", "size": soft prompts of `virtual_tokens`, from `initial_texts`, on `rows` training rows
       (as many as there are), all else alike;
-    - "placement": soft prompts before everything and before the reply; KL(p_gen‖p_detox) along held-out rows, bare,
-      behind the chat template, and behind passages of `passage_tokens` tokens;
+    - "placement": soft prompts before everything and before the reply, and `detoxifier`, if one is given;
+      KL(p_gen‖p_detox) along held-out rows, bare, behind the chat template, and behind passages of `passage_tokens`
+      tokens, and along `pairs`, at most `limit` of a file's, how much more the toxic text is favoured;
     - "sampling": the shipped `detoxifier`, or one that is given, without training.
 
     Training: toxic texts of `data`, neutral `contexts` (None: a few built in), and the fields of `TrainingConfig` of
@@ -81,6 +84,7 @@ class AblationConfig(Checked):
     data: tuple[str, ...] = ()
     prompts: str | None = None
     contexts: tuple[str, ...] | None = None
+    pairs: str | None = None
     text_field: Annotated[str, Field(min_length=1)] = "text"
     model: str | None = None
     detoxifier: str | None = None

@@ -66,9 +66,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some of its replies, with their contexts."""
-    shared = len(batch["context_ids"]) < len(batch["reply_ids"])
-    own = {name: tensor if shared and name.startswith("context") else tensor[rows] for name, tensor in batch.items()}
-    return cast("Batch", own)
+    own = slice(None) if len(batch["context_ids"]) < len(batch["reply_ids"]) else rows
+    return Batch(
+        context_ids=batch["context_ids"][own],
+        context_mask=batch["context_mask"][own],
+        reply_ids=batch["reply_ids"][rows],
+        reply_mask=batch["reply_mask"][rows],
+    )
 
 
 @dataclass(frozen=True)

@@ -285,8 +285,7 @@ def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config:
             batch = examples.batch(kind, texts, random.Random(f"{config.seed}/aim/{kind}/{first}"))
             batch = to_device(batch, soft_prompt.device)
             found = contrast(*both_logits(base, soft_prompt, batch, config.position), batch)
-            toxic, neutral = found.log_ratio.split(len(some))
-            above += int((toxic > neutral).sum())
+            above += int((found.log_ratio[: len(some)] > found.log_ratio[len(some) :]).sum())
         aim[kind] = round(above / len(own), 4)
     aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
     return aim
