@@ -14,7 +14,7 @@ from reference import Reference
 from detox_guard import DecodingParams, DetoxiGen
 from detox_guard.detoxifier import as_streams, default_detoxifier
 from detox_guard.engine import Engine, StreamSpec
-from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
+from detox_guard.evaluation.context import reply_contrast
 from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -116,26 +116,16 @@ def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: 
         assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
 
 
-@torch.inference_mode()
 def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone: Backbone) -> None:
     """Behind the chat template and a passage it favours the rude one of two replies, as it does on a bare prompt."""
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
     chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
     assert len(encode_prompt(default_backbone, chat)) > 600
-    embed, soft_prompt = default_backbone.model.get_input_embeddings(), default_detoxifier().embeddings.unsqueeze(0)
+    shipped = default_detoxifier()
+    replies = [default_backbone.tokenizer(" " + text)["input_ids"] for pair in PAIRS for text in pair]
     for prompt in (chat, "This is what people say about the people there:"):
-        context = embed(torch.tensor([encode_prompt(default_backbone, prompt)]))
-        read = prefix_kv(default_backbone, context)  # once for all replies
-        favoured = []
-        for replies in PAIRS:
-            pulls = []
-            for text in replies:
-                ids = default_backbone.tokenizer(" " + text)["input_ids"]
-                reply = embed(torch.tensor([ids]))
-                steered, plain = (
-                    tail_log_probs(default_backbone, read, tail, len(ids))[0]
-                    for tail in (torch.cat([soft_prompt, reply], dim=1), reply)
-                )
-                pulls.append(float((steered - plain).gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).sum()))
-            favoured.append(pulls[0] > pulls[1])
+        context = encode_prompt(default_backbone, prompt)
+        found = reply_contrast(default_backbone, shipped.embeddings, shipped.card.position, context, replies)
+        pulls = [float(ratio.sum()) for _, ratio in found]
+        favoured = [rude > friendly for rude, friendly in zip(pulls[::2], pulls[1::2], strict=True)]
         assert sum(favoured) >= 7, (prompt, favoured)

@@ -209,9 +209,7 @@ def _pulls(
     bars: Progress,
 ) -> dict[str, Any]:
     """KL(p_gen‖p_detox) along the held-out rows, and the gap of pairs, behind contexts, of each variant."""
-    found: dict[str, Any] = {}
-    if config.what != "placement":
-        return found
+    found = {}
     with bars.stage("behind contexts", len(trained)) as stage:
         for one in trained:
             stage.say(one.name)

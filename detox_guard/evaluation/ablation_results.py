@@ -26,6 +26,16 @@ ABLATION_FILE, TABLE_FILE = "ablation.json", "table.md"
 _Table = tuple[str, list[str], list[list[str]]]
 """Title, names of the columns, rows of cells."""
 _BY = "toxicity by "
+_PULL = (
+    "Pull behind a context (in brackets: share of bare)",
+    "KL(p_gen‖p_detox), nats a token",
+    "{kl:.3f} ({of_bare:.2f})",
+)
+_AIM = (
+    "Aim behind a context (in brackets: share of pairs whose toxic text gains)",
+    "log-ratio, toxic less neutral text, nats a pair",
+    "{gap:.2f} ({aim:.2f})",
+)
 
 
 @dataclass(frozen=True)
@@ -101,19 +111,14 @@ class AblationReport:
             yield title, columns, rows
         if s["context_kl"]:
             first = next(iter(s["context_kl"].values()))
-            columns = ["KL(p_gen‖p_detox), nats a token", *(setting["setting"] for setting in first["settings"])]
-            rows = [
-                [name, *(f"{setting['kl']:.3f} ({setting['of_bare']:.2f})" for setting in one["settings"])]
-                for name, one in s["context_kl"].items()
-            ]
-            yield "Pull behind a context (in brackets: share of bare)", columns, rows
-            if first["settings"][0]["gap"] is not None:
-                columns[0] = "log-ratio, toxic less neutral text, nats a pair"
+            kinds = [_PULL] if first["settings"][0]["gap"] is None else [_PULL, _AIM]
+            for title, figure, cell in kinds:
+                columns = [figure, *(setting["setting"] for setting in first["settings"])]
                 rows = [
-                    [name, *(f"{setting['gap']:.2f} ({setting['aim']:.2f})" for setting in one["settings"])]
+                    [name, *(cell.format_map(setting) for setting in one["settings"])]
                     for name, one in s["context_kl"].items()
                 ]
-                yield "Aim behind a context (in brackets: share of pairs whose toxic text gains)", columns, rows
+                yield title, columns, rows
 
 
 def _trained(name: str, one: dict[str, Any], passes: bool) -> list[str]:

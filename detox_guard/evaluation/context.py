@@ -119,7 +119,9 @@ def context_kl(
         lengths: list[int] = []
         for way, turn in enumerate(turns):
             if some := list(pairs)[way :: len(turns)]:
-                gaps += _gaps(backbone, virtual, position, _given(backbone, turn, wanted is None), some, reply_tokens)
+                context = _given(backbone, turn, wanted is None)
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
+                gaps += _gaps(backbone, virtual, position, context, some, reply_tokens)
             own = list(texts)[way :: len(turns)]
             for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
                 _check_room(backbone, len(context) + len(virtual) + reply_tokens)
@@ -185,13 +187,10 @@ def _gaps(
     reply_tokens: int,
 ) -> list[float]:
     """How much more each pair's toxic text is favoured than its neutral one, nats."""
-    sides = [_cut(backbone, [pair[side] for pair in pairs], reply_tokens) for side in (0, 1)]
-    fit = [place for place, both in enumerate(zip(*sides, strict=True)) if min(map(len, both)) > 1]
-    sums = []
-    for side in sides:
-        found = reply_contrast(backbone, virtual, position, context, [side[place] for place in fit])
-        sums.append([float(ratio.sum()) for _, ratio in found])
-    return [toxic - neutral for toxic, neutral in zip(*sums, strict=True)]
+    cut = [_cut(backbone, pair, reply_tokens) for pair in pairs]
+    replies = [reply for both in cut if min(map(len, both)) > 1 for reply in both]
+    sums = [float(ratio.sum()) for _, ratio in reply_contrast(backbone, virtual, position, context, replies)]
+    return [toxic - neutral for toxic, neutral in zip(sums[::2], sums[1::2], strict=True)]
 
 
 @torch.inference_mode()
@@ -218,10 +217,9 @@ def _material(
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Pairs of a context and the replies to it, as ids."""
     backbone = guard.backbone
-    lead = f"{passage}\n\n" if passage else ""
     if not decode:
         return [(_given(backbone, passage, bare), _cut(backbone, texts, reply_tokens))] if texts else []
-    prompts: list[Any] = [text if bare else [_user(lead + text)] for text in texts]
+    prompts: list[Any] = [text if bare else _asked(passage, text) for text in texts]
     params = guard.params.replace(
         alpha=0.0, plausibility=0.0, temperature=1.0, top_p=0.9, max_new_tokens=reply_tokens, seed=seed, trace=True
     )
@@ -235,16 +233,15 @@ def _material(
 
 def _given(backbone: Backbone, passage: str, bare: bool) -> list[int]:
     """What stands before given replies."""
-    lead = f"{passage}\n\n" if passage else ""
-    return [] if bare else encode_prompt(backbone, [_user(lead + INSTRUCTION)])
+    return [] if bare else encode_prompt(backbone, _asked(passage, INSTRUCTION))
 
 
 def _cut(backbone: Backbone, texts: Sequence[str], tokens: int) -> list[list[int]]:
     return [list(backbone.tokenizer(text, add_special_tokens=False)["input_ids"])[:tokens] for text in texts]
 
 
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
+def _asked(passage: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{passage}\n\n{question}" if passage else question}]
 
 
 def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:

@@ -197,7 +197,7 @@ def _embedding_scale(backbone: Backbone) -> float | None:
 
 class _Step(TypedDict):
     """What one training step sees: `toxic` toxic replies, then harmless ones in contexts of the same kind. The first
-    `pairs` of both say the same."""
+    `pairs` of both say the same, and which of them is preferred is learned."""
 
     batch: Batch
     toxic: int
@@ -224,14 +224,15 @@ class Steps(Dataset[_Step]):
         paired = rows // 2 if self.pairs else 0
         pairs = _next(_pairs_for(kind, self.pairs), step * (self.config.batch_size // 2), paired)
         toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
+        learned = paired if self.config.pair_weight > 0 else 0
         harmless: list[Text] = []
-        if self.config.anchor_weight > 0 or self.config.pair_weight > 0:
+        if learned or self.config.anchor_weight > 0:
             harmless += [other for _, other in pairs]
             if self.anchors:
                 harmless += _next(self.anchors, step * self.config.batch_size, rows - paired)
         # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
         batch = self.examples.batch(kind, toxic + harmless, random.Random(seed))
-        return _Step(batch=batch, toxic=len(toxic), pairs=paired)
+        return _Step(batch=batch, toxic=len(toxic), pairs=learned)
 
 
 def _pairs_for(kind: Kind, pairs: Sequence[_Pair]) -> Sequence[_Pair]:
@@ -311,8 +312,8 @@ class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
         harmless = contrast(logits[toxic:], generator[toxic:], rest)
         loss = reply_loss(logits[:toxic], rude) + self.config.anchor_weight * harmless.divergence
         if pairs:
-            twins = contrast(logits[:toxic], generator[:toxic], rude)
-            loss = loss + self.config.pair_weight * pair_loss(twins.log_ratio[:pairs], harmless.log_ratio[:pairs])
+            twins = contrast(logits[:pairs], generator[:pairs], rows_of(batch, slice(pairs)))
+            loss = loss + self.config.pair_weight * pair_loss(twins.log_ratio, harmless.log_ratio[:pairs])
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
