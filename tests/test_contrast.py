@@ -38,9 +38,10 @@ def test_bounded_moves_no_token_further_and_wastes_no_strength(apart: float, wid
     nats = NATS * alpha * (evidence / EVIDENCE).clamp_max(1)
     assert bool((kl <= nats + 1e-5 * max(1.0, alpha)).all())
     whole = dexperts(gen, detox, WEIGHTS, REACH * strength, keep).p
-    held = moved(whole, gen, keep) > nats + 1e-5
-    torch.testing.assert_close(p[~held], whole[~held], rtol=1e-3, atol=1e-5)  # where there is room, all of it
-    assert bool((kl[held] >= nats[held] - 1e-4 * max(1.0, alpha)).all())  # elsewhere, to the bound
+    most = moved(whole, gen, keep)
+    free = most < 0.9 * nats
+    torch.testing.assert_close(p[free], whole[free], rtol=1e-4, atol=1e-6)  # where there is room, all of it
+    assert bool((kl >= 0.98 * torch.minimum(nats, most) - 1e-6).all())  # elsewhere, to the bound
 
 
 def test_bounded_moves_little_where_the_detoxifier_says_little() -> None:
