@@ -39,9 +39,10 @@ def test_bounded_moves_no_token_further_and_wastes_no_strength(apart: float, wid
     assert bool((kl <= nats + 1e-5 * max(1.0, alpha)).all())
     whole = dexperts(gen, detox, WEIGHTS, REACH * strength, keep).p
     most = moved(whole, gen, keep)
-    free = most < 0.9 * nats
+    rounding = 1e-5  # what fp32 leaves open of the bound itself, in nats
+    free = most < 0.9 * nats - rounding
     torch.testing.assert_close(p[free], whole[free], rtol=1e-4, atol=1e-6)  # where there is room, all of it
-    assert bool((kl >= 0.98 * torch.minimum(nats, most) - 1e-6).all())  # elsewhere, to the bound
+    assert bool((kl >= 0.98 * torch.minimum(nats, most) - rounding).all())  # elsewhere, to the bound
 
 
 def test_bounded_moves_little_where_the_detoxifier_says_little() -> None:
