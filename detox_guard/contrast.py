@@ -32,7 +32,7 @@ __all__ = [
     "plausible",
 ]
 
-REACH, NATS = 8.0, 0.25
+REACH, NATS = 12.0, 0.4
 """`bounded`, per unit of alpha: the most strength, and the most nats by which a token's distribution may move."""
 EVIDENCE = 0.2
 """`bounded`: by so many nats strength 1 must move a token's distribution for those nats to be granted in full."""

@@ -23,7 +23,7 @@ class DecodingParams(Checked):
     `alpha` is the strength of the contrast (paper: α); 0 is the plain model, served without a detoxifier row.
     `rule` is the formula that mixes the streams (`detox_guard.contrast`): "detoxigen" is the paper's, in probability
     space; "dexperts" is the log-space anti-expert rule of Liu et al. 2021; "bounded" (ours) is the same, its strength
-    chosen anew at each token, so that none moves by more than alpha/4 nats, and by fewer where the detoxifier says
+    chosen anew at each token, so that none moves by more than .4 alpha nats, and by fewer where the detoxifier says
     little. `plausibility` is β of Li et al. 2023:
     only tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar

@@ -91,7 +91,7 @@ class Reference:
 
     @staticmethod
     def _bounded(gen: list[float], pull: dict[int, float], alpha: float) -> float:
-        """The largest strength up to 8 alpha that moves the nucleus by at most alpha/4 nats, or in proportion fewer
+        """The largest strength up to 12 alpha that moves the nucleus by at most .4 alpha nats, or in proportion fewer
         where strength 1 moves it by under a fifth of a nat; by halving."""
 
         def moved(strength: float) -> float:
@@ -103,8 +103,8 @@ class Reference:
 
             return sum(math.exp(q) * (q - p) for q, p in zip(shares(strength), shares(0.0), strict=True))
 
-        low, high = 0.0, 8 * alpha
-        nats = alpha / 4 * min(1.0, max(0.0, moved(1.0)) / 0.2)
+        low, high = 0.0, 12 * alpha
+        nats = 0.4 * alpha * min(1.0, max(0.0, moved(1.0)) / 0.2)
         if moved(high) <= nats:
             return high
         for _ in range(60):
