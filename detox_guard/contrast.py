@@ -19,23 +19,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = [
-    "EVIDENCE",
-    "NATS",
-    "REACH",
-    "RULES",
-    "Mixed",
-    "bounded",
-    "detoxigen",
-    "dexperts",
-    "kl_divergence",
-    "plausible",
-]
+__all__ = ["NATS", "REACH", "RULES", "Mixed", "bounded", "detoxigen", "dexperts", "kl_divergence", "plausible"]
 
-REACH, NATS = 12.0, 0.4
+REACH, NATS = 0.8, 0.4
 """`bounded`, per unit of alpha: the most strength, and the most nats by which a token's distribution may move."""
-EVIDENCE = 0.2
-"""`bounded`: by so many nats strength 1 must move a token's distribution for those nats to be granted in full."""
 _SEARCH_STEPS = 14
 
 
@@ -77,15 +64,14 @@ def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
 
 def bounded(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
     """`dexperts` with a strength of its own at each token (ours): the largest `a ≤ REACH·α` that moves the nucleus by
-    no more than `KL(p‖p_gen) = NATS·α·min(1, KL(p_1‖p_gen) / EVIDENCE)`, where `p_1` is `dexperts` at strength 1.
+    no more than `KL(p‖p_gen) = NATS·α`.
 
     Where the rows differ in all they say, as at the first tokens of a reply, the whole strength would tear the text
-    apart, and where they hardly differ it would do nothing; so it goes from the former to the latter. Where the
-    detoxifier says next to nothing, as along harmless text, next to nothing is moved.
+    apart, so it is lowered there. Where the detoxifier says next to nothing, as along harmless text, next to nothing
+    is moved: more strength would spend the same nats there on noise.
     """
     direction = _log_direction(log_gen, log_streams, weights)
-    nats = NATS * alpha * (_evidence(log_gen, direction, keep) / EVIDENCE).clamp_max(1)
-    return _reweighed(log_gen, direction, _strength(log_gen, direction, REACH * alpha, nats, keep), keep)
+    return _reweighed(log_gen, direction, _strength(log_gen, direction, REACH * alpha, NATS * alpha, keep), keep)
 
 
 def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
@@ -115,33 +101,23 @@ def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, nats: Tensor, ke
     That KL grows with the strength `a`, at the rate `a·Var(direction)`: Newton's steps, halved where they leave what
     is left to search. In float64, and of a fixed number, so that a row does not depend on its neighbours.
     """
+    log_gen = log_gen.double().masked_fill(~keep, -torch.inf)
+    direction = direction.double().masked_fill(~keep, 0)
+    own = log_gen.logsumexp(-1)
     most, nats = most.double(), nats.double()
     low, high, a = torch.zeros_like(most), most, most
     for _ in range(_SEARCH_STEPS):
-        kl, rate = _moved(log_gen, direction, a, keep)
+        log_p = log_gen + a.unsqueeze(-1) * direction
+        norm = log_p.logsumexp(-1)
+        p = (log_p - norm.unsqueeze(-1)).exp()
+        mean = (p * direction).sum(-1)
+        kl = a * mean - (norm - own)
         over = kl > nats
         low, high = torch.where(over, low, a), torch.where(over, a, high)
+        rate = a * (p * (direction - mean.unsqueeze(-1)).square()).sum(-1)
         step = a - (kl - nats) / rate
         a = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
     return a.to(torch.float32)
-
-
-def _evidence(log_gen: Tensor, direction: Tensor, keep: Tensor) -> Tensor:
-    """`[N]` nats, float64: how far strength 1 moves the nucleus; what rounding leaves below 0 counts as 0."""
-    one = torch.ones(len(log_gen), dtype=torch.float64, device=log_gen.device)
-    return _moved(log_gen, direction, one, keep)[0].clamp_min(0)
-
-
-def _moved(log_gen: Tensor, direction: Tensor, a: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N]` float64: the KL of `_reweighed` to the generator at strength `a`, and its slope there."""
-    log_gen = log_gen.double().masked_fill(~keep, -torch.inf)
-    direction = direction.double().masked_fill(~keep, 0)
-    log_p = log_gen + a.unsqueeze(-1) * direction
-    norm = log_p.logsumexp(-1)
-    p = (log_p - norm.unsqueeze(-1)).exp()
-    mean = (p * direction).sum(-1)
-    rate = a * (p * (direction - mean.unsqueeze(-1)).square()).sum(-1)
-    return a * mean - (norm - log_gen.logsumexp(-1)), rate
 
 
 def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Tensor:

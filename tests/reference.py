@@ -91,8 +91,7 @@ class Reference:
 
     @staticmethod
     def _bounded(gen: list[float], pull: dict[int, float], alpha: float) -> float:
-        """The largest strength up to 12 alpha that moves the nucleus by at most .4 alpha nats, or in proportion fewer
-        where strength 1 moves it by under a fifth of a nat; by halving."""
+        """The largest strength up to .8 alpha that moves the nucleus by at most .4 alpha nats, by halving."""
 
         def moved(strength: float) -> float:
             def shares(a: float) -> list[float]:
@@ -103,11 +102,10 @@ class Reference:
 
             return sum(math.exp(q) * (q - p) for q, p in zip(shares(strength), shares(0.0), strict=True))
 
-        low, high = 0.0, 12 * alpha
-        nats = 0.4 * alpha * min(1.0, max(0.0, moved(1.0)) / 0.2)
-        if moved(high) <= nats:
+        low, high = 0.0, 0.8 * alpha
+        if moved(high) <= 0.4 * alpha:
             return high
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if moved(middle) <= nats else (low, middle)
+            low, high = (middle, high) if moved(middle) <= 0.4 * alpha else (low, middle)
         return low

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detox_guard.contrast import EVIDENCE, NATS, REACH, RULES, bounded, dexperts, kl_divergence
+from detox_guard.contrast import NATS, REACH, RULES, bounded, dexperts, kl_divergence
 
 WEIGHTS = torch.tensor([-1.0])
 
@@ -34,23 +34,11 @@ def test_bounded_moves_no_token_further_and_wastes_no_strength(apart: float, wid
     strength = torch.full((200,), alpha)
     p = bounded(gen, detox, WEIGHTS, strength, keep).p
     kl = moved(p, gen, keep)
-    evidence = moved(dexperts(gen, detox, WEIGHTS, torch.ones(200), keep).p, gen, keep).clamp_min(0)
-    nats = NATS * alpha * (evidence / EVIDENCE).clamp_max(1)
-    assert bool((kl <= nats + 1e-5 * max(1.0, alpha)).all())
+    assert kl.max() <= NATS * alpha + 1e-5 * max(1.0, alpha)
     whole = dexperts(gen, detox, WEIGHTS, REACH * strength, keep).p
-    most = moved(whole, gen, keep)
-    rounding = 1e-5  # what fp32 leaves open of the bound itself, in nats
-    free = most < 0.9 * nats - rounding
-    torch.testing.assert_close(p[free], whole[free], rtol=1e-4, atol=1e-6)  # where there is room, all of it
-    assert bool((kl >= 0.98 * torch.minimum(nats, most) - rounding).all())  # elsewhere, to the bound
-
-
-def test_bounded_moves_little_where_the_detoxifier_says_little() -> None:
-    strength = torch.full((200,), 3.0)
-    gen, near, keep = views(200, 40, 0.05)
-    assert moved(bounded(gen, near, WEIGHTS, strength, keep).p, gen, keep).max() < 0.05
-    gen, far, keep = views(200, 40, 2.0)
-    assert moved(bounded(gen, far, WEIGHTS, strength, keep).p, gen, keep).median() > 0.7
+    held = moved(whole, gen, keep) > NATS * alpha + 1e-5
+    torch.testing.assert_close(p[~held], whole[~held], rtol=1e-4, atol=1e-6)  # where there is room, all of it
+    assert bool((kl[held] >= NATS * alpha - 1e-4 * max(1.0, alpha)).all())  # elsewhere, to the bound
 
 
 def test_bounded_rows_do_not_depend_on_their_neighbours() -> None:
