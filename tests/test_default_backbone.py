@@ -64,8 +64,8 @@ def prompts(default_backbone: Backbone) -> list[list[int]]:
 def test_twenty_prompts_equal_the_float64_oracle(
     unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]], which: str, rule: str
 ) -> None:
-    """Tokens equal; probabilities within 2e-4: thirty layers' fp32 rounding times the rule's gain (1.0e-4 was seen, at a
-    gain of 24)."""
+    """Tokens equal; probabilities within 2e-4: thirty layers' fp32 rounding times the rule's gain
+    (1.0e-4 was seen, at a gain of 24)."""
     if which == "front":
         streams = random_streams(unpacked, "f", scale=0.1)
     oracle = Reference.of(unpacked.model, streams)
