@@ -64,8 +64,7 @@ def prompts(default_backbone: Backbone) -> list[list[int]]:
 def test_twenty_prompts_equal_the_float64_oracle(
     unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]], which: str, rule: str
 ) -> None:
-    """Tokens equal; probabilities within 2e-4: thirty layers' fp32 rounding times the rule's gain
-    (1.0e-4 was seen, at a gain of 24)."""
+    """Tokens equal; probabilities within 1e-4: thirty layers' fp32 rounding times the rule's gain (3.6e-5 was seen)."""
     if which == "front":
         streams = random_streams(unpacked, "f", scale=0.1)
     oracle = Reference.of(unpacked.model, streams)
@@ -79,7 +78,7 @@ def test_twenty_prompts_equal_the_float64_oracle(
             assert step.distribution is not None
             ids, p = step.distribution
             dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
-            bound = 5e-3 if close else 2e-4
+            bound = 5e-3 if close else 1e-4
             assert (dense - ref).abs().max() <= bound
     engine.close()
 
