@@ -1,7 +1,8 @@
 """The oracle: DetoxiGen the slow way, in float64, one request at a time, without cache, batch, padding or prefix.
 
 Two whole forward passes give the figures of every step: `[prompt][reply]` for the generator and, for each stream,
-`[virtual][prompt][reply]` (front) or `[prompt][virtual][reply]` (reply). Nothing here is shared with the engine.
+`[virtual][prompt][reply]` (front) or `[prompt but its tail][virtual][tail][reply]` (reply). Nothing here is shared with
+the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Reference:
     model: torch.nn.Module
     streams: list[StreamSpec]
     edge: float = 1e-6
-    """How near to top_p the nucleus' mass may end before its last token is a coin toss in fp32."""
+    """How near to top_p the nucleus' mass may end, or how near alike (relative) two tokens at its edge may be, before
+    its last token is a coin toss in fp32."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, streams: list[StreamSpec]) -> Reference:
@@ -39,7 +41,8 @@ class Reference:
         views = [torch.cat([p, r])]
         for spec in self.streams:
             virtual = spec.embeddings.double()
-            views.append(torch.cat([virtual, p, r] if spec.front else [p, virtual, r]))
+            known = 0 if spec.front else max(0, len(prompt) - spec.tail)
+            views.append(torch.cat([p[:known], virtual, p[known:], r]))
         out = []
         for view in views:
             with torch.no_grad():
@@ -64,6 +67,7 @@ class Reference:
             for rank, token in enumerate(gen[i].argsort(descending=True).tolist()):
                 close |= abs(mass - params.top_p) < self.edge
                 if rank and (mass >= params.top_p or (params.top_k and rank >= params.top_k)):
+                    close |= p_gen[inside[-1]] - p_gen[token] < self.edge * p_gen[token]  # which of two is the last one
                     break
                 inside.append(token)
                 mass += p_gen[token]

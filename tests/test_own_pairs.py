@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from detox_guard.training.data import read_pairs
+from detox_guard.training.data import Reply, read_pairs
 from detox_guard.training.own_pairs import choose_pairs, fit_classifier, main
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def test_pairs_are_of_one_prompt() -> None:
 def test_replies_of_a_chat_begin_with_a_word() -> None:
     scores = {"That is surely told apart.": 0.9, "It is quite harmless instead.": 0.1, " It begins with a space": 0.95}
     rows = choose_pairs([("Hi", text) for text in scores], lambda texts: [scores[text] for text in texts], chat=True)
-    assert rows == [{"prompt": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}]
+    assert rows == [
+        {"question": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}
+    ]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +78,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*arguments, "--chat"]) == 0
     assert (tmp_path / "own.jsonl").read_text() != first
     for toxic, neutral in read_pairs(str(tmp_path / "own.jsonl")).pairs:
-        assert toxic[0] == neutral[0]
-        assert toxic[1].startswith(" ")
+        assert isinstance(toxic, Reply)
+        assert isinstance(neutral, Reply)
+        assert toxic.chat
+        assert toxic.prompt == neutral.prompt
+        assert not toxic.text.startswith(" ")
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

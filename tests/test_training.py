@@ -26,9 +26,10 @@ from detox_guard.errors import (
     InvalidParamsError,
 )
 from detox_guard.training import TrainingConfig, train_detoxifier
-from detox_guard.training.data import read_pairs, read_texts
+from detox_guard.training.data import Reply, read_pairs, read_texts
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind, rows_of
 from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
+from detox_guard.training.prompt_tuning import texts_for
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -81,7 +82,12 @@ def test_pairs_of_rows(tmp_path: Path) -> None:
     assert rows.pairs[0] == (f"zzz qqq {TEXTS[0]}", f"aaa eee {TEXTS[0]}")
     assert rows.bad == ((len(TEXTS) + 1, "no 'neutral'"),)
     prompted = write(tmp_path / "own.csv", "prompt,toxic,neutral\nThe bus,is awful,is late\n")
-    assert read_pairs(prompted).pairs == ((("The bus", " is awful"), ("The bus", " is late")),)
+    assert read_pairs(prompted).pairs == ((Reply("The bus", " is awful"), Reply("The bus", " is late")),)
+    asked = write(
+        tmp_path / "asked.jsonl", '{"question": "How is the bus?", "text": "Late."}\n{"prompt": 3, "text": "Late."}'
+    )
+    assert read_texts(asked).texts == (Reply("How is the bus?", "Late.", chat=True), "Late.")
+    assert read_texts(prompted, field="toxic").texts == (Reply("The bus", " is awful"),)
     with pytest.raises(DataError, match="plain text has no toxic and neutral"):
         read_pairs(write(tmp_path / "lines.txt", "one\ntwo\n"))
     with pytest.raises(DataError, match="1 bad rows, 0 allowed"):
@@ -165,19 +171,30 @@ def test_split_is_cut_at_a_space(tiny_llama: Backbone) -> None:
 
 
 def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
-    own, whole = ("The bus", " is late"), "The bus is late"
+    own, whole = Reply("The bus", " is late"), "The bus is late"
     examples, tokenizer = Examples(tiny_llama), tiny_llama.tokenizer
     batch = examples.batch("split", [own], random.Random(0))
-    assert tokenizer.decode(batch["context_ids"][0], skip_special_tokens=True) == own[0]
-    assert tokenizer.decode(batch["reply_ids"][0]) == own[1]
+    assert tokenizer.decode(batch["context_ids"][0], skip_special_tokens=True) == own.prompt
+    assert tokenizer.decode(batch["reply_ids"][0]) == own.text
     bare = [examples.batch("bare", [text], random.Random(0))["reply_ids"] for text in (own, whole)]
     assert torch.equal(bare[0], bare[1])
-    batch = examples.batch("chat", [own, whole], random.Random(0))
+    answer = Reply("The bus", "is late", chat=True)
+    assert tokenizer.decode(examples.batch("passage", [answer], random.Random(0))["reply_ids"][0]) == "is late"
+    batch = examples.batch("chat", [answer, whole], random.Random(0))
     turns = tokenizer.batch_decode(batch["context_ids"])
     assert "<|im_start|>user\nThe bus<|im_end|>" in turns[0]
     assert "The bus<|im_end|>" not in turns[1]
     assert all(turn.endswith("<|im_start|>assistant\n") for turn in turns)
     assert tokenizer.decode(batch["reply_ids"][0], skip_special_tokens=True) == "is late"
+
+
+def test_each_kind_of_batch_takes_the_texts_that_fit() -> None:
+    """A continuation behind its prompt, an answer behind its question; whatever there is where nothing fits."""
+    plain, continued, answer = "Late.", Reply("The bus", " is late"), Reply("How is it?", "Late.", chat=True)
+    wanted = {"bare": [plain], "split": [plain, continued], "chat": [plain, answer], "passage": [plain, answer]}
+    for kind in KINDS:
+        assert texts_for(kind, [plain, continued, answer]) == wanted[kind]
+        assert texts_for(kind, [continued]) == [continued]
 
 
 @pytest.mark.parametrize("kind", ["split", "chat"])
@@ -227,19 +244,25 @@ def row_of(batch: Batch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     return context, batch["reply_ids"][row][batch["reply_mask"][row].bool()]
 
 
-@pytest.mark.parametrize("position", get_args(Position))
+PLACES: list[tuple[Position, int]] = [("front", 0), ("reply", 0), ("reply", 3), ("reply", 500)]
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
-def test_same_as_one_plain_forward(request: pytest.FixtureRequest, name: str, kind: Kind, position: Position) -> None:
+def test_same_as_one_plain_forward(
+    request: pytest.FixtureRequest, name: str, kind: Kind, place: tuple[Position, int]
+) -> None:
     """Each row alone, unpadded, without a cache, in one pass over its embeddings."""
     backbone: Backbone = request.getfixturevalue(name)
     prompt, batch = soft_prompt(backbone), batch_of(backbone, kind)
-    logits = reply_logits(backbone.model, prompt, batch, position)
+    logits = reply_logits(backbone.model, prompt, batch, *place)
     embed = backbone.model.get_input_embeddings()
     losses = []
     for row in range(3):
         context, reply = row_of(batch, row)
-        parts = [prompt, embed(context)] if position == "front" else [embed(context), prompt]
+        known = 0 if place[0] == "front" else max(0, len(context) - place[1])
+        parts = [embed(context[:known]), prompt, embed(context[known:])]
         full = backbone.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
         wanted = full[len(full) - len(reply) - 1 : -1]
         torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-4, atol=5e-5)
@@ -274,13 +297,13 @@ def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
     assert torch.equal(loss, reply_loss(reply_logits(tiny_llama.model, prompt, batch, "reply"), batch))
 
 
-@pytest.mark.parametrize("position", get_args(Position))
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_streams_read_the_context_once(tiny_llama: Backbone, kind: Kind, position: Position) -> None:
+def test_both_streams_read_the_context_once(tiny_llama: Backbone, kind: Kind, place: tuple[Position, int]) -> None:
     """The detoxifier's logits are those of a pass of its own: nothing of the generator's reply is left in the cache."""
     prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
-    detoxifier, _ = both_logits(tiny_llama.model, prompt, batch, position)
-    torch.testing.assert_close(detoxifier, reply_logits(tiny_llama.model, prompt, batch, position))
+    detoxifier, _ = both_logits(tiny_llama.model, prompt, batch, *place)
+    torch.testing.assert_close(detoxifier, reply_logits(tiny_llama.model, prompt, batch, *place))
 
 
 @pytest.mark.parametrize("kind", KINDS)

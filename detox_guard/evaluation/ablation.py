@@ -34,7 +34,7 @@ from detox_guard.evaluation.variants import AblationConfig, check_config, check_
 from detox_guard.files import write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.training.data import read_pairs, read_texts
+from detox_guard.training.data import read_pairs, read_texts, whole
 from detox_guard.training.examples import NEUTRAL_TEXTS
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
     folder = Path(config.output)
     with ExitStack() as stack:
         stack.enter_context(open_run(folder))
-        texts = [text for source in config.data for text in read_texts(source, field=config.text_field).texts]
+        texts = [whole(text) for source in config.data for text in read_texts(source, field=config.text_field).texts]
         neutral = [
-            text for source in config.contexts or () for text in read_texts(source, field=config.text_field).texts
+            whole(text)
+            for source in config.contexts or ()
+            for text in read_texts(source, field=config.text_field).texts
         ]
         variants, heldout = make_variants(config, texts)
         prompts = _prompts(config)

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detox_guard.detoxifier import DataSource
 from detox_guard.errors import DataError
@@ -16,10 +16,21 @@ from detox_guard.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Text", "TextPairs", "TextRows", "read_pairs", "read_texts"]
+__all__ = ["Reply", "Text", "TextPairs", "TextRows", "read_pairs", "read_texts", "whole"]
 
-Text = str | tuple[str, str]
-"""A text, or the prompt and the reply that it is made of."""
+
+class Reply(NamedTuple):
+    """A text and what it follows."""
+
+    prompt: str
+    text: str
+    """Continues the prompt, its first space included; or, in a `chat`, answers it as the user's turn."""
+    chat: bool = False
+
+
+Text = str | Reply
+_BEFORE = ("prompt", "question")
+"""What a row may say its texts follow."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 _SHOWN = 5
 
@@ -29,7 +40,7 @@ class TextRows:
     """The good rows of one source, in order; `bad` are (line, reason) of those skipped."""
 
     source: DataSource
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     bad: tuple[tuple[int, str], ...]
 
 
@@ -39,46 +50,56 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True)
 class TextPairs:
-    """The good rows of one source of pairs, in order: `(toxic, neutral)`, texts that say the same, or `(prompt, reply)`
-    twice with two replies to one prompt."""
+    """The good rows of one source of pairs, in order: `(toxic, neutral)`, texts that say the same, or two replies to
+    one prompt."""
 
     source: DataSource
     pairs: tuple[tuple[Text, Text], ...]
     bad: tuple[tuple[int, str], ...]
 
 
+def whole(text: Text) -> str:
+    """All of it that one author wrote: a continuation with its prompt, an answer without the question."""
+    return text if isinstance(text, str) else text.text if text.chat else text.prompt + text.text
+
+
 def read_texts(source: str, *, field: str = "text", max_bad_rows: int = 100, licence: str | None = None) -> TextRows:
     """The texts of a .jsonl, .csv, .tsv or .txt file (one a line), or of a hub data set `org/name[:split]`.
 
+    Where a row has a `prompt`, its text continues that after a space; where it has a `question`, it answers that. What
+    the text follows is read before it, where the layout of a batch allows it, and never learned.
     Bad rows (no JSON, `field` missing, no string, empty, not UTF-8) are skipped and counted; blank lines are no rows.
     Raises `DataError` naming the source: not found, of an unknown format, binary, empty, or with more than
     `max_bad_rows` bad rows, of which it gives the first line numbers and reasons.
     """
-    rows, name, digest = _read(source, (field,))
-    texts = tuple(row[field] for _, row in rows if isinstance(row, dict))
+    rows, name, digest = _read(source, (field,), optional=tuple(name for name in _BEFORE if name != field))
+    texts = tuple(_replies(row, field)[0] for _, row in rows if isinstance(row, dict))
     return TextRows(_source(source, name, digest, rows, max_bad_rows, licence), texts, _bad(rows))
 
 
 def read_pairs(source: str, *, max_bad_rows: int = 100, licence: str | None = None) -> TextPairs:
-    """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first). Where it has a `prompt`, they
-    continue that after a space. As `read_texts`, which see."""
-    rows, name, digest = _read(source, ("toxic", "neutral"), optional="prompt")
-    pairs = tuple(_pair(row) for _, row in rows if isinstance(row, dict))
+    """The `toxic` and `neutral` texts of each row (of a list of neutral ones the first), with `prompt` and `question`
+    as in `read_texts`, which see."""
+    rows, name, digest = _read(source, ("toxic", "neutral"), optional=_BEFORE)
+    pairs = tuple(_replies(row, "toxic", "neutral") for _, row in rows if isinstance(row, dict))
     return TextPairs(_source(source, name, digest, rows, max_bad_rows, licence), pairs, _bad(rows))
 
 
-def _pair(row: dict[str, str]) -> tuple[Text, Text]:
-    if "prompt" not in row:
-        return row["toxic"], row["neutral"]
-    return (row["prompt"], f" {row['toxic']}"), (row["prompt"], f" {row['neutral']}")
+def _replies(row: dict[str, str], *fields: str) -> tuple[Any, ...]:
+    """The texts at these fields, each behind what the row says that it follows."""
+    if "question" in row:
+        return tuple(Reply(row["question"], row[field], chat=True) for field in fields)
+    if "prompt" in row:
+        return tuple(Reply(row["prompt"], f" {row[field]}") for field in fields)
+    return tuple(row[field] for field in fields)
 
 
 _Row = dict[str, str] | _BadRow
-"""The texts of one row by field: all that are asked for, and the optional one where it is good."""
+"""The texts of one row by field: all that are asked for, and the optional ones that are good."""
 _Rows = list[tuple[int, _Row]]
 
 
-def _read(source: str, fields: tuple[str, ...], optional: str | None = None) -> tuple[_Rows, str, str]:
+def _read(source: str, fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[_Rows, str, str]:
     """The rows, the source's name for the card, and its SHA-256."""
     path = Path(source)
     hub_id = _HUB_ID.fullmatch(source)
@@ -112,15 +133,15 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _checked_row(row: dict[str, Any] | _BadRow, fields: tuple[str, ...], optional: str | None) -> _Row:
+def _checked_row(row: dict[str, Any] | _BadRow, fields: tuple[str, ...], optional: tuple[str, ...]) -> _Row:
     if isinstance(row, _BadRow):
         return row
     texts: dict[str, str] = {}
-    for field in (*fields, *([optional] if optional in row else ())):
+    for field in (*fields, *(name for name in optional if name in row)):
         text = _checked(row[field], field)
         if isinstance(text, str):
             texts[field] = text
-        elif field != optional:
+        elif field not in optional:
             return text
     return texts
 
@@ -208,8 +229,8 @@ def _txt(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _tsv, ".txt": _txt}
 
 
-def _read_hub(name: str, split: str, fields: tuple[str, ...], optional: str | None) -> dict[str, Iterable[Any]]:
-    """The columns of these fields, and the optional one if the set has it."""
+def _read_hub(name: str, split: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Iterable[Any]]:
+    """The columns of these fields, and the optional ones that the set has."""
     import datasets
 
     try:
@@ -219,10 +240,10 @@ def _read_hub(name: str, split: str, fields: tuple[str, ...], optional: str | No
             f"{name}:{split}: cannot be fetched: {error}", hint="a local file, or a hub data set org/name[:split]"
         ) from error
     columns: dict[str, Iterable[Any]] = {}
-    for field in (*fields, *([optional] if optional else ())):
+    for field in (*fields, *optional):
         try:
             columns[field] = found[field]
         except KeyError:
-            if field != optional:
+            if field not in optional:
                 raise DataError(f"{name}:{split}: no column {field!r}") from None
     return columns

@@ -25,7 +25,7 @@ import numpy as np
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.evaluation.prompts import read_prompts
 from detox_guard.files import prepare_file, write_whole
-from detox_guard.training.data import read_pairs, read_texts
+from detox_guard.training.data import read_pairs, read_texts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,7 +101,8 @@ def choose_pairs(
     *,
     chat: bool = False,
 ) -> list[dict[str, str]]:
-    """Rows of `prompt`, `toxic`, `neutral`: each prompt's surely toxic replies, with its most harmless ones.
+    """Rows of `prompt` (in a `chat` of `question`), `toxic`, `neutral`: each prompt's surely toxic replies, with its
+    most harmless ones.
 
     Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
     a `chat`, with nothing before them.
@@ -116,7 +117,9 @@ def choose_pairs(
         toxic = sorted((one for one in scored if one[0] >= TOXIC_FROM), reverse=True)[:A_PROMPT]
         harmless = sorted(one for one in scored if one[0] < HARMLESS_BELOW)
         for place, (_, text) in enumerate(toxic if harmless else ()):
-            rows.append({"prompt": prompt, "toxic": text, "neutral": harmless[place % len(harmless)][1]})
+            rows.append(
+                {"question" if chat else "prompt": prompt, "toxic": text, "neutral": harmless[place % len(harmless)][1]}
+            )
     return rows
 
 
@@ -158,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DetoxGuardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts in {given.output}")
+    prompts = {row["question" if given.chat else "prompt"] for row in rows}
+    print(f"{len(rows)} pairs of {len(prompts)} prompts in {given.output}")
     return 0
 
 
@@ -166,8 +170,8 @@ def _make(given: Any) -> list[dict[str, str]]:
     from detox_guard.detoxifier import Detoxifier
 
     pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
-    toxic = [text for source in given.toxic for text in read_texts(source).texts]
-    harmless = [text for source in given.harmless for text in read_texts(source).texts]
+    toxic = [whole(text) for source in given.toxic for text in read_texts(source).texts]
+    harmless = [whole(text) for source in given.harmless for text in read_texts(source).texts]
     toxic += [text for text, _ in pairs if isinstance(text, str)]
     harmless += [text for _, text in pairs if isinstance(text, str)]
     predict = fit_classifier(toxic, harmless)

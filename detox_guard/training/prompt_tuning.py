@@ -26,7 +26,7 @@ from transformers.trainer_callback import ProgressCallback
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.training.config import FILES
-from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts
+from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts, whole
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, rows_of, to_device
 from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.training.config import TrainingConfig
 
-__all__ = ["Progress", "Steps", "divide", "make_examples", "train_detoxifier"]
+__all__ = ["Progress", "Steps", "divide", "make_examples", "texts_for", "train_detoxifier"]
 
 Row = TypeVar("Row")
 _Pair = tuple[Text, Text]
@@ -70,7 +70,9 @@ def train_detoxifier(
     if backbone.device.type == "cuda" and backbone.device.index:  # the Trainer would move the model to the first
         bound = "'cuda' for training; choose the device with CUDA_VISIBLE_DEVICES"
         raise InvalidParamsError("device", str(backbone.device), bound)
-    examples = make_examples(config, backbone, [text for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS)
+    examples = make_examples(
+        config, backbone, [whole(text) for rows in contexts for text in rows.texts] or NEUTRAL_TEXTS
+    )
     train, heldout = divide([text for rows in data for text in rows.texts], config)
     pairs, heldout_pairs = divide([pair for rows in paired for pair in rows.pairs], config) if paired else ([], [])
 
@@ -97,6 +99,7 @@ def train_detoxifier(
         num_layers=backbone.num_layers,
         virtual_tokens=config.virtual_tokens,
         position=config.position,
+        tail=config.tail,
         initial_text=config.initial_text if start is None else start.card.initial_text,
         data=tuple(dict.fromkeys(rows.source for rows in sources)),
         start_sha256=None if start is None else start.sha256,
@@ -209,8 +212,8 @@ class Steps(Dataset[_Step]):
     """Item i is step i; a run that is resumed meets the batches it would have met."""
 
     examples: Examples
-    texts: Sequence[str]
-    anchors: Sequence[str]
+    texts: Sequence[Text]
+    anchors: Sequence[Text]
     pairs: Sequence[_Pair]
     config: TrainingConfig
 
@@ -223,22 +226,34 @@ class Steps(Dataset[_Step]):
         rows = _rows(kind, self.config)
         paired = rows // 2 if self.pairs else 0
         pairs = _next(_pairs_for(kind, self.pairs), step * (self.config.batch_size // 2), paired)
-        toxic = [one for one, _ in pairs] + _next(self.texts, step * self.config.batch_size, rows - paired)
+        toxic = [one for one, _ in pairs]
+        toxic += _next(texts_for(kind, self.texts), step * self.config.batch_size, rows - paired)
         learned = paired if self.config.pair_weight > 0 else 0
         harmless: list[Text] = []
         if learned or self.config.anchor_weight > 0:
             harmless += [other for _, other in pairs]
             if self.anchors:
-                harmless += _next(self.anchors, step * self.config.batch_size, rows - paired)
+                harmless += _next(texts_for(kind, self.anchors), step * self.config.batch_size, rows - paired)
         # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
         batch = self.examples.batch(kind, toxic + harmless, random.Random(seed))
         return _Step(batch=batch, toxic=len(toxic), pairs=learned)
 
 
+def _fits(kind: Kind, text: Text) -> bool:
+    """Texts by themselves fit everywhere, continuations where their prompt is the context, answers behind a chat."""
+    if isinstance(text, str):
+        return True
+    return kind in ("chat", "passage") if text.chat else kind == "split"
+
+
+def texts_for(kind: Kind, texts: Sequence[Text]) -> Sequence[Text]:
+    """Those that fit this kind of batch, if any do."""
+    return [text for text in texts if _fits(kind, text)] or texts
+
+
 def _pairs_for(kind: Kind, pairs: Sequence[_Pair]) -> Sequence[_Pair]:
-    """Pairs with a prompt of their own where the prompt is the context, the others elsewhere, if there are any."""
-    fit = [pair for pair in pairs if isinstance(pair[0], tuple) == (kind in ("split", "chat"))]
-    return fit or pairs
+    """As `texts_for`."""
+    return [pair for pair in pairs if _fits(kind, pair[0])] or pairs
 
 
 def _next(rows: Sequence[Row], first: int, count: int) -> list[Row]:
@@ -252,7 +267,7 @@ def _rows(kind: Kind, config: TrainingConfig) -> int:
 
 
 @torch.no_grad()
-def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: TrainingConfig) -> dict[str, float]:
+def _heldout_loss(model: Any, examples: Examples, texts: Sequence[Text], config: TrainingConfig) -> dict[str, float]:
     """Nats a reply token, by kind, and their plain mean."""
     model.eval()
     base, soft_prompt = model.get_base_model(), _soft_prompt(model)
@@ -260,11 +275,12 @@ def _heldout_loss(model: Any, examples: Examples, texts: Sequence[str], config: 
     for kind in KINDS:
         rng = random.Random(f"{config.seed}/heldout/{kind}")
         total = tokens = 0.0
-        for first in range(0, len(texts), _rows(kind, config)):
-            batch = examples.batch(kind, texts[first : first + _rows(kind, config)], rng)
+        own = texts_for(kind, texts)
+        for first in range(0, len(own), _rows(kind, config)):
+            batch = examples.batch(kind, own[first : first + _rows(kind, config)], rng)
             batch = to_device(batch, soft_prompt.device)
             count = float(batch["reply_mask"].sum())
-            logits = reply_logits(base, soft_prompt, batch, config.position)
+            logits = reply_logits(base, soft_prompt, batch, config.position, config.tail)
             total += float(reply_loss(logits, batch)) * count
             tokens += count
         losses[kind] = round(total / tokens, 4)
@@ -285,7 +301,7 @@ def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config:
             texts = [text for side in zip(*some, strict=True) for text in side]
             batch = examples.batch(kind, texts, random.Random(f"{config.seed}/aim/{kind}/{first}"))
             batch = to_device(batch, soft_prompt.device)
-            found = contrast(*both_logits(base, soft_prompt, batch, config.position), batch)
+            found = contrast(*both_logits(base, soft_prompt, batch, config.position, config.tail), batch)
             above += int((found.log_ratio[: len(some)] > found.log_ratio[len(some) :]).sum())
         aim[kind] = round(above / len(own), 4)
     aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
@@ -302,13 +318,13 @@ class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         model.eval()  # dropout in a frozen backbone is only noise, and serving has none
         soft_prompt = _soft_prompt(model)
-        base, position = model.get_base_model(), self.config.position
+        base, place = model.get_base_model(), (self.config.position, self.config.tail)
 
         batch, toxic, pairs = to_device(inputs["batch"], soft_prompt.device), inputs["toxic"], inputs["pairs"]
         rude, rest = rows_of(batch, slice(toxic)), rows_of(batch, slice(toxic, None))
         if not len(rest["reply_ids"]):
-            return reply_loss(reply_logits(base, soft_prompt, batch, position), batch)
-        logits, generator = both_logits(base, soft_prompt, batch, position)
+            return reply_loss(reply_logits(base, soft_prompt, batch, *place), batch)
+        logits, generator = both_logits(base, soft_prompt, batch, *place)
         harmless = contrast(logits[toxic:], generator[toxic:], rest)
         loss = reply_loss(logits[:toxic], rude) + self.config.anchor_weight * harmless.divergence
         if pairs:
