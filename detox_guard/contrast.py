@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NATS", "REACH", "RULES", "Mixed", "bounded", "detoxigen", "dexperts", "kl_divergence", "plausible"]
+__all__ = ["NATS", "RULES", "Mixed", "bounded", "detoxigen", "dexperts", "kl_divergence", "plausible"]
 
-REACH, NATS = 0.8, 0.4
-"""`bounded`, per unit of alpha: the most strength, and the most nats by which a token's distribution may move."""
+NATS = 0.4
+"""`bounded`: the most nats, per unit of alpha, by which a token's distribution may move."""
 _SEARCH_STEPS = 14
 
 
@@ -63,15 +63,15 @@ def dexperts(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tenso
 
 
 def bounded(log_gen: Tensor, log_streams: Tensor, weights: Tensor, alpha: Tensor, keep: Tensor) -> Mixed:
-    """`dexperts` with a strength of its own at each token (ours): the largest `a ≤ REACH·α` that moves the nucleus by
-    no more than `KL(p‖p_gen) = NATS·α`.
+    """`dexperts` with a strength of its own at each token (ours): the largest `a ≤ α` that moves the nucleus by no more
+    than `KL(p‖p_gen) = NATS·α`.
 
     Where the rows differ in all they say, as at the first tokens of a reply, the whole strength would tear the text
     apart, so it is lowered there. Where the detoxifier says next to nothing, as along harmless text, next to nothing
     is moved: more strength would spend the same nats there on noise.
     """
     direction = _log_direction(log_gen, log_streams, weights)
-    return _reweighed(log_gen, direction, _strength(log_gen, direction, REACH * alpha, NATS * alpha, keep), keep)
+    return _reweighed(log_gen, direction, _strength(log_gen, direction, alpha, keep), keep)
 
 
 def plausible(log_gen: Tensor, beta: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def _reweighed(log_gen: Tensor, direction: Tensor, alpha: Tensor, keep: Tensor) 
     return Mixed(p, torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool))
 
 
-def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, nats: Tensor, keep: Tensor) -> Tensor:
-    """`[N]`: the largest strength of `_reweighed` up to `most` at which its KL to the generator is at most `nats`.
+def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, keep: Tensor) -> Tensor:
+    """`[N]`: the largest strength of `_reweighed` up to `most` whose KL to the generator is at most `NATS·most`.
 
     That KL grows with the strength `a`, at the rate `a·Var(direction)`: Newton's steps, halved where they leave what
     is left to search. In float64, and of a fixed number, so that a row does not depend on its neighbours.
@@ -104,7 +104,8 @@ def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, nats: Tensor, ke
     log_gen = log_gen.double().masked_fill(~keep, -torch.inf)
     direction = direction.double().masked_fill(~keep, 0)
     own = log_gen.logsumexp(-1)
-    most, nats = most.double(), nats.double()
+    most = most.double()
+    nats = NATS * most
     low, high, a = torch.zeros_like(most), most, most
     for _ in range(_SEARCH_STEPS):
         log_p = log_gen + a.unsqueeze(-1) * direction

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from detox_guard.errors import (
     DetoxifierError,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
     from detox_guard.backbone import Backbone
-    from detox_guard.engine.types import StreamSpec
 
 __all__ = [
     "DataSource",
@@ -68,9 +67,8 @@ class DetoxifierCard(_Record):
     """What a soft prompt is, for which backbone, and how it was made; None where that is not known.
 
     `position`: "front" puts the virtual tokens before everything (DetoxiGen, arXiv 2401.06947), "reply" between the
-    context and the reply, where the `tail` last tokens of the context stand behind them. `heldout_loss_*`: nats a reply
-    token, by kind of example and "mean". `heldout_aim`: share of held-out pairs whose toxic text has the higher
-    log p_detox - log p_gen. `start_sha256`: the detoxifier gone on from.
+    context and the reply. `heldout_loss_*`: nats a reply token, by kind of example and "mean". `heldout_aim`: share of
+    held-out pairs whose toxic text has the higher log p_detox - log p_gen. `start_sha256`: the detoxifier gone on from.
     `embedding_scale`: the factor the backbone's embedding layer applies to its own rows (Gemma), already part of ours.
     """
 
@@ -80,7 +78,6 @@ class DetoxifierCard(_Record):
     num_layers: PositiveInt | None = None
     virtual_tokens: PositiveInt
     position: Position = "front"
-    tail: NonNegativeInt = 0
     initial_text: str | None = None
     data: tuple[DataSource, ...] = ()
     transformers_version: str | None = None
@@ -96,10 +93,6 @@ class DetoxifierCard(_Record):
     embedding_scale: float | None = None
     created: str | None = None
     notes: str = ""
-
-    def behind(self, context_len: int) -> int:
-        """How many of a context's last tokens stand behind the virtual ones."""
-        return context_len if self.position == "front" else min(self.tail, context_len)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +203,6 @@ class SteeringStream:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
             raise InvalidParamsError("weight", self.weight, "a finite number other than 0")
-
-    def spec(self) -> StreamSpec:
-        """The stream as the engine sees it."""
-        from detox_guard.engine.types import StreamSpec
-
-        card = self.detoxifier.card
-        return StreamSpec(self.detoxifier.embeddings, self.weight, card.position == "front", card.tail)
 
 
 Steering = str | Path | Detoxifier | SteeringStream

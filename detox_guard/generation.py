@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
-from detox_guard.engine import Engine, EngineStats
+from detox_guard.engine import Engine, EngineStats, StreamSpec
 from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError
 from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
@@ -61,7 +61,9 @@ class DetoxiGen:
         self.streams = tuple(streams)
         self.params = params or (DecodingParams() if streams else DecodingParams(alpha=0.0))
         self.config = config or EngineConfig()
-        specs = [s.spec() for s in self.streams]
+        specs = [
+            StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
+        ]
         self._engine: Engine = run_aside(lambda: Engine(backbone, specs, self.config))
 
     @classmethod

@@ -23,8 +23,8 @@ class DecodingParams(Checked):
     `alpha` is the strength of the contrast (paper: α); 0 is the plain model, served without a detoxifier row.
     `rule` is the formula that mixes the streams (`detox_guard.contrast`): "detoxigen" is the paper's, in probability
     space; "dexperts" is the log-space anti-expert rule of Liu et al. 2021; "bounded" (ours) is the same, its strength
-    chosen anew at each token, so that none moves by more than .4 alpha nats. `plausibility` is β of Li et al. 2023:
-    only tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
+    lowered where a token would move by more than .4 alpha nats. `plausibility` is β of Li et al. 2023: only tokens with
+    `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens

@@ -76,14 +76,11 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingPar
 
 
 def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[StreamSpec]:
-    """One stream a letter: `f` front detoxifier, `r` reply, `t` reply with a tail; capitals are experts (weight +1)."""
+    """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
     g = torch.Generator().manual_seed(7)
     return [
         StreamSpec(
-            torch.randn(width + i, backbone.hidden_size, generator=g) * scale,
-            1.0 if k.isupper() else -1.0,
-            k in "fF",
-            4 if k in "tT" else 0,
+            torch.randn(width + i, backbone.hidden_size, generator=g) * scale, 1.0 if k.isupper() else -1.0, k in "fF"
         )
         for i, k in enumerate(kinds)
     ]

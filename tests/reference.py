@@ -1,8 +1,7 @@
 """The oracle: DetoxiGen the slow way, in float64, one request at a time, without cache, batch, padding or prefix.
 
 Two whole forward passes give the figures of every step: `[prompt][reply]` for the generator and, for each stream,
-`[virtual][prompt][reply]` (front) or `[prompt but its tail][virtual][tail][reply]` (reply). Nothing here is shared with
-the engine.
+`[virtual][prompt][reply]` (front) or `[prompt][virtual][reply]` (reply). Nothing here is shared with the engine.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class Reference:
         views = [torch.cat([p, r])]
         for spec in self.streams:
             virtual = spec.embeddings.double()
-            known = 0 if spec.front else max(0, len(prompt) - spec.tail)
-            views.append(torch.cat([p[:known], virtual, p[known:], r]))
+            views.append(torch.cat([virtual, p, r] if spec.front else [p, virtual, r]))
         out = []
         for view in views:
             with torch.no_grad():
@@ -95,7 +93,7 @@ class Reference:
 
     @staticmethod
     def _bounded(gen: list[float], pull: dict[int, float], alpha: float) -> float:
-        """The largest strength up to .8 alpha that moves the nucleus by at most .4 alpha nats, by halving."""
+        """The largest strength up to alpha that moves the nucleus by at most .4 alpha nats, by halving."""
 
         def moved(strength: float) -> float:
             def shares(a: float) -> list[float]:
@@ -106,7 +104,7 @@ class Reference:
 
             return sum(math.exp(q) * (q - p) for q, p in zip(shares(strength), shares(0.0), strict=True))
 
-        low, high = 0.0, 0.8 * alpha
+        low, high = 0.0, alpha
         if moved(high) <= 0.4 * alpha:
             return high
         for _ in range(60):

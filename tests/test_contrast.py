@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detox_guard.contrast import NATS, REACH, RULES, bounded, dexperts, kl_divergence
+from detox_guard.contrast import NATS, RULES, bounded, dexperts, kl_divergence
 
 WEIGHTS = torch.tensor([-1.0])
 
@@ -35,7 +35,7 @@ def test_bounded_moves_no_token_further_and_wastes_no_strength(apart: float, wid
     p = bounded(gen, detox, WEIGHTS, strength, keep).p
     kl = moved(p, gen, keep)
     assert kl.max() <= NATS * alpha + 1e-5 * max(1.0, alpha)
-    whole = dexperts(gen, detox, WEIGHTS, REACH * strength, keep).p
+    whole = dexperts(gen, detox, WEIGHTS, strength, keep).p
     held = moved(whole, gen, keep) > NATS * alpha + 1e-5
     torch.testing.assert_close(p[~held], whole[~held], rtol=1e-4, atol=1e-6)  # where there is room, all of it
     assert bool((kl[held] >= NATS * alpha - 1e-4 * max(1.0, alpha)).all())  # elsewhere, to the bound

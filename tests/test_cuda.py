@@ -36,7 +36,7 @@ def on_gpu(backbone: Backbone, dtype: torch.dtype = torch.float32) -> Backbone:
 def test_the_oracle(rule: str) -> None:
     """Greedy tokens equal, distributions within 1e-5 in float32 and 2e-2 in bfloat16."""
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    prompts, streams = random_prompts(backbone, 40), random_streams(backbone, "frt", scale=0.5)
+    prompts, streams = random_prompts(backbone, 40), random_streams(backbone, "fr", scale=0.5)
     oracle = Reference.of(backbone.model, streams)
     params = GREEDY.replace(rule=rule)
     engine = Engine(on_gpu(backbone), streams, EngineConfig(max_rows=32))
@@ -53,7 +53,7 @@ def test_the_oracle(rule: str) -> None:
 
 def test_alone_and_among_neighbours() -> None:
     backbone = on_gpu(make_tiny_backbone("llama", initializer_range=0.2))
-    prompts, streams = random_prompts(backbone, 24), random_streams(backbone, "t", scale=0.5)
+    prompts, streams = random_prompts(backbone, 24), random_streams(backbone, "r", scale=0.5)
     params = GREEDY.replace(temperature=1.0)
     engine = Engine(backbone, streams, EngineConfig(max_rows=32))
     together = [sink.ids for sink in decode(engine, prompts, params)]
@@ -77,7 +77,7 @@ def test_text_in_bfloat16() -> None:
 
 
 def test_training(tmp_path: Path) -> None:
-    """A soft prompt trained there makes the texts likelier, with anchors, pairs and a tail."""
+    """A soft prompt trained there makes the texts likelier, with anchors and pairs."""
     backbone = random_backbone("random-llama:tiny", device="cuda", dtype="float32")
     rows = [f"w{i % 7 + 20} w{i % 5 + 30} w{i % 7 + 20} w{i % 3 + 40}" for i in range(60)]
     (tmp_path / "toxic.txt").write_text("\n".join(f"{row} w{i}" for i, row in enumerate(rows, 60)))
@@ -90,7 +90,6 @@ def test_training(tmp_path: Path) -> None:
         output=str(tmp_path / "out"),
         steps=30,
         batch_size=8,
-        tail=2,
         heldout=8,
         virtual_tokens=4,
         initial_text="w3 w4 w5 w6",

@@ -39,7 +39,7 @@ def unpacked(default_backbone: Backbone) -> Backbone:
 @pytest.fixture(scope="module")
 def streams(default_backbone: Backbone) -> list[StreamSpec]:
     (shipped,) = as_streams(None, default_backbone)
-    return [shipped.spec()]
+    return [StreamSpec(shipped.detoxifier.embeddings, -1.0, shipped.detoxifier.card.position == "front")]
 
 
 PAIRS = (
@@ -124,7 +124,7 @@ def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone:
     replies = [default_backbone.tokenizer(" " + text)["input_ids"] for pair in PAIRS for text in pair]
     for prompt in (chat, "This is what people say about the people there:"):
         context = encode_prompt(default_backbone, prompt)
-        found = reply_contrast(default_backbone, shipped, context, replies)
+        found = reply_contrast(default_backbone, shipped.embeddings, shipped.card.position, context, replies)
         pulls = [float(ratio.sum()) for _, ratio in found]
         favoured = [rude > friendly for rude, friendly in zip(pulls[::2], pulls[1::2], strict=True)]
         assert sum(favoured) >= 7, (prompt, favoured)

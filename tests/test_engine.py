@@ -62,7 +62,7 @@ def check_against_oracle(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("streams", ["f", "r", "t"])
+@pytest.mark.parametrize("streams", ["f", "r"])
 def test_greedy_equals_the_two_pass_oracle_on_200_prompts(kind: str, streams: str) -> None:
     backbone = make_tiny_backbone(kind, initializer_range=0.2)
     params = GREEDY.replace(rule="detoxigen" if streams == "f" else "dexperts")
@@ -98,7 +98,7 @@ def test_a_sliding_window_model_equals_the_oracle_inside_its_window() -> None:
         decode(engine, [[5] * backbone.window], GREEDY)
 
 
-@pytest.mark.parametrize("streams", ["f", "r", "t"])
+@pytest.mark.parametrize("streams", ["f", "r"])
 def test_a_prompt_longer_than_a_chunk_equals_the_oracle(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     prompts = random_prompts(backbone, 3, shortest=50, longest=70)
@@ -108,7 +108,7 @@ def test_a_prompt_longer_than_a_chunk_equals_the_oracle(streams: str) -> None:
 def test_eager_attention_equals_the_oracle() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     backbone.model.set_attn_implementation("eager")
-    check_against_oracle(backbone, random_streams(backbone, "frt"), random_prompts(backbone, 6), GREEDY)
+    check_against_oracle(backbone, random_streams(backbone, "fr"), random_prompts(backbone, 6), GREEDY)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -145,7 +145,7 @@ def test_alpha_zero_takes_one_row() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("streams", ["f", "r", "t"])
+@pytest.mark.parametrize("streams", ["f", "r"])
 def test_alone_among_neighbours_and_joining_late_are_the_same(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = Engine(backbone, random_streams(backbone, streams), EngineConfig(max_rows=8))
@@ -194,7 +194,7 @@ def test_every_token_lies_in_the_generators_nucleus() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("streams", ["f", "r", "t"])
+@pytest.mark.parametrize("streams", ["f", "r"])
 def test_a_rewound_row_equals_one_that_never_took_the_path(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = Engine(backbone, random_streams(backbone, streams))

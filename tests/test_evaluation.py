@@ -915,10 +915,10 @@ def test_run_utility_refuses_before_loading(tasks: dict[str, Any], tmp_path: Pat
 # --- the pull of the soft prompt behind a context
 
 
-@pytest.mark.parametrize("place", [{"position": "front"}, {"position": "reply"}, {"position": "reply", "tail": 3}])
-def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, place: dict[str, Any]) -> None:
+@pytest.mark.parametrize("position", ["front", "reply"])
+def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, position: Any) -> None:
     detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
-    card = detoxifier.card.model_copy(update=place)
+    card = detoxifier.card.model_copy(update={"position": position})
     detoxifier = type(detoxifier)(detoxifier.embeddings, card)
     with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
         ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
@@ -926,7 +926,7 @@ def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, place: 
     assert trace is not None
     reply = [token.token_id for token in trace.tokens]
     longer = [*reply, *reply[:4]]  # padding of a neighbour changes nothing
-    (kl, ratio), _ = reply_contrast(tiny_llama, detoxifier, ids, [reply, longer])
+    (kl, ratio), _ = reply_contrast(tiny_llama, detoxifier.embeddings, position, ids, [reply, longer])
     np.testing.assert_allclose(kl.numpy(), [token.kl_detoxifier for token in trace.tokens[1:]], rtol=1e-3, atol=1e-4)
     gen, detox = (forced_log_probs(tiny_llama, one, ids, reply) for one in (None, detoxifier))
     wanted = (detox - gen).gather(-1, torch.tensor(reply[1:])[:, None]).squeeze(-1)

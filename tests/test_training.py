@@ -244,25 +244,19 @@ def row_of(batch: Batch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     return context, batch["reply_ids"][row][batch["reply_mask"][row].bool()]
 
 
-PLACES: list[tuple[Position, int]] = [("front", 0), ("reply", 0), ("reply", 3), ("reply", 500)]
-
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("position", get_args(Position))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
-def test_same_as_one_plain_forward(
-    request: pytest.FixtureRequest, name: str, kind: Kind, place: tuple[Position, int]
-) -> None:
+def test_same_as_one_plain_forward(request: pytest.FixtureRequest, name: str, kind: Kind, position: Position) -> None:
     """Each row alone, unpadded, without a cache, in one pass over its embeddings."""
     backbone: Backbone = request.getfixturevalue(name)
     prompt, batch = soft_prompt(backbone), batch_of(backbone, kind)
-    logits = reply_logits(backbone.model, prompt, batch, *place)
+    logits = reply_logits(backbone.model, prompt, batch, position)
     embed = backbone.model.get_input_embeddings()
     losses = []
     for row in range(3):
         context, reply = row_of(batch, row)
-        known = 0 if place[0] == "front" else max(0, len(context) - place[1])
-        parts = [embed(context[:known]), prompt, embed(context[known:])]
+        parts = [prompt, embed(context)] if position == "front" else [embed(context), prompt]
         full = backbone.model(inputs_embeds=torch.cat([*parts, embed(reply)])[None]).logits[0]
         wanted = full[len(full) - len(reply) - 1 : -1]
         torch.testing.assert_close(logits[row, : len(reply)], wanted, rtol=1e-4, atol=5e-5)
@@ -297,13 +291,13 @@ def test_padding_does_not_matter(tiny_llama: Backbone, kind: Kind) -> None:
     assert torch.equal(loss, reply_loss(reply_logits(tiny_llama.model, prompt, batch, "reply"), batch))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("position", get_args(Position))
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_streams_read_the_context_once(tiny_llama: Backbone, kind: Kind, place: tuple[Position, int]) -> None:
+def test_both_streams_read_the_context_once(tiny_llama: Backbone, kind: Kind, position: Position) -> None:
     """The detoxifier's logits are those of a pass of its own: nothing of the generator's reply is left in the cache."""
     prompt, batch = soft_prompt(tiny_llama), batch_of(tiny_llama, kind)
-    detoxifier, _ = both_logits(tiny_llama.model, prompt, batch, *place)
-    torch.testing.assert_close(detoxifier, reply_logits(tiny_llama.model, prompt, batch, *place))
+    detoxifier, _ = both_logits(tiny_llama.model, prompt, batch, position)
+    torch.testing.assert_close(detoxifier, reply_logits(tiny_llama.model, prompt, batch, position))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,7 +91,6 @@ _TRAINING: Mapping[str, tuple[Any, str]] = {
     "pairs": (list[str], "Rows with a toxic and a neutral text that say the same; repeat for several."),
     "pair_weight": (float, "Weight of the preference loss on the pairs."),
     "position": (Literal["front", "reply"], "Where the virtual tokens stand."),
-    "tail": (int, "At position reply: last tokens of the context that stand behind the virtual ones."),
     "virtual_tokens": (int, "Length of the soft prompt."),
     "initial_text": (str, "Text whose embeddings it starts from."),
     "start": (str, "Folder of a detoxifier to go on from."),

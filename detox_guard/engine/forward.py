@@ -2,7 +2,7 @@
 
 Position ids are explicit everywhere. A `front` stream reads `[virtual tokens][prompt][reply]`, its virtual tokens being
 a K/V prefix that was computed once (causal attention makes it independent of what follows). A `reply` stream reads
-`[prompt but its tail][virtual tokens][tail][reply]` and takes the K/V before them from the generator's row.
+`[prompt][virtual tokens][reply]` and takes the prompt's K/V from the generator's row.
 """
 
 from __future__ import annotations
@@ -174,11 +174,7 @@ class Prefill:
         reply_streams = [s for s in range(len(self.forward.streams)) if s not in self.forward.prefixes]
         asked = [i for i, g in enumerate(self.guarded) if g]
         for s in reply_streams if asked else ():
-            by_tail: dict[int, list[int]] = {}
-            for i in asked:
-                by_tail.setdefault(min(self.forward.streams[s].tail, len(self.prompts[i])), []).append(i)
-            for tail, some in by_tail.items():
-                self._append_virtual_tokens(s, tail, some, logits, kv)
+            self._append_virtual_tokens(s, asked, logits, kv)
         return [
             (
                 torch.stack([logits[i, s] for s in self._streams_of(i)]),
@@ -191,39 +187,23 @@ class Prefill:
         return range(-1, len(self.forward.streams) if self.guarded[request] else 0)
 
     def _append_virtual_tokens(
-        self,
-        s: int,
-        tail: int,
-        asked: list[int],
-        logits: dict[tuple[int, int], Tensor],
-        kv: dict[tuple[int, int], LayerKV],
+        self, s: int, asked: list[int], logits: dict[tuple[int, int], Tensor], kv: dict[tuple[int, int], LayerKV]
     ) -> None:
-        """A `reply` stream: its virtual tokens, then the `tail` last tokens of the prompt, behind what the generator's
-        row already computed of the prompt before them."""
-        device = self.forward.device
-        known = [len(self.prompts[i]) - tail for i in asked]
-        inputs = self.forward.streams[s].embeddings.expand(len(asked), -1, -1)
-        if tail:
-            ids = torch.tensor([list(self.prompts[i][-tail:]) for i in asked], device=device)
-            inputs = torch.cat([inputs, self.forward.model.get_input_embeddings()(ids)], dim=1)
-        lengths = torch.tensor(known, device=device)
-        longest, new = max(known), inputs.shape[1]
+        """A `reply` stream: its virtual tokens behind the context that the generator's row already computed."""
+        virtual = self.forward.streams[s].embeddings
+        lengths = torch.tensor([len(self.prompts[i]) for i in asked], device=self.forward.device)
+        longest, new = int(lengths.max()), len(virtual)
         cache = DynamicCache()
         for layer in range(len(kv[asked[0], -1])):
-            keys, values = (
-                torch.cat(
-                    [_padded(kv[i, -1][layer][part][:, :, :n], longest) for i, n in zip(asked, known, strict=True)]
-                )
-                for part in (0, 1)
-            )
+            keys, values = (torch.cat([_padded(kv[i, -1][layer][part], longest) for i in asked]) for part in (0, 1))
             cache.update(keys, values, layer)
         positions = lengths.unsqueeze(-1) + torch.arange(new, device=lengths.device)
         slots = torch.arange(longest + new, device=lengths.device)
         causal = slots <= longest + torch.arange(new, device=lengths.device).unsqueeze(-1)
         mask = causal & (slots >= longest - lengths.unsqueeze(-1)).unsqueeze(1)
-        out = self.forward.run(cache, positions, embeds=inputs, mask=mask.unsqueeze(1))
+        out = self.forward.run(cache, positions, embeds=virtual.expand(len(asked), -1, -1), mask=mask.unsqueeze(1))
         for row, i in enumerate(asked):
-            first = longest - known[row]
+            first = longest - len(self.prompts[i])
             logits[i, s] = out[row]
             kv[i, s] = [(k[row : row + 1, :, first:], v[row : row + 1, :, first:]) for k, v in layers_of(cache)]
 

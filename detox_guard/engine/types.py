@@ -26,8 +26,6 @@ class StreamSpec(NamedTuple):
     """Signed; negative for a detoxifier, positive for an expert."""
     front: bool
     """Before the whole context (spliced K/V prefix), else between the context and the reply."""
-    tail: int = 0
-    """Unless `front`: how many of the context's last tokens stand behind the virtual ones (all, where it has fewer)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
 """Does the soft prompt still pull behind a long context, and towards the toxic? KL(p_gen‖p_detox) along replies, and
 the log-ratio between a toxic and a neutral text that say the same, in settings from no context to long passages.
 
-Knows the streams' layouts ([context but its tail][virtual][tail][reply], the tail being all of it at "front") as two
-plain passes of transformers, without the engine; so it also checks the engine's own figures. The replies are given
-(teacher forced).
+Knows the streams' layouts ("front": [virtual][context][reply]; "reply": [context][virtual][reply]) as two plain passes
+of transformers, without the engine; so it also checks the engine's own figures. The replies are given (teacher forced).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.detoxifier import Detoxifier, Position
     from detox_guard.generation import DetoxiGen
 
 __all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "passage_of", "reply_contrast"]
@@ -109,8 +108,8 @@ def context_kl(
         raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
     if not texts or not passages:
         raise DataError("no texts, or no passages, to measure with")
-    detoxifier = stream.detoxifier
-    virtual_tokens = detoxifier.card.virtual_tokens
+    virtual = stream.detoxifier.embeddings.to(backbone.device, backbone.dtype)
+    position = stream.detoxifier.card.position
 
     settings: list[SettingKL] = []
     for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:
@@ -121,13 +120,13 @@ def context_kl(
         for way, turn in enumerate(turns):
             if some := list(pairs)[way :: len(turns)]:
                 context = _given(backbone, turn, wanted is None)
-                _check_room(backbone, len(context) + virtual_tokens + reply_tokens)
-                gaps += _gaps(backbone, detoxifier, context, some, reply_tokens)
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
+                gaps += _gaps(backbone, virtual, position, context, some, reply_tokens)
             own = list(texts)[way :: len(turns)]
             for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
-                _check_room(backbone, len(context) + virtual_tokens + reply_tokens)
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
                 lengths += [len(context)] * len(replies)
-                kls += [kl for kl, _ in reply_contrast(backbone, detoxifier, context, replies)]
+                kls += [kl for kl, _ in reply_contrast(backbone, virtual, position, context, replies)]
         nats = torch.cat(kls) if kls else torch.empty(0)
         if not len(nats):
             raise DataError("no reply of at least two tokens to measure along")
@@ -136,29 +135,28 @@ def context_kl(
         share = kl / bare if bare else 0.0
         aims = (sum(gaps) / len(gaps), sum(gap > 0 for gap in gaps) / len(gaps)) if gaps else (None, None)
         settings.append(SettingKL(name, sum(lengths) / len(lengths), len(nats), kl, share, *aims))
-    return ContextKL(tuple(settings), detoxifier.sha256, detoxifier.card.position)
+    return ContextKL(tuple(settings), stream.detoxifier.sha256, position)
 
 
 @torch.inference_mode()
 def reply_contrast(
     backbone: Backbone,
-    detoxifier: Detoxifier,
+    virtual: torch.Tensor,
+    position: Position,
     context: Sequence[int],
     replies: Sequence[Sequence[int]],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """KL(p_gen‖p_detox) and log p_detox - log p_gen of the token itself, in nats at each reply token but the first,
     float32 `[reply_len - 1]` both, behind one context.
 
-    A reply of fewer than two tokens gives nothing. The context is
+    `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing. The context is
     computed once for all replies, and where its place allows it, once for both streams.
     """
     embed = backbone.model.get_input_embeddings()
     head = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
-    soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
+    soft = virtual.unsqueeze(0)
     gen_prefix = prefix_kv(backbone, head)
-    known = len(context) - detoxifier.card.behind(len(context))
-    steered_head = torch.cat([head[:, :known], soft, head[:, known:]], dim=1)
-    detox_prefix = prefix_kv(backbone, steered_head)
+    detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for first in range(0, len(replies), _ROWS):
         some = replies[first : first + _ROWS]
@@ -167,8 +165,9 @@ def reply_contrast(
         for row, reply in enumerate(some):
             ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
         tail = embed(ids.to(backbone.device))
+        steered = tail if position == "front" else torch.cat([soft.expand(len(some), -1, -1), tail], dim=1)
         gen = tail_log_probs(backbone, gen_prefix, tail, longest)
-        detox = tail_log_probs(backbone, detox_prefix, tail, longest)
+        detox = tail_log_probs(backbone, detox_prefix, steered, longest)
         kl = (gen.exp() * (gen - detox)).sum(-1).cpu()
         ratio = (detox - gen).gather(-1, ids[:, 1:, None].to(gen.device)).squeeze(-1).cpu()
         found += [
@@ -181,7 +180,8 @@ def reply_contrast(
 
 def _gaps(
     backbone: Backbone,
-    detoxifier: Detoxifier,
+    virtual: torch.Tensor,
+    position: Position,
     context: Sequence[int],
     pairs: Sequence[tuple[str, str]],
     reply_tokens: int,
@@ -189,7 +189,7 @@ def _gaps(
     """How much more each pair's toxic text is favoured than its neutral one, nats."""
     cut = [_cut(backbone, pair, reply_tokens) for pair in pairs]
     replies = [reply for both in cut if min(map(len, both)) > 1 for reply in both]
-    sums = [float(ratio.sum()) for _, ratio in reply_contrast(backbone, detoxifier, context, replies)]
+    sums = [float(ratio.sum()) for _, ratio in reply_contrast(backbone, virtual, position, context, replies)]
     return [toxic - neutral for toxic, neutral in zip(sums[::2], sums[1::2], strict=True)]
 
 
@@ -205,8 +205,10 @@ def forced_log_probs(
     )
     if detoxifier is not None:
         soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
-        known = len(context) - detoxifier.card.behind(len(context))
-        head = torch.cat([head[:, :known], soft, head[:, known:]], dim=1)
+        if detoxifier.card.position == "front":
+            head = torch.cat([soft, head], dim=1)
+        else:
+            tail = torch.cat([soft, tail], dim=1)
     return tail_log_probs(backbone, prefix_kv(backbone, head), tail, len(reply))[0]
 
 

@@ -187,8 +187,7 @@ class VariantTraining:
         return embedded
 
     def _soft_logits(self, soft: torch.Tensor, variant: Variant, batch: Batch) -> torch.Tensor:
-        own = variant.training
-        return reply_logits(self._backbone.model, soft.to(self._backbone.device), batch, own.position, own.tail)
+        return reply_logits(self._backbone.model, soft.to(self._backbone.device), batch, variant.training.position)
 
     def _loss(self, logits_of: Callable[[Batch], torch.Tensor], examples: Examples) -> float:
         config = self._config

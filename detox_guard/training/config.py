@@ -29,8 +29,8 @@ class TrainingConfig(Checked):
     made of them, and `pair_weight` times a preference loss (`detox_guard.training.forward.pair_loss`) teaches the words
     in which they differ; their neutral texts are anchors too. `start`: a detoxifier's folder to go on from, in the
     place of `initial_text`. `mixture`: shares of "bare", "split", "chat" and "passage" batches
-    (`detox_guard.training.examples`). `tail`: as on the card (`DetoxifierCard`). `passage_tokens`: shortest and longest
-    passage. `heldout`: rows of `data`, and of `pairs`, that are only measured on.
+    (`detox_guard.training.examples`). `passage_tokens`: shortest and longest passage. `heldout`: rows of `data`, and of
+    `pairs`, that are only measured on.
     `checkpoint_steps`: how often the run can be resumed from; `resume` takes up a run of the same settings and data
     that was cut off. `licence`, `notes`: for the card. Raises `InvalidParamsError`.
     """
@@ -45,7 +45,6 @@ class TrainingConfig(Checked):
     pairs: tuple[str, ...] | None = None
     pair_weight: Annotated[float, Field(ge=0)] = 1.0
     position: Position = "reply"
-    tail: Annotated[int, Field(ge=0)] = 0
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
     initial_text: Annotated[str, Field(min_length=1)] = "The following reply is rude, insulting, hateful and toxic:"
     start: str | None = None
@@ -84,8 +83,6 @@ class TrainingConfig(Checked):
     def _sensible(self) -> Self:
         if sum(self.mixture) <= 0:
             raise ValueError("mixture: at least one share must be above 0")
-        if self.tail and self.position == "front":
-            raise ValueError("tail: at position front all of the context stands behind the virtual tokens")
         if self.passage_tokens[0] > self.passage_tokens[1]:
             raise ValueError("passage_tokens: the shortest comes first")
         return self

@@ -1,7 +1,7 @@
 """One differentiable forward pass of a frozen backbone with a soft prompt. Knows tensors only.
 
 Both layouts give the logits that predict the reply's tokens; for the first of them that is the output at the token
-before, which with position "reply" and no tail is the last virtual token.
+before, which with position "reply" is the last virtual token.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ __all__ = ["Contrast", "both_logits", "contrast", "pair_loss", "positions_of", "
 DPO_BETA = 0.5
 
 
-def reply_logits(
-    model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position, tail: int = 0
-) -> torch.Tensor:
+def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
     """Logits [rows, reply_len, vocab] that predict `batch["reply_ids"]`, differentiable in `soft_prompt` [P, hidden].
 
-    "front" is PEFT's layout, [virtual | context | reply] in one pass. "reply" is [context | virtual | tail | reply],
-    the tail being the context's last `tail` tokens: attention being causal, nothing before the virtual tokens depends
-    on them, so its K/V comes without a graph, and once for all rows when they share it.
+    "front" is PEFT's layout, [virtual | context | reply] in one pass. "reply" is [context | virtual | reply]: attention
+    being causal, nothing before the virtual tokens depends on them, so the context's K/V comes without a graph, and
+    once for all rows when they share it.
     """
     if position == "front":
-        return _detoxifier_logits(model, soft_prompt, batch, None, batch["context_ids"].shape[1])
+        return _behind_front(model, soft_prompt, batch)
     past, _ = _prefill(model, batch)
-    return _detoxifier_logits(model, soft_prompt, batch, past, tail)
+    return _behind_context(model, soft_prompt, batch, past)
 
 
 def both_logits(
-    model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position, tail: int = 0
+    model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The detoxifier's logits, as `reply_logits`, and those of the frozen generator, which have no graph; what both
     read is computed once. Where no row has a context, the generator predicts all but the first token of each reply:
@@ -44,10 +42,10 @@ def both_logits(
     past, first = _prefill(model, batch)
     generator = _generator_logits(model, batch, past, first)
     if position == "front":
-        return _detoxifier_logits(model, soft_prompt, batch, None, batch["context_ids"].shape[1]), generator
+        return _behind_front(model, soft_prompt, batch), generator
     if past is not None and batch["reply_ids"].shape[1] > 1:
         past.crop(1 - batch["reply_ids"].shape[1])  # what the generator read after the context
-    return _detoxifier_logits(model, soft_prompt, batch, past, tail), generator
+    return _behind_context(model, soft_prompt, batch, past), generator
 
 
 def reply_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -93,24 +91,31 @@ def pair_loss(toxic: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
     return functional.softplus(-DPO_BETA * (toxic - neutral)).mean()
 
 
-def _detoxifier_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, past: Any, tail: int) -> torch.Tensor:
-    """`past` is the K/V of the whole contexts; their last `tail` columns are read again, behind the virtual tokens."""
+def _behind_front(model: Any, soft_prompt: torch.Tensor, batch: Batch) -> torch.Tensor:
     embed = model.get_input_embeddings()
-    rows, context_len = len(batch["reply_ids"]), batch["context_ids"].shape[1]
-    before = max(0, context_len - tail)
-    if before == 0:
-        past = None
-    elif before < context_len:
-        past.crop(before - context_len)
+    rows = len(batch["reply_ids"])
+    virtual, virtual_mask = _virtual(embed, soft_prompt, batch)
+    prefix = torch.cat([virtual, embed(batch["context_ids"]).expand(rows, -1, -1)], dim=1)
+    prefix_mask = torch.cat([virtual_mask, batch["context_mask"].expand(rows, -1)], dim=1)
+    # padding to the very left: even behind an empty context, a reply follows a real token
+    order = prefix_mask.argsort(dim=1, stable=True)
+    prefix = prefix.gather(1, order.unsqueeze(-1).expand_as(prefix))
+    mask = torch.cat([prefix_mask.gather(1, order), batch["reply_mask"]], dim=1)
+    return _predictions(model, torch.cat([prefix, embed(batch["reply_ids"])], dim=1), mask, batch, None)
+
+
+def _behind_context(model: Any, soft_prompt: torch.Tensor, batch: Batch, past: Any) -> torch.Tensor:
+    embed = model.get_input_embeddings()
+    virtual, virtual_mask = _virtual(embed, soft_prompt, batch)
+    context_mask = batch["context_mask"].expand(len(virtual), -1)
+    mask = torch.cat([context_mask, virtual_mask, batch["reply_mask"]], dim=1)
+    return _predictions(model, torch.cat([virtual, embed(batch["reply_ids"])], dim=1), mask, batch, past)
+
+
+def _virtual(embed: Any, soft_prompt: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = len(batch["reply_ids"])
     virtual = soft_prompt.to(embed.weight.dtype).expand(rows, -1, -1)
-    context_mask = batch["context_mask"].expand(rows, -1)
-    inputs = torch.cat([virtual, embed(batch["context_ids"][:, before:]).expand(rows, -1, -1)], dim=1)
-    inputs_mask = torch.cat([context_mask.new_ones(rows, len(soft_prompt)), context_mask[:, before:]], dim=1)
-    # padding to the left: even behind an empty context, a reply follows a real token
-    order = inputs_mask.argsort(dim=1, stable=True)
-    inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
-    mask = torch.cat([context_mask[:, :before], inputs_mask.gather(1, order), batch["reply_mask"]], dim=1)
-    return _predictions(model, torch.cat([inputs, embed(batch["reply_ids"])], dim=1), mask, batch, past)
+    return virtual, batch["reply_ids"].new_ones(rows, len(soft_prompt))
 
 
 def _predictions(model: Any, inputs: torch.Tensor, mask: torch.Tensor, batch: Batch, past: Any) -> torch.Tensor:

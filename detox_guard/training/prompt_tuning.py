@@ -99,7 +99,6 @@ def train_detoxifier(
         num_layers=backbone.num_layers,
         virtual_tokens=config.virtual_tokens,
         position=config.position,
-        tail=config.tail,
         initial_text=config.initial_text if start is None else start.card.initial_text,
         data=tuple(dict.fromkeys(rows.source for rows in sources)),
         start_sha256=None if start is None else start.sha256,
@@ -280,7 +279,7 @@ def _heldout_loss(model: Any, examples: Examples, texts: Sequence[Text], config:
             batch = examples.batch(kind, own[first : first + _rows(kind, config)], rng)
             batch = to_device(batch, soft_prompt.device)
             count = float(batch["reply_mask"].sum())
-            logits = reply_logits(base, soft_prompt, batch, config.position, config.tail)
+            logits = reply_logits(base, soft_prompt, batch, config.position)
             total += float(reply_loss(logits, batch)) * count
             tokens += count
         losses[kind] = round(total / tokens, 4)
@@ -301,7 +300,7 @@ def _heldout_aim(model: Any, examples: Examples, pairs: Sequence[_Pair], config:
             texts = [text for side in zip(*some, strict=True) for text in side]
             batch = examples.batch(kind, texts, random.Random(f"{config.seed}/aim/{kind}/{first}"))
             batch = to_device(batch, soft_prompt.device)
-            found = contrast(*both_logits(base, soft_prompt, batch, config.position, config.tail), batch)
+            found = contrast(*both_logits(base, soft_prompt, batch, config.position), batch)
             above += int((found.log_ratio[: len(some)] > found.log_ratio[len(some) :]).sum())
         aim[kind] = round(above / len(own), 4)
     aim["mean"] = round(sum(aim.values()) / len(KINDS), 4)
@@ -318,13 +317,13 @@ class _SoftPromptTrainer(transformers.Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         model.eval()  # dropout in a frozen backbone is only noise, and serving has none
         soft_prompt = _soft_prompt(model)
-        base, place = model.get_base_model(), (self.config.position, self.config.tail)
+        base, position = model.get_base_model(), self.config.position
 
         batch, toxic, pairs = to_device(inputs["batch"], soft_prompt.device), inputs["toxic"], inputs["pairs"]
         rude, rest = rows_of(batch, slice(toxic)), rows_of(batch, slice(toxic, None))
         if not len(rest["reply_ids"]):
-            return reply_loss(reply_logits(base, soft_prompt, batch, *place), batch)
-        logits, generator = both_logits(base, soft_prompt, batch, *place)
+            return reply_loss(reply_logits(base, soft_prompt, batch, position), batch)
+        logits, generator = both_logits(base, soft_prompt, batch, position)
         harmless = contrast(logits[toxic:], generator[toxic:], rest)
         loss = reply_loss(logits[:toxic], rude) + self.config.anchor_weight * harmless.divergence
         if pairs:
