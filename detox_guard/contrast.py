@@ -98,27 +98,39 @@ def _reweighed(log_gen: Tensor, direction: Tensor, alpha: Tensor, keep: Tensor) 
 def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, keep: Tensor) -> Tensor:
     """`[N]`: the largest strength of `_reweighed` up to `most` whose KL to the generator is at most `NATS·most`.
 
-    That KL grows with the strength `a`, at the rate `a·Var(direction)`: Newton's steps, halved where they leave what
-    is left to search. In float64, and of a fixed number, so that a row does not depend on its neighbours.
+    In float64, and each row as if it were alone. Few rows need the search: those that `most` itself moves too far.
     """
-    log_gen = log_gen.double().masked_fill(~keep, -torch.inf)
+    log_gen = log_gen.double().masked_fill(~keep, -torch.inf).log_softmax(-1)
     direction = direction.double().masked_fill(~keep, 0)
-    own = log_gen.logsumexp(-1)
-    most = most.double()
-    nats = NATS * most
+    strength, nats = most.double(), NATS * most.double()
+    moved, _ = _movement(log_gen, direction, strength)
+    far = (moved > nats).nonzero().squeeze(-1)
+    if len(far):
+        strength[far] = _search(log_gen[far], direction[far], strength[far], nats[far])
+    return strength.to(torch.float32)
+
+
+def _movement(log_gen: Tensor, direction: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """`KL(p‖p_gen)` `[N]` at the strengths `a`, and how fast it grows with them: `a·Var(direction)`. `log_gen` is
+    normalised."""
+    log_p = log_gen + a.unsqueeze(-1) * direction
+    norm = log_p.logsumexp(-1)
+    p = (log_p - norm.unsqueeze(-1)).exp()
+    mean = (p * direction).sum(-1)
+    variance = (p * (direction - mean.unsqueeze(-1)).square()).sum(-1)
+    return a * mean - norm, a * variance
+
+
+def _search(log_gen: Tensor, direction: Tensor, most: Tensor, nats: Tensor) -> Tensor:
+    """The strengths under `most` that move by `nats`: Newton's steps, halved where they leave what is left."""
     low, high, a = torch.zeros_like(most), most, most
     for _ in range(_SEARCH_STEPS):
-        log_p = log_gen + a.unsqueeze(-1) * direction
-        norm = log_p.logsumexp(-1)
-        p = (log_p - norm.unsqueeze(-1)).exp()
-        mean = (p * direction).sum(-1)
-        kl = a * mean - (norm - own)
-        over = kl > nats
+        moved, rate = _movement(log_gen, direction, a)
+        over = moved > nats
         low, high = torch.where(over, low, a), torch.where(over, a, high)
-        rate = a * (p * (direction - mean.unsqueeze(-1)).square()).sum(-1)
-        step = a - (kl - nats) / rate
+        step = a - (moved - nats) / rate
         a = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
-    return a.to(torch.float32)
+    return a
 
 
 def _log_direction(log_gen: Tensor, log_streams: Tensor, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A method is what to decode with (parameters, steering streams), what to say befo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,10 +152,16 @@ def _guard(i: Ingredients) -> Method:
     return Method("guard", i.default.replace(guard=GuardPolicy()), i.streams)
 
 
+def _bounded_guard(i: Ingredients, alpha: float) -> Method:
+    method = i.steered("bounded-guard", "bounded", alpha)
+    return replace(method, params=method.params.replace(guard=GuardPolicy()))
+
+
 _STRENGTHS: dict[str, Callable[[Ingredients, float], Method]] = {
     "detoxigen": lambda i, alpha: i.steered("detoxigen", "detoxigen", alpha),
     "detoxigen-floor": lambda i, alpha: i.steered("detoxigen-floor", "detoxigen", alpha, i.plausibility),
     "bounded": lambda i, alpha: i.steered("bounded", "bounded", alpha),
+    "bounded-guard": _bounded_guard,
     "dexperts": lambda i, alpha: i.steered("dexperts", "dexperts", alpha),
     "dexperts-floor": lambda i, alpha: i.steered("dexperts-floor", "dexperts", alpha, i.plausibility),
     "dexperts-expert": _expert,
@@ -176,6 +182,7 @@ METHODS = {
     "detoxigen-floor": "the same with a plausibility floor",
     "dexperts": "the log-space anti-expert rule, same soft prompt",
     "bounded": "that rule, its strength bounded at each token",
+    "bounded-guard": "the same, and the guard over it",
     "dexperts-floor": "dexperts with a plausibility floor",
     "dexperts-expert": "with a second, non-toxic soft prompt as an expert",
     "toxic-prefix": "a hand-written toxic instruction in place of the soft prompt (the idea of self-debiasing)",

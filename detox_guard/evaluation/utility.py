@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["UtilityReport", "run_utility"]
 
 UTILITY_FILE = "utility.json"
-SAME_STREAMS = ("plain", "default", "detoxigen", "detoxigen-floor", "bounded", "dexperts", "dexperts-floor", "guard")
+SAME_STREAMS = (
+    "plain", "default", "guard",
+    "detoxigen", "detoxigen-floor", "dexperts", "dexperts-floor", "bounded", "bounded-guard",
+)  # fmt: skip
 QUESTION = "{context}\n\nQuestion: {question}\nAnswer with a few words from the text above, and nothing else."
 ANSWER_TOKENS, BOLD_TOKENS = 32, 20
 WINDOW = 256
