@@ -84,8 +84,14 @@ def rows(result: Result) -> list[dict[str, Any]]:
 
 def start(*words: str | Path, **kwargs: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from detox_guard.cli import main; main()", *map(str, words)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, encoding="utf-8", **{**pipes, **kwargs})
+    settings = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        # A shell starts what runs in the background deaf to Ctrl-C, and the children inherit that.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+    return subprocess.Popen(command, text=True, encoding="utf-8", **{**settings, **kwargs})
 
 
 # -- help, options

@@ -427,7 +427,7 @@ def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
         "plain", "default", "detoxigen α=1", "detoxigen α=2.5", "detoxigen-floor α=1",
     ]  # fmt: skip
     by_name = {method.name: method for method in made}
-    assert len(by_name) == len(made) == 2 * 7 + 6
+    assert len(by_name) == len(made) == 2 * 8 + 6
     assert by_name["dexperts-floor α=1"].params.plausibility == ingredients.plausibility
     assert [stream.weight for stream in by_name["dexperts-expert α=1"].streams] == [-1.0, 1.0]
     assert by_name["detoxigen α=1"].params.rule == "detoxigen"
