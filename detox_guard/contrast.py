@@ -102,7 +102,8 @@ def _strength(log_gen: Tensor, direction: Tensor, most: Tensor, keep: Tensor) ->
     """
     log_gen = log_gen.double().masked_fill(~keep, -torch.inf).log_softmax(-1)
     direction = direction.double().masked_fill(~keep, 0)
-    strength, nats = most.double(), NATS * most.double()
+    strength = most.to(torch.float64, copy=True)
+    nats = NATS * strength
     moved, _ = _movement(log_gen, direction, strength)
     far = (moved > nats).nonzero().squeeze(-1)
     if len(far):

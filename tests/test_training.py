@@ -191,10 +191,12 @@ def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
 def test_each_kind_of_batch_takes_the_texts_that_fit() -> None:
     """A continuation behind its prompt, an answer behind its question; whatever there is where nothing fits."""
     plain, continued, answer = "Late.", Reply("The bus", " is late"), Reply("How is it?", "Late.", chat=True)
-    wanted = {"bare": [plain], "split": [plain, continued], "chat": [plain, answer], "passage": [plain, answer]}
+    wanted = {"bare": [plain], "split": [continued], "chat": [answer], "passage": [plain]}
     for kind in KINDS:
         assert texts_for(kind, [plain, continued, answer]) == wanted[kind]
         assert texts_for(kind, [continued]) == [continued]
+        assert texts_for(kind, [plain]) == [plain]
+    assert texts_for("chat", [plain, continued]) == [continued]
 
 
 @pytest.mark.parametrize("kind", ["split", "chat"])

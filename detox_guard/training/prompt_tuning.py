@@ -238,21 +238,24 @@ class Steps(Dataset[_Step]):
         return _Step(batch=batch, toxic=len(toxic), pairs=learned)
 
 
-def _fits(kind: Kind, text: Text) -> bool:
-    """Texts by themselves fit everywhere, continuations where their prompt is the context, answers behind a chat."""
-    if isinstance(text, str):
-        return True
-    return kind in ("chat", "passage") if text.chat else kind == "split"
-
-
 def texts_for(kind: Kind, texts: Sequence[Text]) -> Sequence[Text]:
-    """Those that fit this kind of batch, if any do."""
-    return [text for text in texts if _fits(kind, text)] or texts
+    """Those that this kind of batch is made for: continuations behind their prompts, answers behind their questions,
+    elsewhere texts by themselves. Where there are none, whatever there is, first of all what follows something."""
+    return [texts[i] for i in _places_for(kind, texts)]
 
 
 def _pairs_for(kind: Kind, pairs: Sequence[_Pair]) -> Sequence[_Pair]:
     """As `texts_for`."""
-    return [pair for pair in pairs if _fits(kind, pair[0])] or pairs
+    return [pairs[i] for i in _places_for(kind, [toxic for toxic, _ in pairs])]
+
+
+def _places_for(kind: Kind, texts: Sequence[Text]) -> Sequence[int]:
+    alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    if kind in ("bare", "passage"):
+        return alone or range(len(texts))
+    following = [(i, text.chat) for i, text in enumerate(texts) if not isinstance(text, str)]
+    own = [i for i, chat in following if chat == (kind == "chat")]
+    return own or [i for i, _ in following] or alone
 
 
 def _next(rows: Sequence[Row], first: int, count: int) -> list[Row]:
