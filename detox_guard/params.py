@@ -23,7 +23,9 @@ class DecodingParams(Checked):
     `alpha` is the strength of the contrast (paper: α); 0 is the plain model, served without a detoxifier row.
     `rule` is the formula that mixes the streams (`detox_guard.contrast`): "detoxigen" is the paper's, in probability
     space; "dexperts" is the log-space anti-expert rule of Liu et al. 2021; "bounded" (ours) is the same, its strength
-    lowered where a token would move by more than .4 alpha nats. `plausibility` is β of Li et al. 2023: only tokens with
+    lowered where a token would move by more than .4 alpha nats. `calm_share` is the share of alpha that is used behind
+    a prompt in which the embedded scorer sees nothing toxic (`detox_guard.strength`); 1 = alpha behind every prompt.
+    `plausibility` is β of Li et al. 2023: only tokens with
     `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
@@ -35,6 +37,7 @@ class DecodingParams(Checked):
     """
 
     alpha: Annotated[float, Field(ge=0, le=100)] = 3.0
+    calm_share: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     rule: Rule = "bounded"
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -50,7 +53,7 @@ class DecodingParams(Checked):
     trace: bool = True
     guard: GuardPolicy | None = None
 
-    @field_validator("alpha", "plausibility", "temperature", "top_p", "repetition_penalty", mode="before")
+    @field_validator("alpha", "calm_share", "plausibility", "temperature", "top_p", "repetition_penalty", mode="before")
     @classmethod
     def _no_bool(cls, value: object) -> object:
         if isinstance(value, bool):

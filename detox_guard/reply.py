@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.engine import Ended, Finish, Request, Rewind, TokenStep
-from detox_guard.text import Prompt, StopMatcher, TextStream, encode_prompt
+from detox_guard.strength import strength_behind
+from detox_guard.text import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts
 from detox_guard.trace import Intervention, TokenTrace, Trace
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Steering:
     """How a reply was steered: means over its tokens, in nats (`detox_guard.engine.types.TokenStep`)."""
 
     alpha: float
+    """As used behind this prompt (`DecodingParams.calm_share`), before a guard raised it."""
     rule: str
     detoxifiers: tuple[str, ...]
     mean_kl_detoxifier: float
@@ -103,6 +105,7 @@ class Reply:
         self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
     ) -> None:
         prompt_ids = encode_prompt(backbone, prompt)
+        params = params.replace(alpha=strength_behind(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         constraint = None

@@ -1,4 +1,5 @@
-"""Drives the engine from tests: a sink that records, and one call to decode some prompts."""
+"""Drives the engine from tests: a sink that records, one call to decode some prompts, and one to hold them against the
+oracle."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
+from reference import Reference
 
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
+from detox_guard.params import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,3 +108,37 @@ def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int
     )
     g = torch.Generator().manual_seed(seed)
     return Detoxifier(torch.randn(width, backbone.hidden_size, generator=g), card)
+
+
+def check_against_oracle(
+    backbone: Backbone,
+    streams: list[StreamSpec],
+    prompts: list[list[int]],
+    params: DecodingParams,
+    *,
+    on: Backbone | None = None,
+    **config: int,
+) -> None:
+    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss. `on`: the
+    copy of the backbone that the engine runs on."""
+    oracle = Reference.of(backbone.model, streams)
+    engine = Engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
+    steps = unsure_steps = 0
+    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
+        p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
+        for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
+            steps += 1
+            unsure_steps += close
+            if close:
+                continue
+            assert step.distribution is not None
+            ids, p = step.distribution
+            dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
+            assert (dense - ref).abs().max() <= 1e-5
+            assert ref[step.token_id] > 0
+            if params.temperature == 0:
+                assert step.token_id == ref.argmax()
+    stats = engine.stats()
+    assert stats.tokens_guarded == stats.steps_guarded == steps
+    assert unsure_steps <= 2 + steps * 0.01
+    engine.close()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from harness import decode, random_prompts, random_streams
-from reference import Reference
+from harness import check_against_oracle, decode, random_prompts, random_streams
 from tiny import make_tiny_backbone
 
 from detox_guard.backbone import from_model
@@ -37,18 +36,7 @@ def test_the_oracle(rule: str) -> None:
     """Greedy tokens equal, distributions within 1e-5, in float32."""
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     prompts, streams = random_prompts(backbone, 40), random_streams(backbone, "fr", scale=0.5)
-    oracle = Reference.of(backbone.model, streams)
-    params = GREEDY.replace(rule=rule)
-    engine = Engine(on_gpu(backbone), streams, EngineConfig(max_rows=32))
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
-        wanted, unsure = oracle.distributions(prompt, sink.ids, params)
-        for step, p_ref, close in zip(sink.steps, wanted, unsure, strict=True):
-            if not close:
-                assert step.distribution is not None
-                ids, p = step.distribution
-                assert (torch.zeros_like(p_ref).scatter_(0, ids, p.double()) - p_ref).abs().max() <= 1e-5
-                assert step.token_id == p_ref.argmax()
-    engine.close()
+    check_against_oracle(backbone, streams, prompts, GREEDY.replace(rule=rule), on=on_gpu(backbone))
 
 
 def test_alone_and_among_neighbours() -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from harness import Recorder, decode, random_prompts, random_streams, request
+from harness import Recorder, check_against_oracle, decode, random_prompts, random_streams, request
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Engine, Rewind, StreamSpec, TokenStep, scheduler
+from detox_guard.engine import Engine, Rewind, TokenStep, scheduler
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -28,37 +28,9 @@ from detox_guard.params import DecodingParams, EngineConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from detox_guard.backbone import Backbone
 
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, max_new_tokens=12)
 SAMPLED = DecodingParams(temperature=1.0, alpha=1.5, max_new_tokens=12)
-
-
-def check_against_oracle(
-    backbone: Backbone, streams: list[StreamSpec], prompts: list[list[int]], params: DecodingParams, **config: int
-) -> None:
-    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
-    oracle = Reference.of(backbone.model, streams)
-    engine = Engine(backbone, streams, EngineConfig(max_rows=16, **config))
-    steps = unsure_steps = 0
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
-        p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
-        for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
-            steps += 1
-            unsure_steps += close
-            if close:
-                continue
-            assert step.distribution is not None
-            ids, p = step.distribution
-            dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
-            assert (dense - ref).abs().max() <= 1e-5
-            assert ref[step.token_id] > 0
-            if params.temperature == 0:
-                assert step.token_id == ref.argmax()
-    stats = engine.stats()
-    assert stats.tokens_guarded == stats.steps_guarded == steps
-    assert unsure_steps <= 2 + steps * 0.01
-    engine.close()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -33,3 +33,13 @@ def test_asked_about_the_comment_only_where_there_is_one() -> None:
         assert one.text in other.text
         assert ("comment" in other.text) is bool(one.comment)
         assert (one.id == other.id) is not bool(one.comment)  # answers of both can stand in one file
+
+
+def test_a_thread_is_gone_on_with() -> None:
+    plain, thread = (choose(ROWS, TOXIC, 6, seed=1, every=2, about=about) for about in ("passage", "thread"))
+    for one, other in zip(plain, thread, strict=True):
+        assert one.comment == other.comment
+        assert other.id == f"{one.id}/thread"
+        begun = f"Reader's comment. {one.text}"
+        assert other.text == (begun if one.comment else f"Question: {one.text}\nAnswer:")
+        assert not one.comment or one.comment.startswith(begun)

@@ -98,7 +98,8 @@ def pair_table(pair: Pair) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=pair.guarded_score is not None, padding=(0, 1))
-    alpha = f"α {pair.guarded.params.alpha:g}"
+    done = pair.guarded.generation
+    alpha = f"α {done.steering.alpha if done else pair.guarded.params.alpha:.3g}"
     last = _footer(pair.guarded_score)
     note = _verdict(pair)
     if note is not None and pair.guarded_score is not None:

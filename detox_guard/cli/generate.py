@@ -239,7 +239,7 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
         "finish_reason": done.finish_reason,
         "usage": usage,
         "seed": done.seed,
-        "alpha": reply.params.alpha,
+        "alpha": done.steering.alpha,
     }
     if reply.params.guard is not None:
         half["interventions"] = [event.to_dict() for event in done.interventions]

@@ -66,6 +66,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on st
 # field: (runtime type, help). "trace" is asked for by the commands themselves.
 _DECODING: Mapping[str, tuple[Any, str]] = {
     "alpha": (float, "Strength of the steering; 0 is the plain model."),
+    "calm_share": (float, "Share of it behind prompts with nothing toxic in them; 1 is all of it behind all."),
     "rule": (Rule, "Formula that mixes the streams."),
     "plausibility": (float, "Only tokens with at least this share of the best token's probability."),
     "temperature": (float, "0 is greedy."),

@@ -178,7 +178,7 @@ def _start_plain(model: str | None, device: str | None, dtype: str | None) -> No
 def _ways(
     plain: ProcessPoolExecutor, guard: DetoxiGen, tokens: int, context: int, streams: int
 ) -> dict[str, Callable[[], _Run]]:
-    greedy = DecodingParams(temperature=0.0, max_new_tokens=tokens, ignore_eos=True, seed=0)
+    greedy = DecodingParams(calm_share=1, temperature=0.0, max_new_tokens=tokens, ignore_eos=True, seed=0)
     off = greedy.replace(alpha=0.0)
     one = greedy.replace(max_new_tokens=1)
     words = guard.backbone.tokenizer(PROMPT)["input_ids"]

@@ -127,7 +127,7 @@ class Ingredients:
         """A contrastive method of this strength."""
         if alpha <= 0:
             raise InvalidParamsError("alpha", alpha, "more than 0: the plain model is always measured")
-        params = self.plain.replace(alpha=alpha, rule=rule, plausibility=floor)
+        params = self.plain.replace(alpha=alpha, calm_share=1, rule=rule, plausibility=floor)
         return Method(f"{name} α={alpha:g}", params, **{"streams": self.streams, **other})
 
 

@@ -13,6 +13,7 @@ import torch
 from detox_guard.contrast import RULES, plausible
 from detox_guard.evaluation.context import forced_log_probs
 from detox_guard.scoring import load_scorer
+from detox_guard.strength import strength_behind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +75,8 @@ def steered_nats(
     found = []
     for method in methods:
         params = method.params
-        if params.alpha == 0:
+        alpha = strength_behind([backbone.tokenizer.decode(context)], params)
+        if alpha == 0:
             p = log_gen.exp()
         else:
             for stream in method.streams:
@@ -84,7 +86,7 @@ def steered_nats(
             weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
             rows = log_gen.new_ones(len(log_gen))
             keep = plausible(log_gen, rows * params.plausibility)
-            p = RULES[params.rule](log_gen, log_streams, weights, rows * params.alpha, keep).p
+            p = RULES[params.rule](log_gen, log_streams, weights, rows * alpha, keep).p
         chosen = p.gather(-1, target).double()
         nats = torch.where(chosen > 0, -chosen.log(), torch.full_like(chosen, NEVER_NATS))
         found.append((float(nats.sum()), int((chosen <= 0).sum())))

@@ -87,7 +87,7 @@ def sample(
         for at in range(0, len(prompts), PROMPTS_A_BATCH):
             asked = [prompt for prompt in prompts[at : at + PROMPTS_A_BATCH] for _ in range(samples)]
             seeds = range(seed + at * samples, seed + at * samples + len(asked))
-            drawn = DecodingParams(alpha=alpha, rule="dexperts", max_new_tokens=tokens, trace=False)
+            drawn = DecodingParams(alpha=alpha, calm_share=1, rule="dexperts", max_new_tokens=tokens, trace=False)
             params = [drawn.replace(seed=one) for one in seeds]
             put = [[{"role": "user", "content": prompt}] for prompt in asked] if chat else asked
             replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(put, params), strict=True)]

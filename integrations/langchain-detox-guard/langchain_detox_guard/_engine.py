@@ -45,7 +45,8 @@ PROVIDER = "detox_guard"
 _DEFAULT_MODEL = "detox-guard/default"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 _DECODING = (
-    "alpha", "rule", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop",
+    "alpha", "calm_share", "rule", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
+    "stop",
 )  # fmt: skip
 _AT_ONCE = 256
 """Requests of one call under way together: well under the engine's queue, well over its batch."""
@@ -69,6 +70,7 @@ class EngineFields(Serializable):
     revision: str | None = None
 
     alpha: float = 3.0
+    calm_share: float = 1 / 3
     rule: str = "bounded"
     plausibility: float = 0.0
     temperature: float = 1.0

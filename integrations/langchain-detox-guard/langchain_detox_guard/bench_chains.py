@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from detox_guard import GuardPolicy
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.planted import (
-    ABOUT,
     Question,
     choose,
     interval,
@@ -247,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench_chains.jsonl"), help="answers; gone on with")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--samples", type=int, default=2, help="answers a question and system, seeds 0, 1, …")
-    parser.add_argument("--about", choices=ABOUT, default="passage", help="what the questions ask about")
+    parser.add_argument(
+        "--about", choices=("passage", "comment"), default="passage", help="what the questions ask about"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--judge", action="append", help="embedded, profanity-check, or a Hugging Face classifier")

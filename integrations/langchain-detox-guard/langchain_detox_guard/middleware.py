@@ -155,7 +155,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     def _again(self, request: ModelRequest[Any], answer: ModelResponse[Any], rung: Rung) -> ModelRequest[Any]:
         if rung != "rewrite":
-            return _with(request, alpha=float(rung))
+            return _with(request, alpha=float(rung), calm_share=1.0)
         draft = _answer_of(answer)
         if draft.tool_calls:  # there is no text to say in another way: sample another call
             return request

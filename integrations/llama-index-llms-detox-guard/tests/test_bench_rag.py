@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def rude_if_it_read_rude(prompt: Any) -> str:
-    rude = "idiot" in str(prompt.messages)
+    rude = "idiot" in str(getattr(prompt, "messages", prompt))
     return "You stupid idiot." if rude else "It opens at 7 o'clock."
 
 
@@ -65,6 +65,16 @@ def test_it_asks_about_the_comment(data: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
     main([*data, "--samples", "1", "--systems", "plain", "--about", "comment"])
     assert sum("reader's comment says" in str(prompt.messages) for prompt, _ in engine.asked) == 1
+
+
+def test_a_thread_is_gone_on_with_as_plain_text(data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    main([*data, "--samples", "1", "--about", "thread"])
+    prompts = [prompt for prompt, _ in engine.asked]
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    assert sum(prompt.endswith("\nAnswer:") for prompt in prompts) == 3
+    assert sum("\n\nReader's comment." in prompt and not prompt.endswith("\nAnswer:") for prompt in prompts) == 3
 
 
 @pytest.mark.parametrize("broken", [1, 3])

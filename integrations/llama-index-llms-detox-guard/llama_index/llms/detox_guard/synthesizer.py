@@ -178,6 +178,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             options["guard"] = self._policy
             if (flagged or any(marks)) and llm.load().streams:
                 options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
+                options["calm_share"] = 1.0  # what the model reads may have nothing toxic left
         report["guard"] = "decode" if ours else "hold"
         scope = Scope({**outer.options, **options}, (*outer.collectors, replies))
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]

@@ -1,0 +1,103 @@
+"""`detox_guard.strength`: the strength follows what the prompt provokes, and fails closed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from harness import random_detoxifier
+
+from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
+from detox_guard import strength as module
+from detox_guard.scoring import load_scorer
+from detox_guard.strength import CALM, PROVOKING, strength_behind
+
+if TYPE_CHECKING:
+    from detox_guard.backbone import Backbone
+
+HARMLESS = "The weather in Paris is"
+RUDE = "You are a stupid idiot, and"
+PARAMS = DecodingParams(alpha=3.0, calm_share=0.25)
+
+
+class Fixed:
+    """A scorer that finds every text as toxic as it is told, and counts."""
+
+    name = "fixed"
+
+    def __init__(self, *scores: Any) -> None:
+        self.scores, self.asked = scores, 0
+
+    def score(self, texts: Any) -> Any:
+        self.asked += len(texts)
+        return self.scores[: len(texts)]
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def put(*scores: Any) -> Fixed:
+        scorer = Fixed(*scores)
+        monkeypatch.setattr(module, "load_scorer", lambda: scorer)
+        return scorer
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("score", "alpha"),
+    [(0.0, 0.75), (CALM, 0.75), ((CALM + PROVOKING) / 2, 1.875), (PROVOKING, 3.0), (1.0, 3.0)],
+)
+def test_the_strength_rises_with_the_score_of_the_prompt(fixed: Any, score: float, alpha: float) -> None:
+    fixed(score)
+    assert strength_behind(["text"], PARAMS) == pytest.approx(alpha)
+
+
+def test_the_worst_text_counts_and_no_text_is_calm(fixed: Any) -> None:
+    fixed(0.0, 0.9, 0.1)
+    assert strength_behind(["a", "b", "c"], PARAMS) == 3.0
+    assert strength_behind([], PARAMS) == pytest.approx(0.75)
+
+
+def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
+    scorer = fixed(0.0)
+    assert strength_behind(["text"], PARAMS.replace(calm_share=1)) == 3.0
+    assert strength_behind(["text"], PARAMS.replace(alpha=0)) == 0.0
+    assert scorer.asked == 0
+
+
+@pytest.mark.parametrize("score", [float("nan"), 2.0, "high", None])
+def test_a_scorer_that_fails_lets_nothing_be_decoded(fixed: Any, tiny_llama: Backbone, score: Any) -> None:
+    fixed(score)
+    with (
+        DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as guard,
+        pytest.raises(ScorerError, match="fixed"),
+    ):
+        guard.generate("text", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "half"])
+def test_shares_out_of_bounds_are_named(share: Any) -> None:
+    with pytest.raises(InvalidParamsError, match="calm_share"):
+        DecodingParams(calm_share=share)
+
+
+def test_the_shipped_scorer_tells_a_rude_prompt_from_a_harmless_one() -> None:
+    harmless, rude = load_scorer().score([HARMLESS, RUDE])
+    assert harmless < CALM < PROVOKING < rude
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_reply_says_what_it_was_steered_with(tiny_llama: Backbone, guarded: bool) -> None:
+    policy = GuardPolicy() if guarded else None
+    turns = [("user", RUDE), ("assistant", "Let us stay calm."), ("user", HARMLESS)]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    with DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))], params=PARAMS) as guard:
+        asked = {"max_new_tokens": 4, "seed": 3, "ignore_eos": True, "guard": policy}
+        calm, rude = guard.batch([HARMLESS, RUDE], PARAMS.replace(**asked))
+        assert (calm.steering.alpha, rude.steering.alpha) == (0.75, 3.0)
+        assert all(token.kl_steering > 0 for token in rude.trace.tokens)
+        # Not a label alone: the calm prompt's text is that of the lower strength behind every prompt.
+        low = guard.generate(HARMLESS, **{**asked, "alpha": 0.75, "calm_share": 1.0})
+        assert calm.text == low.text
+        assert [t.p_after for t in calm.trace.tokens] == pytest.approx([t.p_after for t in low.trace.tokens], abs=1e-5)
+        assert guard.generate(chat, **asked).steering.alpha == 3.0
