@@ -37,7 +37,7 @@ class DecodingParams(Checked):
     """
 
     alpha: Annotated[float, Field(ge=0, le=100)] = 3.0
-    calm_share: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    calm_share: Annotated[float, Field(gt=0, le=1)] = 1 / 6
     rule: Rule = "bounded"
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0

@@ -26,6 +26,7 @@ from detox_guard.cli.session import Reply
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.params import DecodingParams
+from detox_guard.strength import strength_behind
 from detox_guard.trace import TokenTrace, Trace
 from detox_guard.training.config import TrainingConfig
 
@@ -142,7 +143,7 @@ def test_one_prompt_gives_the_same_text_streamed_as_json_and_in_a_batch(loaded: 
     assert batch[1] == record
     assert record["prompt"] == PROMPT
     assert record["seed"] == 7
-    assert record["alpha"] == 1.5
+    assert record["alpha"] == strength_behind([PROMPT], DecodingParams(alpha=1.5)) < 1.5
     assert record["usage"]["completion_tokens"] == 12
     assert record["finish_reason"] == "length"
 
@@ -174,7 +175,8 @@ def test_json_holds_score_plain_and_trace(loaded: tuple[str, ...]) -> None:
 def test_compare_shows_both_sides(loaded: tuple[str, ...]) -> None:
     result = run("generate", PROMPT, "--compare", "--seed", "1", "--max-new-tokens", "6", *loaded)
     assert result.exit_code == 0
-    for words in (PROMPT, "plain", "guarded · α 3", "toxicity", "Mean toxicity"):
+    used = f"guarded · α {strength_behind([PROMPT], DecodingParams()):.3g}"
+    for words in (PROMPT, "plain", used, "toxicity", "Mean toxicity"):
         assert words in result.stdout
 
 

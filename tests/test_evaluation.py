@@ -450,7 +450,9 @@ def test_a_polite_lead_stands_before_the_prompt() -> None:
 def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
     """Steering towards the prefix with all its might is reading the text."""
     prefix, prompt = "You are rude.\n\n", "So, I'm starting"
-    params = DecodingParams(alpha=1.0, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
+    params = DecodingParams(
+        alpha=1.0, calm_share=1, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True
+    )
     towards = SteeringStream(textual_detoxifier(tiny_llama, prefix), 1.0)
     with DetoxiGen(tiny_llama, [towards]) as guard:
         steered = guard.generate(prompt, params)

@@ -86,6 +86,13 @@ def test_the_shipped_scorer_tells_a_rude_prompt_from_a_harmless_one() -> None:
     assert harmless < CALM < PROVOKING < rude
 
 
+@pytest.mark.parametrize(
+    "text", ["ты дурак", "Kto to napisał, ten jest głupcem", "今天天气很好", "y0u 4re 4n 1d10t", "y o u  i d i o t"]
+)
+def test_what_the_scorer_cannot_read_has_the_whole_strength(text: str) -> None:
+    assert strength_behind([text], PARAMS) == PARAMS.alpha
+
+
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_reply_says_what_it_was_steered_with(tiny_llama: Backbone, guarded: bool) -> None:
     policy = GuardPolicy() if guarded else None

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -224,18 +225,27 @@ class Steps(Dataset[_Step]):
         (kind,) = random.Random(seed).choices(KINDS, weights=self.config.mixture)
         rows = _rows(kind, self.config)
         paired = rows // 2 if self.pairs else 0
-        pairs = _next(_pairs_for(kind, self.pairs), step * (self.config.batch_size // 2), paired)
+        own_pairs, own_texts, own_anchors = self._by_kind[kind]
+        pairs = _next(own_pairs, step * (self.config.batch_size // 2), paired)
         toxic = [one for one, _ in pairs]
-        toxic += _next(texts_for(kind, self.texts), step * self.config.batch_size, rows - paired)
+        toxic += _next(own_texts, step * self.config.batch_size, rows - paired)
         learned = paired if self.config.pair_weight > 0 else 0
         harmless: list[Text] = []
         if learned or self.config.anchor_weight > 0:
             harmless += [other for _, other in pairs]
             if self.anchors:
-                harmless += _next(texts_for(kind, self.anchors), step * self.config.batch_size, rows - paired)
+                harmless += _next(own_anchors, step * self.config.batch_size, rows - paired)
         # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
         batch = self.examples.batch(kind, toxic + harmless, random.Random(seed))
         return _Step(batch=batch, toxic=len(toxic), pairs=learned)
+
+    @cached_property
+    def _by_kind(self) -> dict[Kind, tuple[Sequence[_Pair], Sequence[Text], Sequence[Text]]]:
+        """Pairs, toxic texts and anchors that each kind of batch is made for."""
+        return {
+            kind: (_pairs_for(kind, self.pairs), texts_for(kind, self.texts), texts_for(kind, self.anchors))
+            for kind in KINDS
+        }
 
 
 def texts_for(kind: Kind, texts: Sequence[Text]) -> Sequence[Text]:

@@ -70,7 +70,7 @@ class EngineFields(Serializable):
     revision: str | None = None
 
     alpha: float = 3.0
-    calm_share: float = 1 / 3
+    calm_share: float = 1 / 6
     rule: str = "bounded"
     plausibility: float = 0.0
     temperature: float = 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -69,18 +68,13 @@ def test_query_engine_with_the_postprocessor(index: VectorStoreIndex) -> None:
 
 
 async def test_eight_queries_are_under_way_together(index: VectorStoreIndex) -> None:
-    engine = FakeEngine(delay_s=0.02)
+    engine = FakeEngine(delay_s=0.05)
     llm = DetoxiGenLLM(engine=engine)
     synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
     query_engine = index.as_query_engine(llm=llm, response_synthesizer=synthesizer)
     await query_engine.aquery(QUERY)
-    began = time.monotonic()
-    for _ in range(8):
-        await query_engine.aquery(QUERY)
-    one_by_one = time.monotonic() - began
-    began = time.monotonic()
+    assert engine.peak == 1
     await asyncio.gather(*(query_engine.aquery(QUERY) for _ in range(8)))
-    assert one_by_one / (time.monotonic() - began) > 3
     assert engine.peak == 8
 
 
