@@ -78,10 +78,12 @@ def test_tokens_are_the_models_own(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard
 
 
 def test_steering_is_told_of(chat: ChatDetoxiGen) -> None:
-    message = chat.invoke("Hello.", alpha=3.0)
+    message = chat.invoke("Hello.", alpha=3.0, calm_share=1.0)
     detox = message.response_metadata["detox"]
     assert detox["alpha"] == 3.0
     assert detox["mean_kl_steering"] > 0
+    calm = chat.invoke("The weather in Paris is").response_metadata["detox"]["alpha"]
+    assert calm == pytest.approx(chat.alpha * chat.calm_share)
     assert chat.invoke("Hello.", alpha=0.0).response_metadata["detox"]["mean_kl_steering"] == 0
     assert len(json.dumps(detox)) < 2000
 
@@ -186,7 +188,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_twenty_schemas_are_met(chat: ChatDetoxiGen, alpha: float, seed: int) -> None:
     formats = [{"type": "json_schema", "json_schema": {"schema": schema}} for schema in SCHEMAS.values()]
-    model = chat.bind(alpha=alpha, seed=seed, max_tokens=40)
+    model = chat.bind(alpha=alpha, calm_share=1.0, seed=seed, max_tokens=40)
 
     async def all_at_once() -> list[Any]:
         return await asyncio.gather(*(model.ainvoke("Make one up.", response_format=form) for form in formats))

@@ -68,6 +68,7 @@ def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
     engine = until(9.0)
     out = run(engine)
     assert alphas(engine) == [3.0, 6.0, 9.0]
+    assert [params.calm_share == 1 for *_, params in engine.calls] == [False, True, True]
     assert out["messages"][-1].content == "That was a fine idea."
     assert [(one["action"], one["alpha"], one["rung"]) for one in out["detox"]] == [
         ("again", 3.0, 6.0), ("again", 6.0, 9.0),

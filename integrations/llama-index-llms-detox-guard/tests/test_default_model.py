@@ -49,7 +49,7 @@ async def test_all_ways_say_the_same_and_count_as_the_tokenizer(llm: DetoxiGenLL
     plain = [await last(llm, way.replace("chat", "complete"), "The sky is") for way in WAYS]
     assert len({response.text for response in plain}) == 1
     assert plain[0].raw["usage"]["prompt_tokens"] == engine.count_tokens("The sky is")
-    assert plain[0].raw["detox"]["alpha"] == 3.0
+    assert 0 < plain[0].raw["detox"]["alpha"] <= 3.0
     assert plain[0].raw["detox"]["mean_kl_detoxifier"] > 0
 
 

@@ -90,7 +90,7 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
         assert (not asked) == (mode in ASK_NOTHING)
         assert not any("stupid" in str(prompt) for prompt, _ in asked)
         assert all(params.guard == POLICY for _, params in asked)
-        assert all(params.alpha == 6.0 for _, params in asked)
+        assert all((params.alpha, params.calm_share) == (6.0, 1.0) for _, params in asked)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -265,6 +265,7 @@ async def test_alpha_follows_the_context(context: list[str], alpha: float, expec
     llm = DetoxiGenLLM(engine=engine, alpha=alpha)
     _, response = await answered(synthesizer_for(llm), is_async=True, context=context)
     assert engine.asked[0][1].alpha == expected
+    assert (engine.asked[0][1].calm_share == 1) is (context == CONTEXT)
     assert response.metadata["detox"]["alpha"] == (expected if context == CONTEXT else None)
 
 
