@@ -46,11 +46,11 @@ eval: .venv/.installed-dev
 	  --judge profanity-check --method default --method detoxigen --method resample --method guard
 	.venv/bin/detox-guard report out/eval --output out/report
 
-# A question-answering chain over documents with toxic passages among them, plain and guarded:
-# make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
+# Going on with documents with toxic passages among them, plain, guarded and behind the hook; the table in the LlamaIndex
+# package's README: make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-rag: .venv/.installed-dev
 	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
-	  --judge embedded --judge profanity-check
+	  --about thread --temperature 1 --samples 1 --judge embedded --judge profanity-check
 
 # A LangChain RAG chain and an agent whose documents and tool results carry toxic passages, plain and guarded:
 # make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CALM", "PROVOKING", "strength_behind"]
 
-CALM, PROVOKING = 0.2, 0.3
+CALM, PROVOKING = 0.15, 0.25
 """Scores (embedded scorer) up to which a prompt is harmless, and from which it has the whole strength."""
 
 
