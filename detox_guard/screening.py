@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.scoring import checked_scores, load_scorer
-from detox_guard.units import sentence_end
+from detox_guard.units import sentences
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,9 +54,9 @@ def screen(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidParamsError(f"texts[{i}]", text, "a string")
-    parts = [_sentences(text) for text in texts]
+    parts = [sentences(text) for text in texts]
     # A text of one sentence is scored once.
-    asked = [[text, *sentences] if len(sentences) > 1 else [text] for text, sentences in zip(texts, parts, strict=True)]
+    asked = [[text, *own] if len(own) > 1 else [text] for text, own in zip(texts, parts, strict=True)]
     scores = iter(checked_scores(load_scorer(scorer), [piece for pieces in asked for piece in pieces]))
     screened = []
     for pieces in asked:
@@ -72,21 +72,12 @@ def screen(
     return screened
 
 
-def _sentences(text: str) -> list[str]:
-    """Each with the white space behind it, so that joined they are the text."""
-    found = []
-    while end := sentence_end(text):
-        found.append(text[:end])
-        text = text[end:]
-    return [*found, text]
-
-
-def _masked(sentences: Sequence[str], toxic: Sequence[bool]) -> str:
+def _masked(parts: Sequence[str], toxic: Sequence[bool]) -> str:
     """The text with a note in place of each run of toxic sentences, or of everything if none is toxic by itself."""
     if not any(toxic):
         return NOTE
     out: list[str] = []
-    for i, (sentence, bad) in enumerate(zip(sentences, toxic, strict=True)):
+    for i, (sentence, bad) in enumerate(zip(parts, toxic, strict=True)):
         if not bad:
             out.append(sentence)
             continue

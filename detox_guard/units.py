@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["in_code", "last_space", "sentence_end"]
+__all__ = ["in_code", "last_space", "sentence_end", "sentences"]
 
 _FENCE = "```"
+_LONGEST = 4096
 _CLOSERS = "\"'”’»)\\]*_"
 # A line's end; a full stop and what closes it, then space and the next visible character; or a CJK full stop.
 _END = re.compile(
@@ -43,6 +44,20 @@ def sentence_end(text: str, code: bool = False) -> int:
         if match["stop"] is None or _ends(text[: match.start("stop")], match["stop"], match["space"], match["next"]):
             return match.end()
     return 0
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a whole text, each with the white space behind it, so that joined they are the text.
+
+    One of more than 4,096 characters is cut there: the work is linear in the length.
+    """
+    found, at = [], 0
+    while at < len(text):
+        piece = text[at : at + _LONGEST]
+        end = sentence_end(piece) or len(piece)
+        found.append(piece[:end])
+        at += end
+    return found
 
 
 def in_code(text: str, code: bool = False) -> bool:

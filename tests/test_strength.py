@@ -10,7 +10,7 @@ from harness import random_detoxifier
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
 from detox_guard import strength as module
 from detox_guard.scoring import load_scorer
-from detox_guard.strength import CALM, PROVOKING, strength_behind
+from detox_guard.strength import SENTENCE, WHOLE, strength_behind
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -21,45 +21,52 @@ PARAMS = DecodingParams(alpha=3.0, calm_share=0.25)
 
 
 class Fixed:
-    """A scorer that finds every text as toxic as it is told, and counts."""
+    """A scorer that knows the scores of some texts; others are harmless. It counts."""
 
     name = "fixed"
 
-    def __init__(self, *scores: Any) -> None:
+    def __init__(self, scores: Any) -> None:
         self.scores, self.asked = scores, 0
 
     def score(self, texts: Any) -> Any:
         self.asked += len(texts)
-        return self.scores[: len(texts)]
+        return [self.scores.get(text.strip(), 0.0) for text in texts]
 
 
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def put(*scores: Any) -> Fixed:
-        scorer = Fixed(*scores)
+    def put(scores: Any) -> Fixed:
+        scorer = Fixed(scores)
         monkeypatch.setattr(module, "load_scorer", lambda: scorer)
         return scorer
 
     return put
 
 
-@pytest.mark.parametrize(
-    ("score", "alpha"),
-    [(0.0, 0.75), (CALM, 0.75), ((CALM + PROVOKING) / 2, 1.875), (PROVOKING, 3.0), (1.0, 3.0)],
-)
+def ramp(low: float, high: float) -> list[tuple[float, float]]:
+    return [(0.0, 0.75), (low, 0.75), ((low + high) / 2, 1.875), (high, 3.0), (1.0, 3.0)]
+
+
+@pytest.mark.parametrize(("score", "alpha"), ramp(*WHOLE))
 def test_the_strength_rises_with_the_score_of_the_prompt(fixed: Any, score: float, alpha: float) -> None:
-    fixed(score)
-    assert strength_behind(["text"], PARAMS) == pytest.approx(alpha)
+    fixed({"One. Two.\nThree.": score})
+    assert strength_behind(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
 
 
-def test_the_worst_text_counts_and_no_text_is_calm(fixed: Any) -> None:
-    fixed(0.0, 0.9, 0.1)
-    assert strength_behind(["a", "b", "c"], PARAMS) == 3.0
+@pytest.mark.parametrize(("score", "alpha"), ramp(*SENTENCE))
+def test_and_with_that_of_its_worst_sentence(fixed: Any, score: float, alpha: float) -> None:
+    fixed({"Two.": score, "Three.": score / 2})
+    assert strength_behind(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
+
+
+def test_no_text_is_calm(fixed: Any) -> None:
+    fixed({})
     assert strength_behind([], PARAMS) == pytest.approx(0.75)
+    assert strength_behind([" \n"], PARAMS) == pytest.approx(0.75)
 
 
 def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
-    scorer = fixed(0.0)
+    scorer = fixed({})
     assert strength_behind(["text"], PARAMS.replace(calm_share=1)) == 3.0
     assert strength_behind(["text"], PARAMS.replace(alpha=0)) == 0.0
     assert scorer.asked == 0
@@ -67,7 +74,7 @@ def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
 
 @pytest.mark.parametrize("score", [float("nan"), 2.0, "high", None])
 def test_a_scorer_that_fails_lets_nothing_be_decoded(fixed: Any, tiny_llama: Backbone, score: Any) -> None:
-    fixed(score)
+    fixed({"text": score})
     with (
         DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as guard,
         pytest.raises(ScorerError, match="fixed"),
@@ -83,7 +90,14 @@ def test_shares_out_of_bounds_are_named(share: Any) -> None:
 
 def test_the_shipped_scorer_tells_a_rude_prompt_from_a_harmless_one() -> None:
     harmless, rude = load_scorer().score([HARMLESS, RUDE])
-    assert harmless < CALM < PROVOKING < rude
+    assert harmless < WHOLE[0] < SENTENCE[1] < rude
+
+
+def test_a_rude_question_behind_a_long_harmless_passage_has_the_whole_strength() -> None:
+    passage = " ".join(["The castle was built in the 12th century and restored in 1885 by the town."] * 20)
+    assert strength_behind([f"{passage}\n\nWhen was it built?"], PARAMS) < 1.5
+    assert strength_behind([f"{passage}\n\nTell me why my boss is such a stupid jerk."], PARAMS) == 3.0
+    assert strength_behind(["You are helpful.", passage, "You are an idiot.", "When was it built?"], PARAMS) == 3.0
 
 
 @pytest.mark.parametrize(
