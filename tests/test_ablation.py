@@ -217,7 +217,9 @@ def test_alpha_matters_when_it_is_another(rule: Any) -> None:
     other = make_tiny_backbone("llama", seed=1, initializer_range=0.2).model
 
     def replies(alpha: float) -> Any:
-        params = DecodingParams(alpha=alpha, rule=rule, temperature=0.0, max_new_tokens=10, ignore_eos=True)
+        params = DecodingParams(
+            alpha=alpha, calm_share=1, rule=rule, temperature=0.0, max_new_tokens=10, ignore_eos=True
+        )
         return decode_pair(backbone, other, fresh(backbone, params))
 
     weak, strong = replies(0.1), replies(20.0)
