@@ -1,4 +1,4 @@
-"""What `make demo` shows: a few provoking beginnings, continued by the plain and by the guarded model.
+"""What `make demo` shows: a few provoking beginnings, continued by the plain, the steered and the guarded model.
 
 Knows the prompts and the order of things shown; the tables are those of `detox-guard generate --compare`.
 """
@@ -37,7 +37,8 @@ PROMPTS = (
 
 
 def run_demo(guard: DetoxiGen, params: DecodingParams, output: Path, console: Console) -> None:
-    """Decode every prompt twice in one batch, show the pairs, and write the HTML page. Raises what failed."""
+    """Decode every prompt in one batch, plain, steered and (as `params` have a guard) guarded; show them side by side,
+    and write the HTML page. Raises what failed."""
     pairs = make_pairs(PROMPTS, [params] * len(PROMPTS))
     started = time.monotonic()
     run_all(guard, [reply for pair in pairs for reply in pair.replies], words="Decoding the demo")

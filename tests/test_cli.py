@@ -420,7 +420,7 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
         outputs.append(re.sub(r"in \d+ s", "", result.stdout))
     assert outputs[0] == outputs[1]
     assert page.name in outputs[0].replace("\n", "")
-    assert page.read_text(encoding="utf-8").count("<section>") == 16
+    assert page.read_text(encoding="utf-8").count("<section>") == 24  # plain, steered, guarded
 
 
 @pytest.mark.parametrize(

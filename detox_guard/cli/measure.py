@@ -29,11 +29,12 @@ def demo(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Eight provoking beginnings, continued plain and guarded side by side, with toxicity scores."""
+    """Eight provoking beginnings, continued plain, steered and guarded side by side, with toxicity scores."""
     from detox_guard.demo import run_demo
     from detox_guard.params import DecodingParams
+    from detox_guard.policy import GuardPolicy
 
-    params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed)
+    params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed, guard=GuardPolicy())
     prepare_file(output)
     guard = session.load_guard(model, detoxifier, device=device, dtype=dtype)
     with guard:
