@@ -25,8 +25,7 @@ class DecodingParams(Checked):
     space; "dexperts" is the log-space anti-expert rule of Liu et al. 2021; "bounded" (ours) is the same, its strength
     lowered where a token would move by more than .4 alpha nats. `calm_share` is the share of alpha that is used behind
     a prompt in which the embedded scorer sees nothing toxic (`detox_guard.strength`); 1 = alpha behind every prompt.
-    `plausibility` is β of Li et al. 2023: only tokens with
-    `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
+    `plausibility` is β of Li et al. 2023: only tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
     Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
     et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
     `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens

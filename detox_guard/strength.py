@@ -30,7 +30,8 @@ def strength_behind(texts: Sequence[str], params: DecodingParams) -> float:
     if params.alpha == 0 or params.calm_share == 1:
         return params.alpha
     parts = [part for text in texts for part in sentences(text) if part.strip()]
-    whole, *each = checked_scores(load_scorer(), ["\n".join(texts), *parts])
+    # A lone sentence is the whole, and scored once: its own ramp lies higher.
+    whole, *each = checked_scores(load_scorer(), ["\n".join(texts), *(parts if len(parts) > 1 else [])])
     provoking = max(_rise(whole, WHOLE), _rise(max(each, default=0.0), SENTENCE))
     return params.alpha * (params.calm_share + (1 - params.calm_share) * provoking)
 

@@ -28,7 +28,6 @@ from detox_guard.params import DecodingParams, EngineConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, max_new_tokens=12)
 SAMPLED = DecodingParams(temperature=1.0, alpha=1.5, max_new_tokens=12)
 

@@ -72,10 +72,11 @@ def steered_nats(
     target = torch.tensor(list(reply[1:]), device=backbone.device).unsqueeze(-1)
     seen: dict[str, torch.Tensor] = {}
     log_gen = forced_log_probs(backbone, None, context, reply)
+    texts = [backbone.tokenizer.decode(context)]
     found = []
     for method in methods:
         params = method.params
-        alpha = strength_behind([backbone.tokenizer.decode(context)], params)
+        alpha = strength_behind(texts, params)
         if alpha == 0:
             p = log_gen.exp()
         else:
