@@ -456,9 +456,19 @@ def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
     backbone = make_tiny_backbone("llama")
     random_detoxifier(backbone, virtual_tokens=4).save(tmp_path / "noise")
     asked = {"passage_tokens": (30, 60), "pairs": str(pairs), "detoxifier": str(tmp_path / "noise"), "limit": 4}
+    asked |= {"prompts": files["prompts"], "samples": 2, "max_new_tokens": 5}
     config = ablation("placement", tmp_path / "out", files, **asked)
     summary = run(config, backbone=backbone)
-    assert summary["runs"] == []
+    contexts = ["bare", "chat", "behind 30 tokens", "behind 60 tokens"]
+    assert [one["context"] for one in summary["runs"]] == contexts
+    assert [list(one["methods"]) for one in summary["runs"]] == [
+        ["plain", "front α=2", "reply α=2", "as given α=2"]
+    ] * 4
+    perplexities = [
+        one["methods"]["plain"]["figures"]["backbone:perplexity"]["value"]["value"] for one in summary["runs"]
+    ]
+    assert len(set(perplexities)) == 4  # each context is really there
+    assert all(context in (tmp_path / "out" / "table.md").read_text() for context in contexts)
     assert list(summary["context_kl"]) == ["front", "reply", "as given"]
     assert list(summary["variants"]) == ["front", "reply"]
     for place in ("front", "reply"):
@@ -488,7 +498,6 @@ def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
         ("tokens", {"prompts": None}, "prompts"),
         ("tokens", {"initial_texts": ("one",)}, "initial_texts"),
         ("sampling", {"steps": 5}, "steps"),
-        ("placement", {"alphas": (1.0,)}, "alphas"),
         ("placement", {"position": "front"}, "position"),
         ("size", {"lora_rank": 2}, "lora_rank"),
         ("tuning", {"detoxifier": "folder"}, "detoxifier"),

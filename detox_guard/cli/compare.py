@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from detox_guard.scoring import ToxicityScorer
     from detox_guard.text import Prompt
 
-__all__ = ["Pair", "make_pairs", "pair_table", "score_pairs", "show_pairs", "summary", "trace_sections"]
+__all__ = ["Pair", "make_pairs", "pair_table", "score_pairs", "show_pairs", "summary", "trace_sections", "worst_of"]
 
 BETTER = 0.02
 """A smaller difference of two scores is within what the scorer can tell."""
@@ -77,6 +77,21 @@ def score_pairs(pairs: Sequence[Pair], scorer: ToxicityScorer) -> None:
         pair.plain_score = next(scores)
         pair.steered_score = next(scores) if pair.steered else None
         pair.guarded_score = next(scores)
+
+
+def worst_of(pairs: Sequence[Pair]) -> Pair:
+    """The most toxic reply of each column, of scored pairs to one prompt: what counts in expected maximum toxicity."""
+    plain = max(pairs, key=lambda pair: pair.plain_score or 0.0)
+    steered = max(pairs, key=lambda pair: pair.steered_score or 0.0)
+    guarded = max(pairs, key=lambda pair: pair.guarded_score or 0.0)
+    return Pair(
+        plain.plain,
+        guarded.guarded,
+        plain.plain_score,
+        guarded.guarded_score,
+        steered.steered,
+        steered.steered_score,
+    )
 
 
 def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:

@@ -290,7 +290,8 @@ def ablate(
         ),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="As in eval; non-toxic ones are left out.", rich_help_panel=_DECODING)
+        str | None,
+        typer.Option(help="As in eval; non-toxic ones are left out. placement: if wanted.", rich_help_panel=_DECODING),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Prompts, or pairs (default 30).", rich_help_panel=_DECODING)

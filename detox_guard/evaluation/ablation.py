@@ -10,18 +10,19 @@ run, and at the end `ablation.json` and `table.md`. The same call takes up a run
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import random
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.errors import DataError
 from detox_guard.evaluation.ablation_results import ABLATION_FILE, TABLE_FILE, AblationReport
-from detox_guard.evaluation.context import context_kl
-from detox_guard.evaluation.harness import collect, judge_run, open_run
+from detox_guard.evaluation.context import context_kl, passage_of
+from detox_guard.evaluation.harness import CONTEXTS, collect, judge_run, open_run
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.likelihood import BackboneJudge
 from detox_guard.evaluation.machine import machine, versions
@@ -96,7 +97,7 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
                     if config.what == "placement"
                     else {}
                 ),
-                "runs": _decoded(config, backbone, trained, prompts, scorers, bars) if prompts else [],
+                "runs": _decoded(config, backbone, trained, prompts, passages, scorers, bars) if prompts else [],
                 "machine": machine(backbone.device),
                 "versions": {**versions(), "peft": importlib.metadata.version("peft")},
             }
@@ -141,14 +142,15 @@ def _decoded(
     backbone: Backbone,
     trained: Sequence[Trained],
     prompts: Sequence[EvalPrompt],
+    passages: Sequence[str],
     scorers: Sequence[ToxicityScorer],
     bars: Progress,
 ) -> list[dict[str, Any]]:
-    """A run of the harness for each temperature and top-p: plain, and every variant at every alpha."""
+    """A run of the harness for each temperature, top-p and context: plain, and every variant at every alpha."""
     alphas, samplings = config.grid()
     engine = _engine(config)
     runs = []
-    for temperature, top_p in samplings:
+    for (temperature, top_p), context in itertools.product(samplings, _contexts(config)):
         sampling: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
@@ -158,14 +160,19 @@ def _decoded(
         pairs = [(one, alpha) for one in trained for alpha in dict.fromkeys(alphas)]
         methods = [_method(config, backbone, one, alpha, plain) for one, alpha in pairs]
         asked = {
-            "source": {"name": Path(config.prompts or "").name, "chat": False, "limit": config.limit},
+            "source": {"name": Path(config.prompts or "").name, "chat": context == "chat", "limit": config.limit},
             "samples": config.samples,
             "seed": config.seed,
             "sampling": sampling,
-            "passages": [],
+            "passages": (
+                [passage_of(backbone, passages, context, way) for way in range(CONTEXTS)]
+                if isinstance(context, int)
+                else []
+            ),
             "prompts": [asdict(prompt) for prompt in prompts],
         }
-        folder = Path(config.output) / f"eval-{temperature:g}-{top_p:g}"
+        name = f"eval-{temperature:g}-{top_p:g}" + (f"-{context}" if context != "bare" else "")
+        folder = Path(config.output) / name
         folder.mkdir(exist_ok=True)
         run = collect(folder, asked, backbone, [Method("plain", plain), *methods], engine, bars)
         summary = judge_run(folder, run, scorers, [BackboneJudge(backbone)], bars).summary
@@ -174,6 +181,7 @@ def _decoded(
             {
                 "temperature": temperature,
                 "top_p": top_p,
+                "context": f"behind {context} tokens" if isinstance(context, int) else context,
                 "prompts": group["prompts"],
                 "prompt_class": group["name"],
                 "judges": [scorer.name for scorer in scorers],
@@ -187,6 +195,11 @@ def _decoded(
             }
         )
     return runs
+
+
+def _contexts(config: AblationConfig) -> list[Literal["bare", "chat"] | int]:
+    """What stands before the prompts: nothing, the chat template, so many tokens of passages, which they go on from."""
+    return ["bare", "chat", *dict.fromkeys(config.passage_tokens)] if config.what == "placement" else ["bare"]
 
 
 def _method(config: AblationConfig, backbone: Backbone, one: Trained, alpha: float, plain: DecodingParams) -> Method:

@@ -3,7 +3,7 @@
 `summary["variants"][name]`: `trained_parameters`; `bytes` of "training" (weights, gradients, moments) and of "serving",
 beside the backbone; `training_s`; `steps`, `batch_size`, `learning_rate`, `rows`, `passes` over them;
 `heldout_loss_before` and `_after`, nats a reply token that any detoxifier can predict. `summary["runs"]`: one for each
-temperature and top-p, `methods[name]` with `variant`, `alpha` and `figures` as in an eval's summary.
+temperature, top-p and `context`, `methods[name]` with `variant`, `alpha` and `figures` as in an eval's summary.
 `context_kl[name]`: as `ContextKL`.
 """
 
@@ -99,6 +99,7 @@ class AblationReport:
         for run in s["runs"]:
             kind = "" if run["prompt_class"] == "all" else f"{run['prompt_class']} "
             title = f"{run['prompts']} {kind}prompts, temperature {run['temperature']:g}, top-p {run['top_p']:g}"
+            title += f", {run['context']}" if s["ablation"] == "placement" else ""
             parts = [_toxicity(run, judge) for judge in run["judges"]] + [_text(run)]
             if narrow:
                 yield from ((f"{title}: {name}", ["method", *columns], rows) for name, columns, rows in parts)

@@ -41,9 +41,6 @@ _DECODE: tuple[What, ...] = ("tuning", "tokens", "initial-text", "size", "sampli
 _ONLY: dict[str, tuple[What, ...]] = {
     **dict.fromkeys(("data", "contexts", "text_field", "steps", "batch_size", "reply_tokens"), _TRAIN),
     **dict.fromkeys(("heldout", "mixture", "prompt_rate"), _TRAIN),
-    **dict.fromkeys(("prompts", "rule", "alphas", "temperatures", "top_ps", "judges"), _DECODE),
-    **dict.fromkeys(("samples", "max_new_tokens"), _DECODE),
-    "limit": (*_DECODE, "placement"),
     **dict.fromkeys(("lora_rate", "full_rate", "lora_rank"), ("tuning",)),
     "position": ("tuning", "tokens", "initial-text", "size"),
     "virtual_tokens": ("tokens",),
@@ -70,13 +67,14 @@ class AblationConfig(Checked):
       (as many as there are), all else alike;
     - "placement": soft prompts before everything and before the reply, and `detoxifier`, if one is given;
       KL(p_gen‖p_detox) along held-out rows, bare, behind the chat template, and behind passages of `passage_tokens`
-      tokens, and along `pairs`, at most `limit` of a file's, how much more the toxic text is favoured;
+      tokens, and along `pairs`, at most `limit` of a file's, how much more the toxic text is favoured; with `prompts`
+      their continuations too, bare, as user turns, and behind such passages without a template;
     - "sampling": the shipped `detoxifier`, or one that is given, without training.
 
     Training: toxic texts of `data`, neutral `contexts` (None: a few built in), and the fields of `TrainingConfig` of
-    the same names; `steps` None is 60, and 300 for "size". Decoding (all but "placement"): toxic or unlabelled
-    `prompts`, at most `limit`, at each of `alphas` under each of `temperatures` and `top_ps`; None is 2, 1 and .9, for
-    "sampling" 1, 2, 4 under .7 and 1 and .9 and 1. Raises `InvalidParamsError`.
+    the same names; `steps` None is 60, and 300 for "size". Decoding: toxic or unlabelled `prompts`, at most `limit`, at
+    each of `alphas` under each of `temperatures` and `top_ps`; None is 2, 1 and .9, for "sampling" 1, 2, 4 under .7 and
+    1 and .9 and 1. Raises `InvalidParamsError`.
     """
 
     what: What

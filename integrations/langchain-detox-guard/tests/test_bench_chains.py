@@ -66,6 +66,21 @@ def test_it_asks_about_the_comments(data: list[str], monkeypatch: pytest.MonkeyP
     assert len(engine.calls) == 2
 
 
+def test_it_goes_on_with_what_was_found(
+    data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine(lambda prompt, _: "You stupid idiot." if "idiot" in prompt else "It opens at 7 o'clock.")
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    main([*data, "--samples", "1", "--about", "thread"])
+    assert [prompt.rpartition("\n\n")[2][:17] for _, prompt, _ in engine.calls] == ["Reader's comment."] * 4
+    rows = [Answer(**json.loads(line)) for line in Path(data[5]).read_text().splitlines()]
+    assert {row.task for row in rows} == {"rag"}
+    assert all((row.toxicity["embedded"] > 0.5) == (row.system == "plain") for row in rows)
+    with pytest.raises(SystemExit):
+        main([*data, "--about", "thread", "--tasks", "agent"])
+    assert "--tasks rag only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", [1, 3])
 def test_bad_data_is_named(data: list[str], broken: int) -> None:
     path = Path(data[broken])
