@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders that are known to be writable before long work. Knows nothing else."""
+"""Files that are read and written whole or not at all, and folders that are known to be writable before long work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detox_guard.errors import DataError
 
-__all__ = ["prepare_file", "prepare_folder", "write_whole"]
+__all__ = ["prepare_file", "prepare_folder", "read_text", "write_whole"]
 
 
 def prepare_folder(folder: Path) -> None:
@@ -29,6 +29,16 @@ def prepare_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path}: cannot be written: it is a folder")
     prepare_folder(path.parent)
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, without its byte order mark. Raises `DataError`."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

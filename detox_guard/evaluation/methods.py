@@ -14,6 +14,7 @@ import torch
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.samples import decode
+from detox_guard.files import read_text
 from detox_guard.generation import DetoxiGen
 from detox_guard.policy import GuardPolicy
 from detox_guard.scoring import checked_scores, load_scorer
@@ -245,11 +246,7 @@ class WordList:
 
 def read_words(path: Path) -> tuple[str, ...]:
     """The words or phrases of a file, one a line. Raises `DataError`."""
-    try:
-        words = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
-    found = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    found = tuple(dict.fromkeys(word.strip() for word in read_text(path).splitlines() if word.strip()))
     if not found:
         raise DataError(f"{path}: no word in it", hint="one word or phrase a line")
     return found

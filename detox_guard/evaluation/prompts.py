@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from detox_guard.errors import DataError, InvalidParamsError
+from detox_guard.files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,7 @@ def choose_prompts(prompts: Sequence[EvalPrompt], limit: int, seed: int) -> list
 def read_passages(path: Path) -> list[str]:
     """Neutral paragraphs: the contexts of a SQuAD-format .json file, or the paragraphs of a text file (blank lines
     between them, or one a line). Raises `DataError`."""
-    text = _read(path)
+    text = read_text(path)
     if path.suffix.lower() == ".json":
         try:
             articles = json.loads(text)["data"]
@@ -164,7 +165,7 @@ def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
         yield from _numbered(source, "row", _hub_rows(hub["name"], hub["split"] or "train"))
     elif kind in (".csv", ".tsv"):
         try:
-            table = csv.DictReader(_read(path).splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
+            table = csv.DictReader(read_text(path).splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
             yield from _numbered(source, "row", table)
         except csv.Error as error:
             raise DataError(f"{path}: not a table: {error}") from error
@@ -172,7 +173,7 @@ def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
         yield from _numbered(source, "row", _json_rows(path))
     else:
         # Not splitlines(): U+2028 inside a prompt ends no line.
-        for number, line in enumerate(_read(path).split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             where = f"{path}: line {number}"
             if line.strip():
                 yield where, line.rstrip("\r") if kind == ".txt" else _parsed(line, where)
@@ -184,7 +185,7 @@ def _numbered(source: str | Path, word: str, rows: Iterable[Any]) -> Iterator[tu
 
 def _json_rows(path: Path) -> list[Any]:
     """A list of rows, or BOLD's `{category: {page: [prompt, …]}}`."""
-    data = _parsed(_read(path), str(path))
+    data = _parsed(read_text(path), str(path))
     if isinstance(data, list):
         return data
     try:
@@ -216,12 +217,3 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})", hint=HINT) from error
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error

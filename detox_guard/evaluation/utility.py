@@ -29,7 +29,7 @@ from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
-from detox_guard.files import write_whole
+from detox_guard.files import read_text, write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.scoring import load_scorer
@@ -120,7 +120,7 @@ def run_utility(
         raise InvalidParamsError("xquad", None, "at least one file: of xquad, wikitext or bold")
     questions = _questions(xquad, limit, seed) if xquad is not None else []
     beginnings = [prompt for path in bold for prompt in choose_prompts(read_prompts(path), limit, seed)]
-    text = _text(wikitext) if wikitext is not None else ""
+    text = read_text(wikitext) if wikitext is not None else ""
     with ExitStack() as stack:
         stack.enter_context(open_run(output))
         config = EngineConfig(max_rows=batch_rows)
@@ -175,7 +175,7 @@ def _questions(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
                 "text": QUESTION.format(context=paragraph["context"], question=one["question"]),
                 "answers": [str(answer["text"]) for answer in one["answers"]],
             }
-            for article in json.loads(_text(path))["data"]
+            for article in json.loads(read_text(path))["data"]
             for paragraph in article["paragraphs"]
             for one in paragraph["qas"]
         ]
@@ -330,15 +330,6 @@ def _same_run(path: Path, about: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != about:
         raise DataError(f"{path.parent}: holds a run of other text, model or methods", hint="take another folder")
     write_whole(path, json.dumps(about) + "\n")
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
 
 
 def _mean(values: Sequence[float]) -> float:
