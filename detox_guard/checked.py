@@ -23,5 +23,5 @@ class Checked(BaseModel):
             raise InvalidParamsError.from_pydantic(error) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; checked, unlike pydantic's `model_copy`."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        """A copy with some fields changed; checked, unlike pydantic's `model_copy`. What was not set stays so."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})

@@ -7,14 +7,17 @@ thread (so that a stop string ends the reply within its step) and hands `Chunk`s
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.engine import Engine, EngineStats, StreamSpec
-from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError
+from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError, RequestCancelledError
 from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
     from detox_guard.backbone import Backbone
     from detox_guard.detoxifier import Detoxifier, SteeringStream
+    from detox_guard.engine import Request
 
     Steering = str | Path | Detoxifier | SteeringStream
     ManySteering = Steering | Sequence[Steering] | None
@@ -84,7 +88,8 @@ class DetoxiGen:
 
         `model`: hub id, folder, GGUF file, a loaded model (with `tokenizer`), or None for the embedded default (fetched
         once). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None is the one
-        we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call.
+        we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call; a call's
+        own take their place, all but a guard, which stays unless the call's own set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
         backbone = run_aside(
@@ -175,24 +180,36 @@ class DetoxiGen:
         With `return_exceptions`, a request that fails gives its error in its place; otherwise the first error is
         raised and the rest is cancelled.
         """
+        return self._batch(prompts, params, return_exceptions, _Cancelling())
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: DecodingParams | Sequence[DecodingParams] | None,
+        return_exceptions: bool,
+        cancelling: _Cancelling,
+    ) -> list[Any]:
         results: list[Generation | DetoxGuardError | None] = [None] * len(prompts)
         under_way: deque[tuple[int, Generator[Chunk, None, None], Reply]] = deque()
 
         def settle() -> None:
-            index, chunks, _ = under_way[0]
+            index, chunks, reply = under_way[0]
             try:
                 results[index] = _last(list(chunks))
             except DetoxGuardError as error:
                 if not return_exceptions:
                     raise
                 results[index] = error
+            cancelling.forget(reply)
             under_way.popleft()
 
         try:
             for index, (prompt, own) in enumerate(zip(prompts, self._spread(params, len(prompts)), strict=True)):
                 try:
                     reply = self._prepare(prompt, own, {})
-                    while not self._try_submit(reply):
+                    cancelling.watch(reply)
+                    # A full queue is waited for, as long as there is something of our own to wait for.
+                    while not self._try_submit(reply, last=not under_way):
                         settle()
                     under_way.append((index, self._iterate(reply, submitted=True), reply))
                 except DetoxGuardError as error:
@@ -202,8 +219,7 @@ class DetoxiGen:
             while under_way:
                 settle()
         finally:
-            for _, _, reply in under_way:
-                reply.request.cancel()
+            cancelling.cancel()
         return results
 
     # -- async
@@ -238,8 +254,16 @@ class DetoxiGen:
         *,
         return_exceptions: bool = False,
     ) -> list[Any]:
-        """`batch` without blocking the event loop."""
-        return await _in_thread(lambda: self.batch(prompts, params, return_exceptions=return_exceptions))
+        """`batch` without blocking the event loop; cancelling the task frees its seats."""
+        cancelling = _Cancelling()
+        # A thread of its own: the loop's pool is small, and others wait for it.
+        pool = ThreadPoolExecutor(1, "detox-guard-batch")
+        try:
+            work = functools.partial(self._batch, prompts, params, return_exceptions, cancelling)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        finally:
+            cancelling.cancel()
+            pool.shutdown(wait=False)
 
     # -- the rest
 
@@ -301,7 +325,10 @@ class DetoxiGen:
     def _prepare(self, prompt: Prompt, params: DecodingParams | None, changes: dict[str, Any]) -> Reply:
         if params is not None and not isinstance(params, DecodingParams):
             raise InvalidParamsError("params", params, "a DecodingParams or None")
-        params = params or self.params
+        if params is None:
+            params = self.params
+        elif self.params.guard is not None and "guard" not in params.model_fields_set:
+            params = params.replace(guard=self.params.guard)
         params = params.replace(**changes) if changes else params
         return (GuardedReply if params.guard else Reply)(self.backbone, prompt, params, self.detoxifier_ids)
 
@@ -320,10 +347,13 @@ class DetoxiGen:
             raise InvalidParamsError("params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
         return params
 
-    def _try_submit(self, reply: Reply) -> bool:
+    def _try_submit(self, reply: Reply, *, last: bool) -> bool:
+        """Whether there was room; where `last`, no room is an error."""
         try:
             self._submit(reply, reply.inbox.put)
         except EngineBusyError:
+            if last:
+                raise
             return False
         return True
 
@@ -352,5 +382,27 @@ def _last(chunks: list[Chunk]) -> Generation:
     return generation
 
 
-async def _in_thread(work: Callable[[], list[Any]]) -> list[Any]:
-    return await asyncio.to_thread(work)
+class _Cancelling:
+    """Cancels the requests of a batch, from any thread; after that it has no more of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: set[Request] = set()
+        self._cancelled = False
+
+    def watch(self, reply: Reply) -> None:
+        """Raises `RequestCancelledError` if it is too late."""
+        with self._lock:
+            if self._cancelled:
+                raise RequestCancelledError("the batch was cancelled")
+            self._requests.add(reply.request)
+
+    def forget(self, reply: Reply) -> None:
+        with self._lock:
+            self._requests.discard(reply.request)
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            for request in self._requests:
+                request.cancel()

@@ -142,8 +142,10 @@ def _closed(schema: Any) -> Any:
             out[key] = _closed(value)
         elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(value, list):
             out[key] = [_closed(part) for part in value]
-    named = schema.get("properties")
-    if isinstance(named, dict) and "patternProperties" not in schema and {*schema.get("required", ())} <= {*named}:
+    named, required = schema.get("properties"), schema.get("required", [])
+    # A `required` that is no list is llguidance's to refuse.
+    known = isinstance(named, dict) and isinstance(required, list) and all(name in named for name in required)
+    if known and "patternProperties" not in schema:
         out.setdefault("additionalProperties", False)
     return out
 

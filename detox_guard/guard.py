@@ -302,7 +302,8 @@ def closed_length(text: str, policy: GuardPolicy, code: bool, tokens: int) -> in
     if tokens < longest:
         return 0
     # Before the last word, which may still grow; a text that is one long word is cut where it stands.
-    return last_space(text) or (len(text) if tokens >= 2 * longest else 0)
+    at = last_space(text)
+    return at if text[:at].strip() else (len(text) if tokens >= 2 * longest else 0)
 
 
 def scan(texts: Sequence[str], policy: GuardPolicy) -> float:

@@ -7,6 +7,7 @@ request, so that only those fail whose texts it cannot score.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 import weakref
@@ -14,7 +15,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from detox_guard.errors import ScorerError
-from detox_guard.scoring import ToxicityScorer, checked_scores, load_scorer
+from detox_guard.scoring import HuggingFaceScorer, ToxicityScorer, checked_scores, load_scorer
+from detox_guard.threads import run_aside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +36,16 @@ class Judge:
         self.scorer = scorer
         self._waiting: list[tuple[tuple[str, ...], Future[list[float]]]] = []
         self._wake = threading.Condition()
-        self._running = False
+        self._thread: threading.Thread | None = None
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """A future of one score in [0, 1] a text, or of a `ScorerError`."""
         future: Future[list[float]] = Future()
         with self._wake:
             self._waiting.append((tuple(texts), future))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="detox-guard-judge", daemon=True).start()
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="detox-guard-judge", daemon=True)
+                self._thread.start()
             self._wake.notify()
         return future
 
@@ -51,12 +53,13 @@ class Judge:
         while True:
             with self._wake:
                 if not self._waiting and not self._wake.wait(_IDLE_S) and not self._waiting:
-                    self._running = False
+                    self._thread = None
                     return
             time.sleep(_GATHER_S)
             with self._wake:
                 batch, self._waiting = self._waiting, []
-            self._score(batch)
+            # Nobody can cancel a future that runs, so every one in the batch takes its answer.
+            self._score([job for job in batch if job[1].set_running_or_notify_cancel()])
 
     def _score(self, batch: Sequence[tuple[tuple[str, ...], Future[list[float]]]]) -> None:
         try:
@@ -79,9 +82,11 @@ _judges_lock = threading.Lock()
 
 
 def judge_for(scorer: str | ToxicityScorer) -> Judge:
-    """The judge of this scorer, one for all who use it. A name is loaded once. Raises `ScorerError`."""
+    """The judge of this scorer, one for all who use it. A classifier is loaded here: whoever waits for a score waits by
+    the clock. Raises `ScorerError`."""
     if isinstance(scorer, str):
         return _named(scorer)
+    _load(scorer)
     with _judges_lock:
         judge = _judges.get(id(scorer))
         if judge is None:
@@ -91,4 +96,23 @@ def judge_for(scorer: str | ToxicityScorer) -> Judge:
 
 @functools.cache
 def _named(name: str) -> Judge:
-    return Judge(load_scorer(name))
+    scorer = load_scorer(name)
+    _load(scorer)
+    return Judge(scorer)
+
+
+def _load(scorer: ToxicityScorer) -> None:
+    if isinstance(scorer, HuggingFaceScorer):
+        run_aside(scorer.load)
+
+
+def _forget() -> None:
+    """A forked child has neither the parent's threads nor a say over its locks."""
+    global _judges_lock
+    _judges_lock = threading.Lock()
+    _judges.clear()
+    _named.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -74,19 +74,17 @@ def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
 
 
 @functools.cache
-def _shared_embedded() -> EmbeddedScorer:
-    return EmbeddedScorer.load()
+def _named(name: str) -> ToxicityScorer:
+    return EmbeddedScorer.load() if name == "embedded" else HuggingFaceScorer(name)
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the shared embedded scorer. Another string: a Hugging Face model. A scorer: itself.
+    """None or "embedded": the embedded scorer. Another string: a Hugging Face model. A scorer: itself.
 
-    Raises `ScorerError`.
+    A name gives the same scorer each time. Raises `ScorerError`.
     """
-    if spec is None or spec == "embedded":
-        return _shared_embedded()
-    if isinstance(spec, str):
-        return HuggingFaceScorer(spec)
+    if spec is None or isinstance(spec, str):
+        return _named(spec or "embedded")
     if isinstance(spec, ToxicityScorer):
         return spec
     raise ScorerError(f"{type(spec).__name__} is no scorer", hint="give a name, or an object with .name and .score()")
@@ -240,6 +238,10 @@ class HuggingFaceScorer:
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any, int, int] | None = None
 
+    def load(self) -> None:
+        """Load the model now, unless it is there. Raises `ScorerError`."""
+        self._load()
+
     def score(self, texts: Sequence[str]) -> list[float]:
         """One number in [0, 1] a text. Raises `ScorerError`."""
         if not texts:
@@ -301,8 +303,6 @@ def _toxic_index(id2label: dict[int, str], wanted: str | None) -> int:
         found = [index for index, name in names.items() if name == wanted.lower()]
     elif len(names) == 1:
         found = list(names)
-    elif set(names.values()) == {"label_0", "label_1"}:
-        found = [index for index, name in names.items() if name == "label_1"]
     else:
         found = [index for index, name in names.items() if name in ("toxic", "toxicity")] or [
             index

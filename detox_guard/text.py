@@ -89,8 +89,8 @@ def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Seq
     from jinja2 import TemplateError
 
     native = knows_tools(template_of(backbone))
-    rendered = [dict(message) for message in messages] if native else with_tools(messages, tools)
     try:
+        rendered = [dict(message) for message in messages] if native else with_tools(messages, tools)
         encoded: Any = backbone.tokenizer.apply_chat_template(
             rendered,
             tools=list(tools) if native and tools else None,

@@ -16,7 +16,7 @@ _CLOSERS = "\"'”’»)\\]*_"
 # A line's end; a full stop and what closes it, then space and the next visible character; or a CJK full stop.
 _END = re.compile(
     r"(?P<line>[^\s][ \t]*\n\s*)"
-    rf"|(?P<stop>[.!?…]+)[{_CLOSERS}]*(?P<space>\s+)(?=(?P<next>\S))"
+    rf"|(?<![.!?…])(?P<stop>[.!?…]++)[{_CLOSERS}]*+(?P<space>\s++)(?=(?P<next>\S))"
     rf"|[。！？][{_CLOSERS}」』）]*"
 )
 _ABBREVIATIONS = frozenset(
@@ -28,8 +28,10 @@ _ABBREVIATIONS = frozenset(
     )
 )
 _OFTEN_LAST = frozenset(("etc", "a.m", "p.m", "inc", "ltd", "co", "corp", "al", "jr", "sr", "u.s", "u.k", "ph.d"))
+_LOOK_BACK = 32
+"""Characters before a mark that may be a word to know: more than the longest of them has."""
 _WORD = re.compile(r"[^\s(\[\"'“‘]+$")
-_LIST_ITEM = re.compile(r"(?:^|\n)\s*(?:\d{1,3}|[A-Za-z])$")
+_ITEM = re.compile(r"(?<!\S)(?:\d{1,3}|[A-Za-z])$")
 
 
 def sentence_end(text: str, code: bool = False) -> int:
@@ -38,10 +40,11 @@ def sentence_end(text: str, code: bool = False) -> int:
     Abbreviations, initials, decimals, list numbers and URLs do not end a sentence. Line ends do, outside code blocks
     (`code`: the text begins inside one), which are one piece up to their closing fence.
     """
+    since = 0
     for match in _END.finditer(text):
-        if in_code(text[: match.end()], code):
-            continue
-        if match["stop"] is None or _ends(text[: match.start("stop")], match["stop"], match["space"], match["next"]):
+        # What ends here ends behind a space or a full stop, so no fence lies on both sides of it.
+        code, since = in_code(text[since : match.end()], code), match.end()
+        if not code and (match["stop"] is None or _ends(text, match)):
             return match.end()
     return 0
 
@@ -74,11 +77,13 @@ def last_space(text: str) -> int:
     return max(0, at)
 
 
-def _ends(before: str, stop: str, space: str, following: str) -> bool:
-    """Whether the mark `stop` between `before` and `following` ends a sentence."""
+def _ends(text: str, match: re.Match[str]) -> bool:
+    """Whether a mark that was matched ends a sentence."""
+    stop, space, following, at = match["stop"], match["space"], match["next"], match.start("stop")
     if "\n" in space or "!" in stop or "?" in stop:
         return "\n" in space or not following.islower()
-    if _LIST_ITEM.search(before):
+    before = text[max(0, at - _LOOK_BACK) : at]
+    if (item := _ITEM.search(before)) and _begins_line(text, at - len(item[0])):
         return False
     found = _WORD.search(before)
     word = found[0].lower() if found else ""
@@ -87,3 +92,12 @@ def _ends(before: str, stop: str, space: str, following: str) -> bool:
     if word in _ABBREVIATIONS:
         return word in _OFTEN_LAST and following.isupper()
     return not following.islower()
+
+
+def _begins_line(text: str, at: int) -> bool:
+    """Whether only white space stands between `at` and the line break, or the beginning, before it."""
+    while at > 0 and text[at - 1].isspace():
+        at -= 1
+        if text[at] == "\n":
+            return True
+    return at == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tiny import make_tiny_backbone
 from detox_guard import (
     DecodingParams,
     DetoxiGen,
+    EngineBusyError,
     EngineClosedError,
     EngineConfig,
     EngineError,
@@ -169,6 +171,37 @@ def test_a_batch_larger_than_the_queue_waits_instead_of_failing() -> None:
     with DetoxiGen(backbone, streams, config=EngineConfig(max_rows=4, max_queue=2)) as guard:
         results = guard.batch(["x"] * 30, max_of(5))
         assert len({r.text for r in results}) == 1
+
+
+def test_a_batch_that_finds_the_queue_full_of_others_fails_by_name() -> None:
+    with DetoxiGen(make_tiny_backbone("llama"), config=EngineConfig(max_rows=2, max_queue=1)) as guard:
+        long = DecodingParams(alpha=0.0, max_new_tokens=400, ignore_eos=True, seed=1)
+        others = [guard.stream("x", long) for _ in range(3)]
+        for stream in others[:2]:
+            next(stream)
+        waiting = threading.Thread(target=lambda: next(others[2]))
+        waiting.start()
+        wait_until(lambda: guard.stats().queued == 1)
+        assert [type(r) for r in guard.batch(["x", "x"], long, return_exceptions=True)] == [EngineBusyError] * 2
+        with pytest.raises(EngineBusyError):
+            guard.batch(["x"], long)
+        others[0].close()
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+
+async def test_cancelling_a_batch_frees_its_seats(guard: DetoxiGen) -> None:
+    params = DecodingParams(max_new_tokens=400, ignore_eos=True, seed=1)
+    for return_exceptions in (False, True):
+        task = asyncio.create_task(guard.abatch(["x"] * 100, params, return_exceptions=return_exceptions))
+        while guard.stats().seats == 0:
+            await asyncio.sleep(0.002)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while guard.stats().seats or guard.stats().queued:
+            await asyncio.sleep(0.002)
+    assert guard.stats().finished == 0
 
 
 def max_of(tokens: int) -> DecodingParams:

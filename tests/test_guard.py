@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import threading
 import time
 import zlib
@@ -29,6 +30,8 @@ from detox_guard import (
     guard_text,
 )
 from detox_guard.engine import Ended, Engine, Rewind
+from detox_guard.guard import closed_length
+from detox_guard.judge import judge_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -406,3 +409,76 @@ def test_foreign_text_fails_closed() -> None:
     with pytest.raises(ScorerError, match="no answer"):
         released.extend(guard_text(in_pieces(FOREIGN), slow))
     assert released == []
+
+
+def test_one_who_does_not_wait_for_a_verdict_takes_nobody_elses() -> None:
+    scorer = Scripted(lambda text: 0.0, delay_s=0.2)
+    policy = GuardPolicy(scorer=scorer)
+
+    async def pieces() -> Any:
+        yield FOREIGN
+
+    async def give_up() -> None:
+        async def read() -> list[str]:
+            return [text async for text in aguard_text(pieces(), policy)]
+
+        task = asyncio.create_task(read())
+        while not scorer.calls:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    judge = judge_for(scorer)
+    asyncio.run(give_up())
+    assert "".join(guard_text([FOREIGN], policy)) == FOREIGN
+    assert judge is judge_for(scorer)
+    late = judge.submit(["one"])
+    given_up = judge.submit(["two"])
+    given_up.cancel()
+    assert late.result(5) == judge.submit(["three"]).result(5) == [0.0]
+
+
+def test_a_forked_child_is_guarded_too() -> None:
+    text, policy = "It rains. We stay at home.", GuardPolicy()
+    assert "".join(guard_text([text], policy)) == text
+    assert judge_for("embedded")._thread is not None  # it waits for more
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if "".join(guard_text([text], policy.replace(scorer_timeout_s=5.0))) == text else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_event_hook_that_ends_its_thread_ends_only_its_request(tiny: DetoxiGen) -> None:
+    def leave(event: Any) -> None:
+        raise SystemExit(1)
+
+    policy = GuardPolicy(scorer=Scripted(lambda text: 1.0), unit=3, on_event=leave)
+    results = tiny.batch(["x", "Hello there"], [PARAMS.replace(guard=policy), PARAMS], return_exceptions=True)
+    assert "SystemExit" in str(results[0])
+    assert results[1].text == tiny.generate("Hello there").text
+
+
+def test_a_guard_of_the_instance_stays_unless_a_call_says_otherwise(tiny: DetoxiGen) -> None:
+    policy = GuardPolicy(scorer=Scripted(lambda text: 1.0), max_rewinds=0, replacement="[removed]")
+    own = DetoxiGen(tiny.backbone, tiny.streams, params=PARAMS.replace(guard=policy))
+    with own:
+        for reply in (
+            own.generate("x"),
+            own.generate("x", DecodingParams(max_new_tokens=5)),
+            own.generate("x", DecodingParams(max_new_tokens=5).replace(seed=2), temperature=0.7),
+            *own.batch(["x"], DecodingParams(max_new_tokens=5)),
+        ):
+            assert (reply.text, reply.finish_reason) == ("[removed]", "guard")
+        for free in (own.generate("x", guard=None), own.generate("x", DecodingParams(guard=None, max_new_tokens=5))):
+            assert free.finish_reason != "guard"
+
+
+@pytest.mark.parametrize("text", ["\n\n" + "a" * 60, "a" * 60])
+def test_a_unit_without_spaces_is_cut_at_twice_its_longest(text: str) -> None:
+    policy = GuardPolicy(max_unit_tokens=4)
+    assert closed_length(text, policy, False, 7) == 0
+    assert closed_length(text, policy, False, 8) == len(text)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from detox_guard.errors import DataError, ScorerError
+from detox_guard.judge import judge_for
 from detox_guard.scoring import (
     ASSET,
     CARD_FILE,
@@ -280,7 +281,8 @@ def test_hugging_face_multi_label_uses_a_sigmoid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "wanted", "index"),
     [
-        (["LABEL_0", "LABEL_1"], None, 1),
+        (["LABEL_0", "LABEL_1"], None, None),
+        (["LABEL_0", "LABEL_1"], "LABEL_1", 1),
         (["toxic", "severe_toxic", "insult"], None, 0),
         (["nothate", "hate"], None, 1),
         (["NOT-OFFENSIVE", "OFFENSIVE"], None, 1),
@@ -299,6 +301,18 @@ def test_choice_of_the_toxic_label(labels: list[str], wanted: str | None, index:
         return
     with pytest.raises(ScorerError, match=labels[0]):
         _toxic_index(dict(enumerate(labels)), wanted)
+
+
+def test_a_name_is_loaded_once_and_before_the_clock_of_a_guard_runs(tmp_path: Path) -> None:
+    folder = str(_tiny_classifier(tmp_path, {0: "clean", 1: "toxic"}))
+    scorer = load_scorer(folder)
+    assert isinstance(scorer, HuggingFaceScorer)
+    assert load_scorer(folder) is scorer
+    assert scorer._loaded is None
+    assert judge_for(folder).scorer is scorer
+    assert scorer._loaded is not None
+    with pytest.raises(ScorerError, match="cannot load"):
+        judge_for(HuggingFaceScorer(str(tmp_path / "absent")))
 
 
 def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detox_guard.units import in_code, last_space, sentence_end
+from detox_guard.units import sentences as all_sentences
 
 
 def sentences(text: str) -> list[str]:
@@ -56,3 +57,11 @@ def test_last_space_is_before_the_last_word(text: str) -> None:
     at = last_space(text)
     assert at == 0 or text[at : at + 1].isspace()
     assert " " not in text[at:].strip()
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000 + " " + "e.g. x " * 5_000, "." * 200_000, "\n" * 50_000 + "1. x " * 9_000]
+)
+def test_the_work_grows_with_the_length_alone(text: str) -> None:
+    sentence_end(text)  # quadratic work would take hours
+    assert "".join(all_sentences(text)) == text

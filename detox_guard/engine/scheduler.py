@@ -258,7 +258,7 @@ class _Worker:
                         break
                 try:
                     self._turn()
-                except Exception as error:
+                except BaseException as error:
                     # Not foreseen, so nothing in the batch can be trusted: all of it fails, the next one starts clean.
                     _log.exception("engine step failed")
                     self._fail_all(_as_step_error(error))
@@ -268,7 +268,7 @@ class _Worker:
         self._drop_cancelled()
         try:
             self._enter()
-        except Exception as error:
+        except BaseException as error:
             # A prompt is computed apart from the batch, so those who are decoding lose nothing.
             _log.exception("prefill failed")
             self._prefill = None
@@ -410,8 +410,8 @@ class _Worker:
             if isinstance(verdict, Rewind):
                 self._rewind(seat, verdict.tokens)
                 return not seat.emitted
-        except Exception as error:
-            self._leave(seat, error)
+        except BaseException as error:
+            self._leave(seat, _as_exception(error))
             return False
         if verdict is not None:
             return self._end(seat, verdict.reason)
@@ -428,8 +428,8 @@ class _Worker:
             if isinstance(verdict, Rewind):
                 self._rewind(seat, verdict.tokens)
                 return not seat.emitted
-        except Exception as error:
-            self._leave(seat, error)
+        except BaseException as error:
+            self._leave(seat, _as_exception(error))
             return False
         if isinstance(verdict, Ended):
             self._leave(seat, verdict.reason)
@@ -446,9 +446,9 @@ class _Worker:
             seat = parked.seat
             try:
                 verdict = seat.request.sink.on_end(parked.reason)
-            except Exception as error:
+            except BaseException as error:
                 self._parked.remove(parked)
-                self._report(seat.request, error)
+                self._report(seat.request, _as_exception(error))
                 continue
             if verdict is None:
                 continue
@@ -461,8 +461,8 @@ class _Worker:
                 self._seats.append(seat)
             try:
                 self._rewind(seat, verdict.tokens)
-            except Exception as error:
-                self._leave(seat, error)
+            except BaseException as error:
+                self._leave(seat, _as_exception(error))
                 continue
             if not seat.emitted:
                 again.append(seat)
@@ -512,7 +512,7 @@ class _Worker:
             else:
                 self._stats.finished += 1
                 request.sink.on_finish(outcome)
-        except Exception:
+        except BaseException:
             _log.exception("a sink raised while it was told how its request ended")
 
     def _fail_all(self, error: DetoxGuardError) -> None:
@@ -531,7 +531,12 @@ class _Worker:
             self._report(request, error)
 
 
-def _as_step_error(error: Exception) -> DetoxGuardError:
+def _as_exception(error: BaseException) -> Exception:
+    """What ends a thread or a task (`SystemExit`, a panic in native code) must not end the engine's: it is an error."""
+    return error if isinstance(error, Exception) else _as_step_error(error)
+
+
+def _as_step_error(error: BaseException) -> DetoxGuardError:
     if isinstance(error, DetoxGuardError):
         return error
     step = StepError(f"a decoding step failed: {type(error).__name__}: {error}", hint="this is a bug, or out of memory")
