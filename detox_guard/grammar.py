@@ -144,7 +144,7 @@ def _closed(schema: Any) -> Any:
             out[key] = [_closed(part) for part in value]
     named, required = schema.get("properties"), schema.get("required", [])
     # A `required` that is no list is llguidance's to refuse.
-    known = isinstance(named, dict) and isinstance(required, list) and all(name in named for name in required)
+    known = isinstance(named, dict) and isinstance(required, list) and all(name in [*named] for name in required)
     if known and "patternProperties" not in schema:
         out.setdefault("additionalProperties", False)
     return out

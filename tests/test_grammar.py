@@ -256,6 +256,8 @@ def test_cancelling_a_constrained_request_frees_its_seat() -> None:
         (Grammar.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (Grammar.json_schema({"not": {"type": "string"}}), "not"),
         (Grammar.json_schema({"$ref": "#/nowhere"}), "nowhere"),
+        (Grammar.json_schema({"properties": {"a": {}}, "required": None}), "required"),
+        (Grammar.json_schema({"properties": {"a": {}}, "required": [{}]}), "required"),
         (Grammar.json_schema({"type": "integer", "minimum": 5, "maximum": 1}), "Unsatisfiable"),
         (Grammar.json_schema({"type": "string", "pattern": "(("}), "unclosed"),
         (Grammar.regex("(("), "unclosed"),

@@ -124,6 +124,10 @@ def test_tools_get_a_system_message_where_there_is_none() -> None:
         (ChatPrompt([]), "messages"),
         (ChatPrompt("hi"), "messages"),  # type: ignore[arg-type]
         (ChatPrompt([{"role": "tool"}]), "messages[0].content"),
+        (
+            ChatPrompt([HISTORY[1]], [{"type": "function", "function": {"name": "f", "parameters": {"default": {1}}}}]),
+            "messages",
+        ),
         (ChatPrompt([HISTORY[1], {**HISTORY[2], "tool_calls": ["x"]}]), "messages[1].tool_calls[0]"),
         (
             ChatPrompt([{**HISTORY[2], "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]),
