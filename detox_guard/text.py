@@ -98,6 +98,8 @@ def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Seq
             tokenize=True,
             return_dict=True,
         )
+    except PromptError:
+        raise
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise PromptError(
             "messages", [message.get("role") for message in messages], f"the chat template refuses them: {error}"

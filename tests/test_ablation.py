@@ -491,6 +491,13 @@ def test_placement(tmp_path: Path, files: dict[str, Any]) -> None:
 # 4. What is refused, and the command line
 
 
+def test_rows_that_follow_something_are_refused(tmp_path: Path, files: dict[str, Any]) -> None:
+    data = tmp_path / "asked.jsonl"
+    data.write_text(json.dumps({"question": "How so?", "text": TEXTS[0]}) + "\n")
+    with pytest.raises(DataError, match="a prompt or a question"):
+        run(ablation("tuning", tmp_path / "out", {**files, "data": (str(data),)}))
+
+
 @pytest.mark.parametrize(
     ("what", "changes", "field"),
     [

@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,10 @@ from detox_guard.evaluation.methods import (
     read_words,
     textual_detoxifier,
 )
-from detox_guard.evaluation.metrics import Bootstrap, distinct_n, toxicity
+from detox_guard.evaluation.metrics import Bootstrap, Interval, distinct_n, toxicity
 from detox_guard.evaluation.quality import degenerate
 from detox_guard.evaluation.report import write_report
+from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.shapes import random_detoxifier
 from detox_guard.evaluation.summary import summarize
@@ -152,6 +154,26 @@ def test_figures_without_a_denominator_are_undefined() -> None:
     assert (nothing.value, nothing.low, nothing.high) == (None, None, None)
     assert bootstrap.figure(bootstrap.rate([0.0] * 3, [0.0] * 3)).value.value is None
     assert bootstrap.figure(bootstrap.median([[], [], []])).value.value is None
+
+
+def test_a_bound_that_resamples_do_not_give_is_none() -> None:
+    bootstrap = Bootstrap(40)
+
+    def ratio(own: int, plain: int) -> Interval:
+        """Of two rates, each of the first so many of 40 prompts."""
+        rates = [bootstrap.rate(np.arange(40) < count) for count in (own, plain)]
+        found = bootstrap.figure(*rates).ratio
+        assert found is not None
+        return found
+
+    for own, plain, low, high in (
+        (5, 2, 1.0, None),  # one resample in nine divides by zero
+        (1, 1, None, None),  # one in three is zero by zero, which may be anything
+        (0, 1, None, None),
+        (0, 20, 0.0, 0.0),
+    ):
+        assert ratio(own, plain) == Interval(own / plain, low, high)
+    assert shown(asdict(ratio(5, 2)), change=True) == "+150% [+0%, –]"
 
 
 def test_median_is_of_all_values() -> None:
@@ -872,7 +894,7 @@ def test_run_utility(tasks: dict[str, Any], tiny_folder: Path, detoxifier_folder
             "device": "cpu", "dtype": "float32", "methods": ("default",), "limit": 3, "samples": 2, "progress": False,
         }  # fmt: skip
         report = run_utility(**{**asked, **changes})
-        assert "xquad (3)" in text_of(report.table())
+        assert changes.get("xquad", 0) is None or "xquad (3)" in text_of(report.table())
         return report.summary
 
     summary = run()
@@ -897,6 +919,9 @@ def test_run_utility(tasks: dict[str, Any], tiny_folder: Path, detoxifier_folder
         assert set(content.splitlines()) <= set(path.read_bytes().splitlines())
     with pytest.raises(DataError, match="holds a run of"):
         run(limit=2)
+    run(methods=("dexperts-floor",), alphas=(2.0,), xquad=None, bold=())
+    with pytest.raises(DataError, match="holds another 'dexperts-floor"):
+        run(methods=("dexperts-floor",), alphas=(2.0,), plausibility=0.5, xquad=None, bold=())
 
 
 def test_run_utility_refuses_before_loading(tasks: dict[str, Any], tmp_path: Path) -> None:

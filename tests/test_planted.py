@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from detox_guard.evaluation.planted import choose, interval
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from detox_guard import DataError
+from detox_guard.evaluation.planted import choose, interval, known_answers, read_toxic
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ROWS = [{"id": str(i), "question": f"Where is {i}?", "answers": [{"text": "here"}, {"text": "here"}]} for i in range(9)]
 TOXIC = ["You fool.", "What a pest.", "Be off.", "Such a bore."]
@@ -43,3 +52,24 @@ def test_a_thread_is_gone_on_with() -> None:
         begun = f"Reader's comment. {one.text}"
         assert other.text == (begun if one.comment else f"Question: {one.text}\nAnswer:")
         assert not one.comment or one.comment.startswith(begun)
+
+
+def test_answers_are_kept_whatever_is_in_them(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out.jsonl"
+    assert known_answers(out, {"seed": 1}) == []
+    rows = [{"text": "one\u2028two\x85three\fend"}, {"text": "four"}]
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"tex', encoding="utf-8")
+    assert known_answers(out, {"seed": 1}) == rows
+    assert out.read_text(encoding="utf-8").endswith('"four"}\n')
+    with pytest.raises(DataError, match="other settings"):
+        known_answers(out, {"seed": 2})
+    (tmp_path / "deep" / "out.settings.json").unlink()
+    with pytest.raises(DataError, match="other settings"):
+        known_answers(out, {"seed": 1})
+
+
+def test_toxic_texts_may_hold_any_separator(tmp_path: Path) -> None:
+    row = {"prompt": {"text": "one\u2028"}, "continuation": {"text": "two\x85", "toxicity": 0.9}}
+    path = tmp_path / "toxic.jsonl"
+    path.write_text("\n".join([json.dumps(row, ensure_ascii=False)] * 3), encoding="utf-8")
+    assert read_toxic(path) == ["one\u2028two\x85"] * 3

@@ -52,6 +52,7 @@ def write(path: Path, content: str | bytes) -> str:
         ("a.jsonl", b'\xef\xbb\xbf{"text": "one, two"}\r\n{"text": "three"}'),
         ("a.csv", 'id,text\n1,"one, two"\n2,three\n'),
         ("a.tsv", "text\tid\none, two\t1\nthree\t2\n"),
+        ("a.csv", 'id,text\r\n1,"one, two"\r\n2,three\r\n'),
         ("a.txt", "one, two\n\n   \nthree"),
     ],
 )
@@ -119,6 +120,11 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, message: str)
     with pytest.raises(DataError, match=message) as caught:
         read_texts(write(tmp_path / name, content))
     assert name in str(caught.value)
+
+
+def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
+    rows = read_texts(write(tmp_path / "a.csv", "text,id\nall of\x85this\u2028text\f!,1\n"))
+    assert rows.texts == ("all of\x85this\u2028text\f!",)
 
 
 def test_short_csv_row_is_bad(tmp_path: Path) -> None:
@@ -514,6 +520,19 @@ def test_another_run_starts_anew(tmp_path: Path, changes: dict[str, Any]) -> Non
         progress=lambda step, *_: steps.append(step),
     )
     assert steps[0] == 1
+
+
+def test_a_file_in_another_role_is_another_run(tmp_path: Path) -> None:
+    other = write(tmp_path / "other.txt", "\n".join(f"Quiet words number {i}." for i in range(40)))
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    for role in ("contexts", "anchors"):
+        config = settings(tmp_path, **{role: (str(other),)})
+        with pytest.raises(KeyboardInterrupt):
+            train_detoxifier(config, backbone=make_tiny_backbone("llama"), progress=stop)
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
 
 
 def test_runs_that_cannot_be(tmp_path: Path) -> None:

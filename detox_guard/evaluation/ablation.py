@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
     from detox_guard.evaluation.prompts import EvalPrompt
     from detox_guard.scoring import ToxicityScorer
+    from detox_guard.training.data import Text
 
 __all__ = ["AblationConfig", "run_ablation"]
 
@@ -60,12 +61,8 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
     folder = Path(config.output)
     with ExitStack() as stack:
         stack.enter_context(open_run(folder))
-        texts = [whole(text) for source in config.data for text in read_texts(source, field=config.text_field).texts]
-        neutral = [
-            whole(text)
-            for source in config.contexts or ()
-            for text in read_texts(source, field=config.text_field).texts
-        ]
+        texts = [_alone(text, source) for source in config.data for text in _texts(config, source)]
+        neutral = [whole(text) for source in config.contexts or () for text in _texts(config, source)]
         variants, heldout = make_variants(config, texts)
         prompts = _prompts(config)
         pairs = _pairs(config)
@@ -105,6 +102,17 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
         write_whole(folder / ABLATION_FILE, report.to_json(indent=1) + "\n")
         write_whole(folder / TABLE_FILE, report.markdown())
     return report
+
+
+def _texts(config: AblationConfig, source: str) -> Sequence[Text]:
+    return read_texts(source, field=config.text_field).texts
+
+
+def _alone(text: Text, source: str) -> str:
+    """Whole models learn texts that follow nothing, so soft prompts must, too, to be compared with them."""
+    if not isinstance(text, str):
+        raise DataError(f"{source}: has rows with a prompt or a question", hint="an ablation takes texts alone")
+    return text
 
 
 def _prompts(config: AblationConfig) -> list[EvalPrompt]:

@@ -211,11 +211,7 @@ def collect(
         "revision": backbone.revision,
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    known = _known_methods(folder / RUN_FILE, identity)
-    for method in methods:
-        mine = json.loads(json.dumps(method.identity()))
-        if known.setdefault(method.name, mine) != mine:
-            raise DataError(f"{folder}: holds another {method.name!r}", hint="take another folder for other settings")
+    known = all_methods(folder / RUN_FILE, identity, methods)
     run = {
         **identity,
         "methods": known,
@@ -243,16 +239,24 @@ def collect(
     return run
 
 
-def _known_methods(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The methods of a run that is there already, if it is the same run."""
-    if not path.exists():
-        return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in json.loads(json.dumps(identity)).items():
-        if old.get(name) != value:
-            raise DataError(f"{path.parent}: holds a run of another {name}", hint="take another folder, or remove it")
-    methods: dict[str, Any] = old["methods"]
-    return methods
+def all_methods(path: Path, identity: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
+    """What each method is, by name: of `methods`, and of those of a run that is there already. Raises `DataError` if it
+    is another run, or means something else by a name."""
+    known: dict[str, Any] = {}
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in json.loads(json.dumps(identity)).items():
+            if old.get(name) != value:
+                hint = "take another folder, or remove it"
+                raise DataError(f"{path.parent}: holds a run of another {name}", hint=hint)
+        known = old["methods"]
+    for method in methods:
+        mine = json.loads(json.dumps(method.identity()))
+        if known.setdefault(method.name, mine) != mine:
+            raise DataError(
+                f"{path.parent}: holds another {method.name!r}", hint="take another folder for other settings"
+            )
+    return known
 
 
 def _jobs(run: dict[str, Any], method: Method) -> list[Job]:

@@ -25,7 +25,8 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and its 95 % bootstrap interval; all three None where it is not defined (a division by zero)."""
+    """A figure and its 95 % bootstrap interval; all three None where it is not defined (a division by zero), a bound
+    None where the resamples give none: too many divide by zero."""
 
     value: float | None
     low: float | None
@@ -87,9 +88,10 @@ def _interval(estimates: Estimates) -> Interval:
     value, spread = float(estimates[0]), estimates[1:]
     if not np.isfinite(value):
         return Interval(None, None, None)
-    spread = spread[np.isfinite(spread)]
-    low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (value, value)
-    return Interval(value, float(low), float(high))
+    # What a resample leaves undefined may be anything: it counts against either bound.
+    low = np.percentile(np.nan_to_num(spread, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 2.5, method="lower")
+    high = np.percentile(np.nan_to_num(spread, nan=np.inf, posinf=np.inf, neginf=-np.inf), 97.5, method="higher")
+    return Interval(value, *(float(bound) if np.isfinite(bound) else None for bound in (low, high)))
 
 
 def toxicity(scores: Floats, bootstrap: Bootstrap) -> dict[str, Estimates]:

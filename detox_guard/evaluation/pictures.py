@@ -163,9 +163,12 @@ def _png(figure: Any, axes: Any, dark: bool) -> bytes:
         return file.getvalue()
 
 
-def _errors(intervals: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """matplotlib wants distances from the point. A percentile interval may leave its point out by a hair."""
-    return [
-        [max(0.0, one["value"] - one["low"]) for one in intervals],
-        [max(0.0, one["high"] - one["value"]) for one in intervals],
-    ]
+def _errors(intervals: Sequence[Mapping[str, float | None]]) -> list[list[float]]:
+    """matplotlib wants distances from the point. A percentile interval may leave its point out by a hair; a bound that
+    is not known is not drawn."""
+
+    def distance(one: Mapping[str, float | None], bound: str) -> float:
+        value, end = one["value"], one[bound]
+        return 0.0 if value is None or end is None else max(0.0, value - end if bound == "low" else end - value)
+
+    return [[distance(one, bound) for one in intervals] for bound in ("low", "high")]

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import Bootstrap
+from detox_guard.files import prepare_file, read_text, write_whole
+from detox_guard.scoring import checked_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from detox_guard.scoring import ToxicityScorer
 
 __all__ = [
     "ABOUT",
@@ -23,9 +27,11 @@ __all__ = [
     "Question",
     "choose",
     "interval",
+    "judge_answers",
+    "judges_of",
+    "known_answers",
     "read_corpus",
     "read_toxic",
-    "whole_lines",
     "words",
 ]
 
@@ -100,7 +106,7 @@ def read_corpus(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 def read_toxic(path: Path) -> list[str]:
     """Prompts with toxic continuations, as texts. Raises `DataError`."""
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         found = [
             f"{row['prompt']['text']}{row['continuation']['text']}"
             for row in rows
@@ -113,12 +119,32 @@ def read_toxic(path: Path) -> list[str]:
     return found
 
 
-def whole_lines(path: Path) -> list[str]:
-    """Whole lines: the last one may have been cut off when a run was. No lines without the file."""
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
+def known_answers(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers that a run which was broken off left in `path`, as rows; the last line may be cut off, and goes.
+
+    `settings` stand beside them in a file of their own. Raises `DataError` if the answers were given under others.
+    """
+    prepare_file(path)
+    settings = json.loads(json.dumps(settings, default=str))
+    text = read_text(path) if path.exists() else ""
+    beside = path.with_suffix(".settings.json")
+    if text and (not beside.exists() or json.loads(read_text(beside)) != settings):
+        raise DataError(f"{path.name}: holds answers of other settings", hint="take another file, or remove it")
+    write_whole(beside, json.dumps(settings, indent=1) + "\n")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, "utf-8")
-    return whole.splitlines()
+        write_whole(path, whole)
+    return [json.loads(line) for line in whole.split("\n")[:-1]]
+
+
+def judge_answers(rows: Sequence[Any], judges: Sequence[ToxicityScorer]) -> None:
+    """Give rows with a `text` their `toxicity` by each judge who has not seen them."""
+    for judge in judges:
+        unseen = [row for row in rows if judge.name not in row.toxicity]
+        for row, score in zip(unseen, checked_scores(judge, [row.text for row in unseen]), strict=True):
+            row.toxicity[judge.name] = round(score, 4)
+
+
+def judges_of(rows: Sequence[Any]) -> list[str]:
+    """Those who have judged every row."""
+    return sorted(set.intersection(*(set(row.toxicity) for row in rows))) if rows else []

@@ -7,6 +7,7 @@ list of "challenging" ones that made every model they tried toxic.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from dataclasses import dataclass, replace
@@ -165,7 +166,8 @@ def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
         yield from _numbered(source, "row", _hub_rows(hub["name"], hub["split"] or "train"))
     elif kind in (".csv", ".tsv"):
         try:
-            table = csv.DictReader(read_text(path).splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
+            lines = io.StringIO(read_text(path), newline="")
+            table = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
             yield from _numbered(source, "row", table)
         except csv.Error as error:
             raise DataError(f"{path}: not a table: {error}") from error

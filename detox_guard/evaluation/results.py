@@ -119,9 +119,9 @@ class EvalReport:
         text = Table("method", title=f"{title}: text", title_justify="left")
         for column in ("ppl", "× plain", *TEXT, "ms/token"):
             text.add_column(column, justify="right")
-        lm = self.summary["lm_judges"][0]
+        lm = next(iter(self.summary["lm_judges"]), None)  # none where judging was cut off
         for method, figures in group["methods"].items():
-            perplexity = figures[f"{lm}:perplexity"]
+            perplexity = figures.get(f"{lm}:perplexity", {"value": None, "ratio": None})
             ms = self.summary["ms_per_token"][method]
             cells = [method, shown(perplexity["value"], digits=1, bare=True), shown(perplexity["ratio"], digits=2)]
             cells += [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
-from detox_guard.evaluation.harness import collect, judge_run, open_run, stored_replies
+from detox_guard.evaluation.harness import all_methods, collect, judge_run, open_run, stored_replies
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import BackboneJudge
 from detox_guard.evaluation.machine import machine, versions
@@ -233,8 +233,11 @@ def _losses(
 ) -> dict[str, Any]:
     """Windows of 256 tokens: the second half given the first."""
     folder.mkdir(exist_ok=True)
-    about = {"windows": windows, "model": guard.backbone.id, "streams": [s.detoxifier.sha256 for s in guard.streams]}
-    _same_run(folder / "run.json", about)
+    backbone = guard.backbone
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    about = {"windows": windows, "model": backbone.id, "revision": backbone.revision, "dtype": dtype}
+    known = all_methods(folder / "run.json", about, methods)
+    write_whole(folder / "run.json", json.dumps({**about, "methods": known}) + "\n")
     half = WINDOW // 2
     with Journal(folder / "losses.jsonl", ("method", "window")) as journal:
         missing = {i: [way for way in methods if (way.name, i) not in journal] for i in range(len(windows))}
@@ -242,7 +245,7 @@ def _losses(
             for i, ways in missing.items():
                 if not ways:
                     continue
-                pairs = steered_nats(guard.backbone, ways, windows[i][:half], windows[i][half:])
+                pairs = steered_nats(backbone, ways, windows[i][:half], windows[i][half:])
                 for way, (nats, never) in zip(ways, pairs, strict=True):
                     journal.add({"method": way.name, "window": i, "nats": nats, "never": never})
                 stage.tick()
@@ -322,14 +325,6 @@ def _figures(columns: Mapping[str, Mapping[str, Sequence[float]]], seed: int) ->
         method: {name: asdict(figure(name, values, figures is plain)) for name, values in figures.items()}
         for method, figures in columns.items()
     }
-
-
-def _same_run(path: Path, about: dict[str, Any]) -> None:
-    """Keep what a run is about; raise `DataError` if the folder holds another."""
-    about = json.loads(json.dumps(about))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != about:
-        raise DataError(f"{path.parent}: holds a run of other text, model or methods", hint="take another folder")
-    write_whole(path, json.dumps(about) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float:

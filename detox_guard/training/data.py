@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def _jsonl(text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
 
 
 def _table(delimiter: str, text: str, fields: tuple[str, ...]) -> Iterator[_Raw]:
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     for field in fields:
         if reader.fieldnames is not None and field not in reader.fieldnames:
             raise _BadRow(f"no column {field!r}; it has {', '.join(map(repr, reader.fieldnames))}")

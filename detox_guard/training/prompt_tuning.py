@@ -421,7 +421,9 @@ def _run_folder(
 ) -> Path:
     """Where this run's checkpoints are: named by all that the result depends on, so that no other run's mix in."""
     settings = config.model_dump(exclude={"output", "start", "resume", "notes", "licence", "checkpoint_steps", *FILES})
-    facts = [settings, backbone.id, backbone.revision, [rows.source.sha256 for rows in data], start and start.sha256]
+    roles = [len(getattr(config, name) or ()) for name in FILES]
+    texts = [rows.source.sha256 for rows in data]
+    facts = [settings, backbone.id, backbone.revision, roles, texts, start and start.sha256]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Path(config.output) / CHECKPOINTS / digest[:12]
 

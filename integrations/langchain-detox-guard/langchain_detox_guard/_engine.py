@@ -140,11 +140,11 @@ class EngineFields(Serializable):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """What decides the text. Names as given until `_name_what_is_loaded`; never weights."""
+        """What decides the text. Names as given until there is an engine, then of what it loaded; never weights."""
         names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
         names["model"] = self._model_name
         if self.engine is not None:
-            names["detoxifier"] = self.engine.detoxifier_id
+            names["detoxifier"] = list(self.engine.detoxifier_ids)
         params = self._decoding_params().model_dump(mode="json", exclude={"trace"}, fallback=_name_of)
         return {**names, **params, "version": __version__}
 

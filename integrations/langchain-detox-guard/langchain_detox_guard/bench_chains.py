@@ -35,9 +35,11 @@ from detox_guard.evaluation.planted import (
     Question,
     choose,
     interval,
+    judge_answers,
+    judges_of,
+    known_answers,
     read_corpus,
     read_toxic,
-    whole_lines,
     words,
 )
 from detox_guard.evaluation.tasks import answer_scores
@@ -67,6 +69,8 @@ __all__ = ["Answer", "main", "table"]
 TASKS = ("rag", "agent")
 SYSTEMS = ("plain", "guarded")
 ASKED = "Answer the question from the notes, in one or two sentences."
+_MAY_CHANGE = {"out", "samples", "tasks", "systems", "judge", "abreast"}
+"""What may be asked otherwise of a run that is gone on with."""
 GO_ON = PromptTemplate.from_template("{context}\n\n{input}")
 
 
@@ -217,7 +221,7 @@ def table(rows: Sequence[Answer]) -> str:
     """A Markdown table a judge, of the answers to questions for which a comment was found."""
     rows = [row for row in rows if row.planted]
     lines = []
-    for judge in sorted({name for row in rows for name in row.toxicity}):
+    for judge in judges_of(rows):
         lines += [
             f"Toxicity by {judge}; means over questions, 95 % bootstrap intervals.",
             "",
@@ -281,8 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = {"model": args.model, "detoxifier": args.detoxifier, "device": args.device}
     model = {**model, "max_tokens": args.max_tokens, "temperature": args.temperature}
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = [Answer(**json.loads(line)) for line in whole_lines(args.out)]
+    settings = {name: value for name, value in vars(args).items() if name not in _MAY_CHANGE}
+    found = [Answer(**row) for row in known_answers(args.out, settings)]
+    judge_answers(found, judges)
     known = {(row.task, row.system, row.question, row.sample) for row in found}
     with args.out.open("a", encoding="utf-8") as file:
 
@@ -299,8 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 await answers(ask, wanted, judges, named, abreast=args.abreast, done=done)
 
         asyncio.run(run())
-    chosen = {question.id for question in questions}
-    print(table([row for row in found if row.question in chosen and row.sample < args.samples]))
+    print(table([row for row in found if row.sample < args.samples]))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     concern `ChatDetoxiGen`; the rest works with any chat model.)
     `tool_results`: what happens to a tool's result with a toxic sentence: "mask" that sentence, "drop" the result,
     "mark" it in the state only; None does not look.
-    Answers (and the arguments of tool calls) that score `threshold` or more are asked for again, up the `ladder`: a
+    Answers (and the arguments of tool calls) that score above `threshold` are asked for again, up the `ladder`: a
     number is an alpha, "rewrite" shows the model its draft and asks for a kinder one. At its end, `on_exhausted`:
     "mask" the toxic sentences, "replace" the text by `replacement`, or "raise" `GuardError`. Tool calls stay calls:
     only strings in their arguments are masked. A structured answer that is still toxic raises.
@@ -143,12 +143,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         records: list[dict[str, Any]] = []
         for rung in (rung for rung in self.ladder if ours or rung == "rewrite"):
             score = self._score(answer)
-            if score < self.threshold:
+            if score <= self.threshold:
                 return _reported(answer, records)
             records.append(_record(answer, "rewrite" if rung == "rewrite" else "again", score=score, rung=rung))
             answer = yield self._again(request, answer, rung)
         score = self._score(answer)
-        if score < self.threshold:
+        if score <= self.threshold:
             return _reported(answer, records)
         records.append(_record(answer, self.on_exhausted, score=score))
         return _reported(self._exhausted(answer, score), records)

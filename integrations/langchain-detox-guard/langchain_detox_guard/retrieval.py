@@ -36,7 +36,7 @@ PROMPT = ChatPromptTemplate.from_messages(
 class DetoxDocumentScreen(RunnableSerializable[list[Document], list[Document]]):
     """Documents in, documents out: `retriever | DetoxDocumentScreen()`.
 
-    Each is scored as a whole and sentence by sentence; one that scores `threshold` or more is flagged. `action`:
+    Each is scored as a whole and sentence by sentence; one that scores above `threshold` is flagged. `action`:
     "drop" it, "mask" its toxic sentences, or "mark" it. Every document that passes has `toxicity` and
     `toxicity_flagged` in its metadata; those that came in are not changed. `scorer` as in `detox_guard.load_scorer`.
     Raises `ScorerError` if the scorer fails: nothing unscored is passed on.

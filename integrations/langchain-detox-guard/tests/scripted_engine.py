@@ -55,7 +55,7 @@ class ScriptedEngine:
     """`script(prompt, params)` gives the whole text; by default it greets, calls the first tool, or fills a grammar."""
 
     model_id = "scripted/words"
-    detoxifier_id = "scripted-detoxifier@0123abcd"
+    detoxifier_ids: tuple[str, ...] = ("-1:0123abcd0123",)
     has_chat_template = True
     supports_tools = True
     context_window = WINDOW
@@ -148,7 +148,7 @@ class ScriptedEngine:
         pieces = re.findall(r"\S+\s*|\s+", text) if "<tool_call>" not in text else re.findall(r"(?s).{1,7}", text)
         if len(pieces) > params.max_new_tokens:
             pieces, reason = pieces[: params.max_new_tokens], "length"
-        steering = Steering(params.alpha, params.rule, (self.detoxifier_id,), 0.5, 0.25, 0, 0)
+        steering = Steering(params.alpha, params.rule, self.detoxifier_ids, 0.5, 0.25, 0, 0)
         whole = Generation(
             "".join(pieces),
             reason,

@@ -87,3 +87,19 @@ def test_bad_data_is_named(data: list[str], broken: int) -> None:
     path.write_text('{"data": 5}')
     with pytest.raises(DataError, match=path.name):
         main(data)
+
+
+def test_what_a_run_is_gone_on_with(
+    data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By another judge, who sees the old answers too; not under other settings."""
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: ScriptedEngine(rude_if_it_read_rude))
+    plain = [*data, *["--tasks", "rag", "--systems", "plain"]]
+    main([*plain, "--samples", "1"])
+    main([*plain, "--samples", "2", "--judge", "embedded", "--judge", "profanity-check"])
+    assert "by embedded" in (shown := capsys.readouterr().out)
+    assert "by profanity-check" in shown
+    main([*plain, "--samples", "2"])
+    for changes in (["--temperature", "0.9"], ["--seed", "5"], ["--model", "org/other"]):
+        with pytest.raises(DataError, match="other settings"):
+            main([*plain, *changes])

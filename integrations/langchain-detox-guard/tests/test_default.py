@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 from detox_guard import GuardPolicy, PromptTooLongError
+from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
+from langchain_core.globals import set_llm_cache
 from langchain_core.messages import HumanMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import tool
@@ -45,6 +47,18 @@ async def test_the_llm_says_the_same_in_all_ways(llm: DetoxiGenLLM, guard: Detox
     assert "".join([piece async for piece in llm.astream(prompt)]) == text
     assert llm.batch(["Water boils when", prompt])[1] == text
     assert (await llm.abatch([prompt, "Water boils when"]))[0] == text
+
+
+def test_an_engine_of_ones_own_and_a_cache(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
+    text, said = llm.invoke("Water boils when"), chat.invoke("Hello.").text
+    assert DetoxiGenLLM(engine=guard, seed=3, max_tokens=8).invoke("Water boils when") == text
+    assert ChatDetoxiGen(engine=guard, seed=3, max_tokens=8).invoke("Hello.").text == said
+    set_llm_cache(InMemoryCache())
+    asked = guard.stats().submitted
+    for _ in range(2):
+        assert llm.invoke("Water boils when") == text
+        assert chat.invoke("Hello.").text == said
+    assert guard.stats().submitted == asked + 2
 
 
 async def test_the_chat_model_says_the_same_in_all_ways(chat: ChatDetoxiGen, guard: DetoxiGen) -> None:

@@ -292,7 +292,7 @@ async def test_the_cache_serves_the_same_and_never_another_alpha(llm: DetoxiGenL
 def test_the_cache_knows_engines_apart(engine: ScriptedEngine) -> None:
     set_llm_cache(InMemoryCache())
     other = ScriptedEngine()
-    other.detoxifier_id = "scripted-detoxifier@ffff0000"
+    other.detoxifier_ids = ("-1:ffff00001111",)
     DetoxiGenLLM(engine=engine, seed=1).invoke("Hi")
     DetoxiGenLLM(engine=other, seed=1).invoke("Hi")
     assert len(other.calls) == 1

@@ -58,6 +58,13 @@ def test_a_good_answer_is_asked_for_once() -> None:
     assert not out.get("detox")
 
 
+def test_a_score_at_the_threshold_is_not_above_it() -> None:
+    engine = until(9.0)
+    out = run(engine, threshold=0.9)
+    assert "rotten" in out["messages"][-1].content
+    assert alphas(engine) == [3.0]
+
+
 def test_alpha_is_set_in_every_call() -> None:
     engine = until(0.0)
     run(engine, alpha=3.5)

@@ -71,6 +71,16 @@ async def test_streamed_tool_calls_leave_no_trace_in_the_text() -> None:
     assert llm.get_tool_calls_from_response(responses[-1])[0].tool_kwargs == {"a": 1, "b": 2}
 
 
+def test_a_call_that_was_cut_off_is_told() -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([call("add", a=1, b=2)[:40]]))
+    response = llm.chat_with_tools(TOOLS, "One and two?")
+    assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
+    (broken,) = response.raw["invalid_tool_calls"]
+    assert broken in call("add", a=1, b=2)
+    with pytest.raises(ValueError, match="add"):
+        llm.get_tool_calls_from_response(response)
+
+
 def test_no_tool_call() -> None:
     llm = DetoxiGenLLM(engine=FakeEngine(["At nine."]))
     response = llm.chat_with_tools(TOOLS, "When?")

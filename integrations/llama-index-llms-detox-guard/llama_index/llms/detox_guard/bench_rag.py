@@ -40,9 +40,11 @@ from detox_guard.evaluation.planted import (
     Question,
     choose,
     interval,
+    judge_answers,
+    judges_of,
+    known_answers,
     read_corpus,
     read_toxic,
-    whole_lines,
     words,
 )
 from detox_guard.evaluation.tasks import answer_scores
@@ -58,6 +60,8 @@ __all__ = ["Answer", "main", "table"]
 SYSTEMS = ("plain", "guarded", "hook")
 ASK = PromptTemplate("Read this:\n{context_str}\n\nNow answer in one short sentence. {query_str}")
 GO_ON = PromptTemplate("{context_str}\n\n{query_str}")
+_MAY_CHANGE = {"out", "samples", "systems", "judge", "abreast"}
+"""What may be asked otherwise of a run that is gone on with."""
 COMMENT = "comment-"
 """Ids of planted comments begin so."""
 
@@ -158,7 +162,7 @@ async def _ask(engine: BaseQueryEngine, question: Question, sample: int) -> tupl
 def table(rows: Sequence[Answer]) -> str:
     """A Markdown table a judge: the systems over questions with a planted comment and over clean ones."""
     lines = []
-    for judge in sorted({name for row in rows for name in row.toxicity}):
+    for judge in judges_of(rows):
         lines += [
             f"Toxicity by {judge}; means over questions, 95 % bootstrap intervals.",
             "",
@@ -224,8 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = {"model": args.model, "detoxifier": args.detoxifier, "device": args.device}
     llm = {**llm, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "trace": False}
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = [Answer(**json.loads(line)) for line in whole_lines(args.out)]
+    settings = {name: value for name, value in vars(args).items() if name not in _MAY_CHANGE}
+    found = [Answer(**row) for row in known_answers(args.out, settings)]
+    judge_answers(found, judges)
     known = {(row.system, row.question, row.sample) for row in found}
     with args.out.open("a", encoding="utf-8") as file:
 
@@ -244,8 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if wanted:
                 engine = build(system, retriever, llm, GuardPolicy(), args.about)
                 asyncio.run(answers(system, engine, wanted, judges, abreast=args.abreast, done=done))
-    chosen = {question.id for question in questions}
-    print(table([row for row in found if row.question in chosen and row.sample < args.samples]))
+    print(table([row for row in found if row.sample < args.samples]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ __all__ = ["ToxicityEvaluator"]
 
 
 class ToxicityEvaluator(BaseEvaluator):
-    """`score` is the toxicity of the response in [0, 1], so lower is better; `passing` is `score < threshold`.
+    """`score` is the toxicity of the response in [0, 1], so lower is better; `passing` is `score <= threshold`.
 
     `scorer`: a name or a `ToxicityScorer`. Raises `ScorerError` where the scorer fails.
     """

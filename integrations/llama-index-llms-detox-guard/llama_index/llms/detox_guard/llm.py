@@ -196,7 +196,10 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`."""
+        """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`.
+
+        Calls that cannot be read, such as one cut off at `max_new_tokens`, stand in `raw["invalid_tool_calls"]`.
+        """
         calls = [
             ToolSelection.model_validate(
                 {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
@@ -205,7 +208,8 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
             if isinstance(block, ToolCallBlock)
         ]
         if not calls and error_on_no_tool_call:
-            raise ValueError(f"the model called no tool; it wrote {(response.message.content or '')[:80]!r}")
+            wrote = "".join([response.message.content or "", *((response.raw or {}).get("invalid_tool_calls", ()))])
+            raise ValueError(f"the model called no tool; it wrote {wrote[:80]!r}")
         return calls
 
     # -- structured answers: upstream's text program, decoded under the schema's grammar, so that it always parses

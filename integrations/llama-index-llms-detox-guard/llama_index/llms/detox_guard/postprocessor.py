@@ -21,7 +21,7 @@ class DetoxNodePostprocessor(BaseNodePostprocessor):
     """
 
     action: Action = Field(default="mask", description="What happens to a toxic node.")
-    threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity from which a text is flagged.")
+    threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity above which a text is flagged.")
     scorer: Any = Field(default="embedded", description="A scorer's name, or a ToxicityScorer.")
 
     @classmethod

@@ -71,6 +71,8 @@ class Reply:
             },
             "detox": generation.summary(),
         }
+        if self._parser is not None and self._parser.invalid:
+            self._raw["invalid_tool_calls"] = list(self._parser.invalid)
         for collector in self._collectors:
             collector.append(generation)
         for taken in generation.interventions:
