@@ -454,5 +454,10 @@ def test_an_engine_of_ones_own_is_never_serialized(llm: DetoxiGenLLM) -> None:
 def test_saving_writes_no_weights_and_no_paths(llm: DetoxiGenLLM) -> None:
     params = llm._identifying_params
     assert params["model"] == "scripted/words"
-    assert params["detoxifier"] == "scripted-detoxifier@0123abcd"
+    assert params["detoxifier"] == ["-1:0123abcd0123"]
     assert {"alpha", "temperature", "top_p", "seed", "stop", "version", "guard"} <= params.keys()
+
+
+def test_the_scripted_engine_has_nothing_that_a_real_one_lacks() -> None:
+    names = {name for name in vars(ScriptedEngine) if not name.startswith("_")} - {"default_script"}
+    assert all(hasattr(DetoxiGen, name) for name in names)

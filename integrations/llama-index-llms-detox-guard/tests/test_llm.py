@@ -312,3 +312,12 @@ async def test_options_reach_calls_that_pass_none() -> None:
     assert [(params.alpha, params.seed) for _, params in engine.asked] == [(3.0, 5), (4.0, 5), (1.0, None)]
     assert len(outer) == 2
     assert outer[0].text == CLEAN
+
+
+def test_the_fake_engine_has_nothing_that_a_real_one_lacks() -> None:
+    names = {name for name in (*vars(FakeEngine), *vars(FakeEngine())) if not name.startswith("_")}
+    own = {"script", "asked", "seats", "peak"} | {
+        "params",
+        "streams",
+    }  # the last two are set by the real one's __init__
+    assert all(hasattr(DetoxiGen, name) for name in names - own)
