@@ -34,7 +34,7 @@ class GuardPolicy(Checked):
     lower it), at most `max_rewinds` times a unit. Then `on_exhausted`: "replace" it with `replacement` and end the
     reply, "stop" before it, or "raise" `GuardError`; the finish reason of the first two is "guard".
 
-    `scorer`: "embedded", the name of a Hugging Face classifier, or any `ToxicityScorer`; one that fails, or has not
+    `scorer`: "embedded", a Hugging Face classifier (`load_scorer`), or any `ToxicityScorer`; one that fails, or has not
     answered after `scorer_timeout_s` seconds, fails the request (`ScorerError`). `scan_input`: score the prompt too
     (each message); one above the threshold is answered by `on_exhausted` alone. `on_event` is called with every
     `Intervention`, on the decoding thread: be quick; an exception in it is logged, no more. `audit_log`: a file that

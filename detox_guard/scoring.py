@@ -75,11 +75,15 @@ def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
 
 @functools.cache
 def _named(name: str) -> ToxicityScorer:
-    return EmbeddedScorer.load() if name == "embedded" else HuggingFaceScorer(name)
+    if name == "embedded":
+        return EmbeddedScorer.load()
+    model_id, _, label = name.partition("#")
+    return HuggingFaceScorer(model_id, label=label or None)
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the embedded scorer. Another string: a Hugging Face model. A scorer: itself.
+    """None or "embedded": the embedded scorer. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
+    where its toxic label has to be named. A scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
     """
@@ -233,7 +237,8 @@ class HuggingFaceScorer:
     ) -> None:
         if batch_size < 1:
             raise ScorerError(f"batch_size must be at least 1, not {batch_size}")
-        self.name = model_id
+        self.name = model_id if label is None else f"{model_id}#{label}"
+        self._model_id = model_id
         self._revision, self._device, self._label, self._batch_size = revision, device, label, batch_size
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any, int, int] | None = None
@@ -278,8 +283,8 @@ class HuggingFaceScorer:
 
                 source = {"revision": self._revision, "trust_remote_code": False}
                 try:
-                    tokenizer = AutoTokenizer.from_pretrained(self.name, **source)
-                    model = AutoModelForSequenceClassification.from_pretrained(self.name, **source)
+                    tokenizer = AutoTokenizer.from_pretrained(self._model_id, **source)
+                    model = AutoModelForSequenceClassification.from_pretrained(self._model_id, **source)
                     model = model.eval().to(self._device or "cpu")
                 except Exception as error:
                     raise ScorerError(
@@ -312,6 +317,7 @@ def _toxic_index(id2label: dict[int, str], wanted: str | None) -> int:
     if len(found) != 1:
         problem = "no label fits" if not found else "several labels fit"
         raise ScorerError(
-            f"{problem} {wanted or 'toxic'!r} among {sorted(map(str, id2label.values()))}", hint="name one with label="
+            f"{problem} {wanted or 'toxic'!r} among {sorted(map(str, id2label.values()))}",
+            hint="name one: 'org/model#LABEL', or label=",
         )
     return found[0]

@@ -315,6 +315,15 @@ def test_a_name_is_loaded_once_and_before_the_clock_of_a_guard_runs(tmp_path: Pa
         judge_for(HuggingFaceScorer(str(tmp_path / "absent")))
 
 
+def test_the_toxic_label_may_be_named_behind_the_model(tmp_path: Path) -> None:
+    folder = str(_tiny_classifier(tmp_path, {0: "LABEL_0", 1: "LABEL_1"}))
+    with pytest.raises(ScorerError, match="LABEL_0"):
+        load_scorer(folder).score(["you are"])
+    first, second = load_scorer(f"{folder}#LABEL_0"), load_scorer(f"{folder}#LABEL_1")
+    assert first.name.endswith("#LABEL_0")
+    assert first.score(["you are"])[0] == pytest.approx(1 - second.score(["you are"])[0])
+
+
 def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:
     scorer = HuggingFaceScorer(str(tmp_path / "absent"))  # loads nothing yet
     with pytest.raises(ScorerError) as caught:
