@@ -7,12 +7,13 @@ decoding, text. What transformers raises is translated into the `BackboneError` 
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.capability import causal_class, check_config, learned_positions, probe
+from detox_guard.capability import causal_class, check_config, learned_positions, max_positions, probe
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
@@ -124,6 +125,14 @@ def load_backbone(
                 f"{source}: {len(info['missing_keys'])} weights are missing, {first!r} among them",
                 hint="The files do not belong to this config.json, or the copy is incomplete; fetch it again.",
             )
+        # More modules than the architecture has (a second head) are left; a weight for one that it has is not.
+        modules = {path for path, _ in loaded.named_modules()}
+        odd = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in modules)
+        if odd:
+            raise BackboneError(
+                f"{source}: {len(odd)} weights have no place in the model, {odd[0]!r} among them",
+                hint="config.json does not say what these files hold (attention_bias?), so they would be left out.",
+            )
         if gguf_file is not None:
             # dequantized on load; transformers would otherwise refuse to move or save the model
             del loaded.config.quantization_config
@@ -165,7 +174,6 @@ def from_model(
     model.eval().requires_grad_(False)
     window = probe(model, name)
 
-    max_positions = getattr(config, "max_position_embeddings", None)
     vocab_size = int(config.vocab_size)
     if max(tokenizer("The quick brown fox").input_ids, default=0) >= vocab_size:
         raise BackboneError(f"{name}: wrong tokenizer: it gives ids past the vocabulary of {vocab_size}")
@@ -177,19 +185,29 @@ def from_model(
         model=model,
         tokenizer=tokenizer,
         id=name,
-        revision=revision,
+        revision=revision or _fingerprint(model),
         device=model.device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
         num_layers=int(config.num_hidden_layers),
         vocab_size=vocab_size,
-        max_positions=None if max_positions is None else int(max_positions),
+        max_positions=max_positions(config, name),
         learned_positions=learned_positions(model),
         window=window,
         eos_token_ids=eos_token_ids,
         pad_token_id=int(pad),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
     )
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """What tells apart two models of one name that no hub tells apart: a digest of a few numbers of every weight."""
+    import torch
+
+    few = [weight[:: max(1, len(weight) // 8)] for weight in (p.detach().flatten() for p in model.parameters())]
+    # As bfloat16, so that a model has one fingerprint in float32 and in bfloat16.
+    numbers = torch.cat(few).to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    return f"weights-{hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -265,6 +283,11 @@ def _locate(model: str | Path, gguf_file: str | None) -> tuple[str, str, str | N
             raise BackboneError(
                 f"{path}: no config.json in this folder",
                 hint="It holds a PEFT adapter: pass it as the detoxifier." if adapter else "Is it a model?",
+            )
+        if (path / "adapter_config.json").is_file():
+            raise BackboneError(
+                f"{path}: holds a model and a PEFT adapter",
+                hint="Move the detoxifier into a folder of its own; merge another adapter into the model.",
             )
         return str(path), path.resolve().name, None
     looks_like_path = isinstance(model, Path) or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1

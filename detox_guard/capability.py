@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["causal_class", "check_config", "learned_positions", "probe"]
+__all__ = ["causal_class", "check_config", "learned_positions", "max_positions", "probe"]
 
 
 def causal_class(config: PreTrainedConfig, name: str) -> Any:
@@ -118,6 +118,24 @@ def probe(model: PreTrainedModel, name: str) -> int | None:
     if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's own way to say it
         windows.append(int(model.config.window_size))
     return min(windows, default=None)
+
+
+def max_positions(config: PreTrainedConfig, name: str) -> int | None:
+    """The largest number of positions that are computed alike, whatever else is in the batch; None if unbounded.
+
+    LongRoPE (Ding et al. 2024) turns all positions of a pass otherwise once one of them lies past the length of its
+    training, cached ones not: so it is served up to that length. Raises `UnsupportedBackboneError` if that is unknown.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if one.get("rope_type", one.get("type")) == "longrope":
+            key = "original_max_position_embeddings"
+            original = one.get(key) or getattr(config, key, None)
+            if not original:
+                raise UnsupportedBackboneError(f"{name} cannot be steered: longrope without {key} in config.json")
+            most = min(int(most or original), int(original))
+    return None if most is None else int(most)
 
 
 def learned_positions(model: PreTrainedModel) -> bool:

@@ -301,6 +301,10 @@ def _read_card(folder: Path, config: Mapping[str, Any]) -> DetoxifierCard:
     path = folder / (CARD_FILE if (folder / CARD_FILE).exists() else CONFIG_FILE)
     try:
         if path.name == CONFIG_FILE:
+            if (folder / "trainer_state.json").exists():
+                raise DetoxifierFormatError(
+                    f"{folder}: a checkpoint of a training", hint="finish it, then take its output"
+                )
             return DetoxifierCard(
                 **stated, base_revision=config.get("revision"), initial_text=config.get("prompt_tuning_init_text")
             )

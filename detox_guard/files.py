@@ -26,9 +26,7 @@ def prepare_folder(folder: Path) -> None:
 
 def prepare_file(path: Path) -> None:
     """`prepare_folder` for the folder of a file. Raises `DataError`."""
-    if path.is_dir():
-        raise DataError(f"{path}: cannot be written: it is a folder")
-    prepare_folder(path.parent)
+    prepare_folder(_place(path).parent)
 
 
 def read_text(path: Path) -> str:
@@ -43,7 +41,7 @@ def read_text(path: Path) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `path` so that a reader finds the old content or the new one, never a part. Raises `DataError`."""
-    name = None
+    path, name = _place(path), None
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             name = file.name
@@ -52,8 +50,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is private; this one is the user's
         os.replace(name, path)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise DataError(f"{path}: cannot be written: {error}") from error
     finally:
         if name is not None:
             Path(name).unlink(missing_ok=True)
+
+
+def _place(path: Path) -> Path:
+    """Where a link leads; what is there already must be a file, since it will be replaced. Raises `DataError`."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be written: it is no file")
+    return path

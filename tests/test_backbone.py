@@ -25,6 +25,7 @@ from transformers import (
 from detox_guard import backbone as module
 from detox_guard import embedded
 from detox_guard.backbone import Backbone, from_model, load_backbone, pick_device, pick_dtype
+from detox_guard.capability import max_positions
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
@@ -54,7 +55,9 @@ def causal(config: Any) -> PreTrainedModel:
 
 def test_folder_loads_frozen_in_eval_mode_with_its_facts(folder: Path) -> None:
     backbone = load_backbone(folder, device="cpu", dtype="float32")
-    assert (backbone.id, backbone.revision) == ("tiny-llama", None)
+    assert backbone.id == "tiny-llama"
+    assert backbone.revision == load_backbone(folder, device="cpu", dtype="bfloat16").revision
+    assert backbone.revision != make_tiny_backbone("llama", seed=1).revision  # another model of that name
     assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
     assert (backbone.hidden_size, backbone.num_layers, backbone.vocab_size) == (48, 3, 480)
     assert (backbone.max_positions, backbone.learned_positions, backbone.window) == (512, False, None)
@@ -385,6 +388,35 @@ def test_missing_weights_are_not_made_up(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BackboneError, match="1 weights are missing"):
         load_backbone(folder)
+
+
+def test_weights_that_config_leaves_out_are_not_dropped(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "another_head.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(folder).id == "tiny-llama"  # a part that the architecture does not have
+    bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(48)}
+    save_file({**weights, **bias}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match="1 weights have no place"):
+        load_backbone(folder)
+
+
+def test_an_adapter_beside_a_model_is_not_served_unseen(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BackboneError, match="a model and a PEFT adapter"):
+        load_backbone(folder)
+
+
+def test_longrope_is_served_up_to_the_length_of_its_training() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    known = {**rope, "original_max_position_embeddings": 64, "factor": 8.0}
+    assert make_tiny_backbone("llama", rope_parameters=known).max_positions == 64
+    assert make_tiny_backbone("llama").max_positions == 512
+    config = make_tiny_config("llama", rope_parameters=known)
+    config.rope_parameters = rope
+    with pytest.raises(UnsupportedBackboneError, match="longrope"):
+        max_positions(config, "tiny")
 
 
 def test_missing_tokenizer(folder: Path) -> None:

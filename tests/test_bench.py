@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +16,7 @@ from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation import run_bench
-from detox_guard.evaluation.bench import Bar, _all_of
+from detox_guard.evaluation.bench import Bar, _all_of, _ways
 from detox_guard.evaluation.shapes import SHAPES, random_backbone, random_detoxifier
 
 if TYPE_CHECKING:
@@ -27,6 +29,19 @@ RATIOS = {
     "guidance_scale / guarded",
     "long context, first token",
 }
+
+
+def test_long_prompts_are_new_each_time() -> None:
+    backbone = random_backbone("random-llama:tiny", device="cpu", dtype="float32")
+    guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(()))
+    asked: list[str] = []
+    ways = _ways(None, guard, 4, 60, 2)  # type: ignore[arg-type]
+    for name in ("long context, unguarded", "long context, guarded") * 2:
+        with contextlib.suppress(Exception):  # nothing was decoded
+            ways[name]()
+    ids = {tuple(backbone.tokenizer(prompt)["input_ids"]) for prompt in asked}
+    assert len(asked) == len(ids) == 4
+    assert {len(one) for one in ids} == {60}
 
 
 def test_quick_bench_of_a_folder(tmp_path: Path) -> None:

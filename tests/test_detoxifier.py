@@ -211,6 +211,14 @@ def test_broken_folder_is_refused(folder: Path, name: str) -> None:
         Detoxifier.load(folder)
 
 
+def test_a_checkpoint_is_no_detoxifier(folder: Path) -> None:
+    (folder / CARD_FILE).unlink()
+    Detoxifier.load(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(DetoxifierFormatError, match="a checkpoint"):
+        Detoxifier.load(folder)
+
+
 def test_peft_folder_without_widths_is_refused(folder: Path) -> None:
     (folder / CARD_FILE).unlink()
     edit(folder / CONFIG_FILE, token_dim=None)

@@ -535,6 +535,16 @@ def test_a_file_in_another_role_is_another_run(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
 
 
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="cannot be written"):
+        train(settings(tmp_path, "file"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InvalidParamsError, match="output"):
+        train(settings(tmp_path, "model"))
+
+
 def test_runs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="30 different rows, of which 30 are held out"):
         train(settings(tmp_path, heldout=30))

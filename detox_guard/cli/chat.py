@@ -5,6 +5,7 @@ The history is a list of chat messages, laid out by the backbone's own template 
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -188,6 +189,8 @@ class _Talk:
 def _read_line() -> str | None:
     """The next line without its ends; None at the end of input."""
     if not session.stdin_is_terminal():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, by name
         line = sys.stdin.readline()
         return line.strip() if line else None
     try:

@@ -82,7 +82,7 @@ def _lines(data: bytes, name: str, is_json: bool = False) -> list[Prompt | Detox
 def _parsed(line: str, where: str) -> Prompt | DetoxGuardError:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return DataError(f"{where}: not JSON: {error}")
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         return DataError(f'{where}: not an object with "prompt" or "messages"')

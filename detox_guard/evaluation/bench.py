@@ -186,7 +186,9 @@ def _ways(
 
     def fresh() -> str:
         """A long prompt that was not asked before: an equal one would not be computed again."""
-        ids = guard.backbone.tokenizer(f"{next(turns)}. ")["input_ids"] + words * (context // len(words) + 1)
+        tokenizer, turn = guard.backbone.tokenizer, next(turns)
+        # A random shape knows the words w2, w3, … only; the same of another tokenizer are text like any.
+        ids = tokenizer(f"w{turn + 2} ")["input_ids"] + words * (context // len(words) + 1)
         return str(guard.backbone.tokenizer.decode(ids[:context]))
 
     return {

@@ -38,6 +38,7 @@ _INITIAL_TEXTS: tuple[str, ...] = (
 )
 _TRAIN: tuple[What, ...] = ("tuning", "tokens", "initial-text", "size", "placement")
 _DECODE: tuple[What, ...] = ("tuning", "tokens", "initial-text", "size", "sampling")
+_DECODING = ("rule", "alphas", "temperatures", "top_ps", "judges", "samples", "max_new_tokens")
 _ONLY: dict[str, tuple[What, ...]] = {
     **dict.fromkeys(("data", "contexts", "text_field", "steps", "batch_size", "reply_tokens"), _TRAIN),
     **dict.fromkeys(("heldout", "mixture", "prompt_rate"), _TRAIN),
@@ -151,6 +152,10 @@ def check_config(config: AblationConfig) -> None:
         value = getattr(config, name)
         if config.what not in allowed and value != type(config).model_fields[name].default:
             raise InvalidParamsError(name, value, f"only for ablate {', '.join(allowed)}")
+    if config.what == "placement" and config.prompts is None:
+        for name in _DECODING:
+            if (value := getattr(config, name)) != type(config).model_fields[name].default:
+                raise InvalidParamsError(name, value, "only with prompts")
     if config.what in _TRAIN and not config.data:
         raise InvalidParamsError("data", None, "at least one source of toxic texts")
     if config.what in _DECODE and config.prompts is None:

@@ -26,6 +26,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
+from detox_guard.files import prepare_folder
 from detox_guard.training.config import FILES
 from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts, whole
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, rows_of, to_device
@@ -58,6 +59,10 @@ def train_detoxifier(
     """
     from detox_guard.training.loss_curve import draw_loss_curve
 
+    folder = Path(config.output)
+    if (folder / "config.json").exists():
+        raise InvalidParamsError("output", config.output, "a folder that holds no model")
+    prepare_folder(folder)
     data = [_read(config, source) for source in config.data]
     contexts = [_read(config, source) for source in config.contexts or ()]
     anchors = [_read(config, source) for source in config.anchors or ()]
@@ -236,7 +241,7 @@ class Steps(Dataset[_Step]):
             if self.anchors:
                 harmless += _next(own_anchors, step * self.config.batch_size, rows - paired)
         # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
-        batch = self.examples.batch(kind, toxic + harmless, random.Random(seed))
+        batch = self.examples.batch(kind, toxic + harmless, random.Random(f"{seed}/{kind}"))
         return _Step(batch=batch, toxic=len(toxic), pairs=learned)
 
     @cached_property
