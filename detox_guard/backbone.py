@@ -36,10 +36,11 @@ class Backbone:
     """A frozen causal language model, its tokenizer, and what the engine must know of them.
 
     `model` is in eval mode, without gradients, on one `device` in one `dtype`. `id` is the hub id, or the base name of
-    the folder or GGUF file. `hidden_size` is the width of an input embedding, hence of a virtual token. `max_positions`
-    None: no limit known. `learned_positions`: positions come from a table, so `max_positions` is hard. `window`: the
-    smallest sliding (or chunked) attention window in tokens, None if every layer sees everything. `eos_token_ids` may
-    be empty. `pad_token_id` is the end token, else 0, where the tokenizer has none; nothing is added to the vocabulary.
+    the folder or GGUF file; `revision` the hub's commit, else a digest of the weights. `hidden_size` is the width of an
+    input embedding, hence of a virtual token. `max_positions` None: no limit known. `learned_positions`: positions come
+    from a table, so `max_positions` is hard. `window`: the smallest sliding (or chunked) attention window in tokens,
+    None if every layer sees everything. `eos_token_ids` may be empty. `pad_token_id` is the end token, else 0, where
+    the tokenizer has none; nothing is added to the vocabulary.
     """
 
     model: PreTrainedModel

@@ -329,6 +329,13 @@ def test_chat_goes_on_after_an_error_and_says_so_at_the_end(loaded: tuple[str, .
     assert result.stdout.strip()
 
 
+def test_chat_refuses_what_is_no_text_and_goes_on(loaded: tuple[str, ...]) -> None:
+    result = run("chat", "--max-new-tokens", "4", *loaded, stdin=b"caf\xe9\nhello\n")
+    assert "without lone surrogates" in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout.strip()
+
+
 def test_chat_compare_shows_both(loaded: tuple[str, ...]) -> None:
     result = run("chat", "--compare", "--max-new-tokens", "5", *loaded, stdin="hi\n")
     assert result.exit_code == 0

@@ -5,7 +5,6 @@ The history is a list of chat messages, laid out by the backbone's own template 
 
 from __future__ import annotations
 
-import io
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -189,9 +188,8 @@ class _Talk:
 def _read_line() -> str | None:
     """The next line without its ends; None at the end of input."""
     if not session.stdin_is_terminal():
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, by name
-        line = sys.stdin.readline()
+        # What is no UTF-8 is refused as a prompt, by name.
+        line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")
         return line.strip() if line else None
     try:
         import readline  # arrow keys and history in input()
