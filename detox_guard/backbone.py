@@ -92,8 +92,9 @@ def load_backbone(
     if model is None:
         from detox_guard import embedded
 
-        if gguf_file is not None:
-            raise InvalidParamsError("gguf_file", gguf_file, "name the model it belongs to")
+        for field, value in (("gguf_file", gguf_file), ("revision", revision)):
+            if value is not None:
+                raise InvalidParamsError(field, value, "name the model it belongs to")
         folder = embedded.default_backbone_dir()
         source, name = str(folder), embedded.DEFAULT_ID
         revision = embedded.DEFAULT_REVISION if folder.name == embedded.FOLDER else folder.name

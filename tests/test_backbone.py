@@ -183,9 +183,10 @@ def test_default_backbone(default_backbone: Backbone) -> None:
     assert tokenizer("<|im_start|>").input_ids == [1]
 
 
-def test_default_takes_no_gguf_name() -> None:
-    with pytest.raises(InvalidParamsError, match="gguf_file"):
-        load_backbone(gguf_file="x.gguf")
+@pytest.mark.parametrize("field", ["gguf_file", "revision"])
+def test_default_takes_neither_a_file_nor_a_revision(field: str) -> None:
+    with pytest.raises(InvalidParamsError, match=field):
+        load_backbone(**{field: "x.gguf"})
 
 
 def test_hub_snapshot_as_default_carries_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

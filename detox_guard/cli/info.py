@@ -107,9 +107,9 @@ def _is_here() -> bool:
     """The default model can be had without a download."""
     from huggingface_hub import is_offline_mode
 
-    from detox_guard.embedded import FOLDER, cache_dir
+    from detox_guard.embedded import default_is_cached
 
-    return (cache_dir() / FOLDER).is_dir() or is_offline_mode()
+    return default_is_cached() or is_offline_mode()
 
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
