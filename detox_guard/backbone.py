@@ -127,9 +127,12 @@ def load_backbone(
                 f"{source}: {len(info['missing_keys'])} weights are missing, {first!r} among them",
                 hint="The files do not belong to this config.json, or the copy is incomplete; fetch it again.",
             )
-        # More modules than the architecture has (a second head) are left; a weight for one that it has is not.
-        modules = {path for path, _ in loaded.named_modules()}
-        odd = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in modules)
+        # Parts that the architecture does not have (a second head, old masks) are left out; one more weight of a layer
+        # that it has (a bias) is not.
+        layers = {
+            path for path, module in loaded.named_modules() if any(True for _ in module.parameters(recurse=False))
+        }
+        odd = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in layers)
         if odd:
             raise BackboneError(
                 f"{source}: {len(odd)} weights have no place in the model, {odd[0]!r} among them",

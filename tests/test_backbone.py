@@ -395,8 +395,9 @@ def test_weights_that_config_leaves_out_are_not_dropped(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "another_head.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
-    assert load_backbone(folder).id == "tiny-llama"  # a part that the architecture does not have
+    others = {"another_head.weight": torch.zeros(2), "model.layers.1.self_attn.bias": torch.ones(1, 1, 4, 4)}
+    save_file({**weights, **others}, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(folder).id == "tiny-llama"  # parts that the architecture does not have
     bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(48)}
     save_file({**weights, **bias}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BackboneError, match="1 weights have no place"):
