@@ -86,12 +86,14 @@ def judge_for(scorer: str | ToxicityScorer) -> Judge:
     the clock. Raises `ScorerError`."""
     if isinstance(scorer, str):
         return _named(scorer)
-    _load(scorer)
     with _judges_lock:
         judge = _judges.get(id(scorer))
-        if judge is None:
-            judge = _judges[id(scorer)] = Judge(load_scorer(scorer))
-        return judge
+    if judge is None:
+        _load(scorer)
+        with _judges_lock:
+            judge = _judges.get(id(scorer)) or Judge(load_scorer(scorer))
+            _judges[id(scorer)] = judge
+    return judge
 
 
 @functools.cache
