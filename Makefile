@@ -52,12 +52,12 @@ bench-rag: .venv/.installed-dev
 	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
 	  --about thread --temperature 1 --samples 1 --judge embedded --judge profanity-check
 
-# A LangChain RAG chain and an agent whose documents and tool results carry toxic passages, plain and guarded:
-# make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
+# A LangChain chain that goes on with documents with toxic passages among them, plain and guarded; the table in that
+# package's README: make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-chains: .venv/.installed-dev
 	@mkdir -p out
 	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
-	  --judge embedded --judge profanity-check
+	  --about thread --questions 60 --samples 1 --temperature 1 --judge embedded --judge profanity-check
 
 # Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl
 ablate: .venv/.installed-dev
