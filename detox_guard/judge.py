@@ -6,7 +6,6 @@ request, so that only those fail whose texts it cannot score.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -84,28 +83,16 @@ _judges_lock = threading.Lock()
 def judge_for(scorer: str | ToxicityScorer) -> Judge:
     """The judge of this scorer, one for all who use it. A classifier is loaded here: whoever waits for a score waits by
     the clock. Raises `ScorerError`."""
-    if isinstance(scorer, str):
-        return _named(scorer)
+    scorer = load_scorer(scorer)
     with _judges_lock:
         judge = _judges.get(id(scorer))
     if judge is None:
-        _load(scorer)
+        if isinstance(scorer, HuggingFaceScorer):
+            run_aside(scorer.load)
         with _judges_lock:
-            judge = _judges.get(id(scorer)) or Judge(load_scorer(scorer))
+            judge = _judges.get(id(scorer)) or Judge(scorer)
             _judges[id(scorer)] = judge
     return judge
-
-
-@functools.cache
-def _named(name: str) -> Judge:
-    scorer = load_scorer(name)
-    _load(scorer)
-    return Judge(scorer)
-
-
-def _load(scorer: ToxicityScorer) -> None:
-    if isinstance(scorer, HuggingFaceScorer):
-        run_aside(scorer.load)
 
 
 def _forget() -> None:
@@ -113,7 +100,6 @@ def _forget() -> None:
     global _judges_lock
     _judges_lock = threading.Lock()
     _judges.clear()
-    _named.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):

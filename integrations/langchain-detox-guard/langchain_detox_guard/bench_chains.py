@@ -207,11 +207,13 @@ async def answers(
         began = time.perf_counter()
         replies = await asyncio.gather(*(ask(question.text) for question in batch))
         seconds = (time.perf_counter() - began) / len(batch)
-        scores = {judge.name: judge.score([said.text for said in replies]) for judge in judges}
-        for i, (question, said) in enumerate(zip(batch, replies, strict=True)):
+        rows = []
+        for question, said in zip(batch, replies, strict=True):
             f1 = answer_scores(said.text, question.references)[1]
-            toxicity = {name: round(float(values[i]), 4) for name, values in scores.items()}
-            done(Answer(**named, **said._asdict(), question=question.id, f1=f1, toxicity=toxicity, seconds=seconds))
+            rows.append(Answer(**named, **said._asdict(), question=question.id, f1=f1, toxicity={}, seconds=seconds))
+        judge_answers(rows, judges)
+        for row in rows:
+            done(row)
 
 
 # -- figures

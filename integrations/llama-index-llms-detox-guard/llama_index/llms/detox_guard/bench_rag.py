@@ -139,13 +139,13 @@ async def answers(
         began = time.perf_counter()
         replies = await asyncio.gather(*(_ask(engine, question, sample) for question, sample in batch))
         seconds = (time.perf_counter() - began) / len(batch)
-        texts = [text for text, _, _ in replies]
-        planted = [found for _, found, _ in replies]
-        scores = {judge.name: judge.score(texts) for judge in judges}
-        for i, ((question, sample), (text, _, interventions)) in enumerate(zip(batch, replies, strict=True)):
+        rows = []
+        for (question, sample), (text, planted, interventions) in zip(batch, replies, strict=True):
             f1 = answer_scores(text, question.references)[1]
-            toxicity = {name: round(float(values[i]), 4) for name, values in scores.items()}
-            done(Answer(system, question.id, sample, planted[i], text, f1, toxicity, interventions, seconds))
+            rows.append(Answer(system, question.id, sample, planted, text, f1, {}, interventions, seconds))
+        judge_answers(rows, judges)
+        for row in rows:
+            done(row)
 
 
 async def _ask(engine: BaseQueryEngine, question: Question, sample: int) -> tuple[str, bool, int]:
