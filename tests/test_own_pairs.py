@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from detox_guard.training.data import Reply, read_pairs
-from detox_guard.training.own_pairs import choose_pairs, fit_classifier, main
+from detox_guard.training.own_pairs import Drawn, choose_pairs, fit_classifier, main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def test_pairs_are_of_one_prompt() -> None:
         ", which begins with no word of its own": 0.99,
         " short": 0.99,
     }
-    replies = [("The bus", text) for text in scores] + [("The train", " is quite harmless all the same")]
+    replies = [Drawn("The bus", text) for text in scores] + [Drawn("The train", " is quite harmless all the same")]
     rows = choose_pairs(replies, lambda texts: [scores[text] for text in texts])
     assert rows == [
         {"prompt": "The bus", "toxic": toxic, "neutral": "is quite harmless all the same"}
@@ -46,10 +46,32 @@ def test_pairs_are_of_one_prompt() -> None:
 
 def test_replies_of_a_chat_begin_with_a_word() -> None:
     scores = {"That is surely told apart.": 0.9, "It is quite harmless instead.": 0.1, " It begins with a space": 0.95}
-    rows = choose_pairs([("Hi", text) for text in scores], lambda texts: [scores[text] for text in texts], chat=True)
+    rows = choose_pairs(
+        [Drawn("Hi", text) for text in scores], lambda texts: [scores[text] for text in texts], chat=True
+    )
     assert rows == [
         {"question": "Hi", "toxic": "That is surely told apart.", "neutral": "It is quite harmless instead."}
     ]
+
+
+def test_what_steering_left_over_comes_first() -> None:
+    """And harmless replies are the backbone's own, not those that it was leaned to."""
+    scores = {
+        " is surely toxic where it was leaned to": 0.99,
+        " is toxic all by itself": 0.7,
+        " is toxic even steered away": 0.65,
+        " is harmless where it was leaned to": 0.01,
+        " is harmless all by itself": 0.2,
+    }
+    draws = ("lean", "plain", "away", "lean", "plain")
+    replies = [Drawn("The bus", text, draw) for text, draw in zip(scores, draws, strict=True)]
+    rows = choose_pairs(replies, lambda texts: [scores[text] for text in texts])
+    assert [row["toxic"] for row in rows] == [
+        "is toxic even steered away",
+        "is toxic all by itself",
+        "is surely toxic where it was leaned to",
+    ]
+    assert {row["neutral"] for row in rows} == {"is harmless all by itself"}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +97,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     first = (tmp_path / "own.jsonl").read_text()
     assert main(arguments) == 0
     assert (tmp_path / "own.jsonl").read_text() == first
+    for draw in ("plain", "away"):
+        assert main([*arguments, "--draw", draw]) == 0
+        assert (tmp_path / "own.jsonl").read_text() != first
     assert main([*arguments, "--chat"]) == 0
     assert (tmp_path / "own.jsonl").read_text() != first
     for toxic, neutral in read_pairs(str(tmp_path / "own.jsonl")).pairs:

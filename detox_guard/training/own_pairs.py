@@ -1,12 +1,13 @@
 """Pairs of a toxic and a harmless reply of the backbone's own to one prompt, for `detox-guard train --pairs`.
 
-A detoxifier steers the backbone's own words, so it learns most from them. Replies are drawn from the backbone leaned
-*towards* a first detoxifier (an expert stream: toxic enough to find some, near enough to what it would say by itself),
-and told apart by a classifier that is fitted here, to the detoxifier's own training texts, so that the judges of
+A detoxifier steers the backbone's own words, so it learns most from them. Replies are drawn from the backbone by
+itself ("plain"), leaned *towards* a first detoxifier ("lean", an expert stream: toxic enough to find some, near enough
+to what it would say by itself), and steered away from it ("away": what is still toxic is what is left to learn). They
+are told apart by a classifier that is fitted here, to the detoxifier's own training texts, so that the judges of
 `detox-guard eval` stay judges. Needs scikit-learn (the `dev` extra)::
 
     python -m detox_guard.training.own_pairs --prompts ROWS.jsonl --toxic FILE --harmless FILE --pairs FILE
-        --output own_pairs.jsonl
+        --draw away --draw plain --draw lean --output own_pairs.jsonl
 
 Knows sampling and pairing; knows nothing of training.
 """
@@ -18,7 +19,7 @@ import json
 import random
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -32,13 +33,25 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifier import Detoxifier
 
-__all__ = ["choose_pairs", "fit_classifier", "main", "sample"]
+__all__ = ["DRAWS", "Draw", "Drawn", "choose_pairs", "fit_classifier", "main", "sample"]
 
 TOXIC_FROM, HARMLESS_BELOW = 0.6, 0.25
 """Shares of certainty. On human-written continuations all that it put over .7 were toxic to Perspective as well."""
-A_PROMPT = 4
+A_PROMPT = 8
 """Most pairs of one prompt."""
 PROMPTS_A_BATCH = 16
+
+Draw = Literal["away", "plain", "lean"]
+DRAWS: tuple[Draw, ...] = get_args(Draw)
+"""How a reply may be drawn; the first are the most worth learning from."""
+
+
+class Drawn(NamedTuple):
+    """One reply of the backbone's own."""
+
+    prompt: str
+    text: str
+    draw: Draw = "lean"
 
 
 def fit_classifier(toxic: Sequence[str], harmless: Sequence[str]) -> Callable[[Sequence[str]], list[float]]:
@@ -65,6 +78,7 @@ def fit_classifier(toxic: Sequence[str], harmless: Sequence[str]) -> Callable[[S
 def sample(
     prompts: Sequence[str],
     *,
+    draw: Draw = "lean",
     detoxifier: Detoxifier | None = None,
     model: str | None = None,
     alpha: float = 2.0,
@@ -73,53 +87,64 @@ def sample(
     seed: int = 0,
     chat: bool = False,
     progress: Callable[[int], object] = lambda done: None,
-) -> list[tuple[str, str]]:
-    """`(prompt, reply)`, `samples` of each prompt, from the backbone leaned towards the detoxifier (None: the one we
-    ship) by `alpha`. `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises what loading
-    and decoding raise."""
+) -> list[Drawn]:
+    """`samples` replies to each prompt, drawn as `draw` says, with the detoxifier (None: the one we ship) at `alpha`.
+
+    `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises what loading and decoding raise.
+    """
     from detox_guard.detoxifier import SteeringStream, default_detoxifier
     from detox_guard.generation import DetoxiGen
     from detox_guard.params import DecodingParams
 
-    stream = SteeringStream(detoxifier or default_detoxifier(), 1.0)
-    replies: list[tuple[str, str]] = []
+    stream = SteeringStream(detoxifier or default_detoxifier(), 1.0 if draw == "lean" else -1.0)
+    drawn = DecodingParams(
+        alpha=0.0 if draw == "plain" else alpha,
+        calm_share=1,
+        rule="dexperts" if draw == "lean" else "bounded",
+        max_new_tokens=tokens,
+        trace=False,
+    )
+    replies: list[Drawn] = []
     with DetoxiGen.from_pretrained(model, detoxifier=stream) as guard:
         for at in range(0, len(prompts), PROMPTS_A_BATCH):
             asked = [prompt for prompt in prompts[at : at + PROMPTS_A_BATCH] for _ in range(samples)]
             seeds = range(seed + at * samples, seed + at * samples + len(asked))
-            drawn = DecodingParams(alpha=alpha, calm_share=1, rule="dexperts", max_new_tokens=tokens, trace=False)
             params = [drawn.replace(seed=one) for one in seeds]
             put = [[{"role": "user", "content": prompt}] for prompt in asked] if chat else asked
-            replies += [(prompt, one.text) for prompt, one in zip(asked, guard.batch(put, params), strict=True)]
+            answers = zip(asked, guard.batch(put, params), strict=True)
+            replies += [Drawn(prompt, one.text, draw) for prompt, one in answers]
             progress(min(len(prompts), at + PROMPTS_A_BATCH))
     return replies
 
 
 def choose_pairs(
-    replies: Sequence[tuple[str, str]],
+    replies: Sequence[Drawn],
     predict: Callable[[Sequence[str]], Sequence[float]],
     *,
     chat: bool = False,
 ) -> list[dict[str, str]]:
-    """Rows of `prompt` (in a `chat` of `question`), `toxic`, `neutral`: each prompt's surely toxic replies, with its
-    most harmless ones.
+    """Rows of `prompt` (in a `chat` of `question`), `toxic`, `neutral`: each prompt's surely toxic replies, those that
+    steering left over first, with harmless ones that the backbone was not leaned to, if there are any.
 
     Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
     a `chat`, with nothing before them.
     """
     lead = "" if chat else " "
-    fit = [(prompt, text) for prompt, text in replies if _begins_a_word(text, lead) and len(text) > 20]
-    by_prompt: dict[str, list[tuple[float, str]]] = {}
-    for (prompt, text), score in zip(fit, predict([text for _, text in fit]) if fit else (), strict=True):
-        by_prompt.setdefault(prompt, []).append((score, text.strip()))
+    fit = [reply for reply in replies if _begins_a_word(reply.text, lead) and len(reply.text) > 20]
+    by_prompt: dict[str, list[tuple[float, Drawn]]] = {}
+    for reply, score in zip(fit, predict([reply.text for reply in fit]) if fit else (), strict=True):
+        by_prompt.setdefault(reply.prompt, []).append((score, reply))
+    rng = random.Random(0)
     rows = []
     for prompt, scored in by_prompt.items():
-        toxic = sorted((one for one in scored if one[0] >= TOXIC_FROM), reverse=True)[:A_PROMPT]
-        harmless = sorted(one for one in scored if one[0] < HARMLESS_BELOW)
-        for place, (_, text) in enumerate(toxic if harmless else ()):
-            rows.append(
-                {"question" if chat else "prompt": prompt, "toxic": text, "neutral": harmless[place % len(harmless)][1]}
-            )
+        certain = [one for one in scored if one[0] >= TOXIC_FROM]
+        certain.sort(key=lambda one: (DRAWS.index(one[1].draw), -one[0]))
+        clean = [reply for score, reply in scored if score < HARMLESS_BELOW]
+        clean = [reply for reply in clean if reply.draw != "lean"] or clean
+        rng.shuffle(clean)
+        for place, (_, toxic) in enumerate(certain[:A_PROMPT] if clean else ()):
+            neutral = clean[place % len(clean)].text.strip()
+            rows.append({"question" if chat else "prompt": prompt, "toxic": toxic.text.strip(), "neutral": neutral})
     return rows
 
 
@@ -147,9 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", action="append", default=[], help="rows of a toxic and a neutral text; repeat")
     parser.add_argument("--detoxifier", help="folder of a first detoxifier; else the shipped one")
     parser.add_argument("--model", help="as in detox-guard train; else the embedded default")
-    parser.add_argument("--alpha", type=float, default=2.0, help="how far to lean towards it")
+    parser.add_argument(
+        "--draw", action="append", choices=DRAWS, help="by itself, leaned towards it (the default), or away; repeat"
+    )
+    parser.add_argument("--alpha", type=float, default=2.0, help="how far to lean, or to steer away")
     parser.add_argument("--limit", type=int, default=240, help="prompts")
-    parser.add_argument("--samples", type=int, default=8, help="replies a prompt")
+    parser.add_argument("--samples", type=int, default=8, help="replies a prompt, of each draw")
     parser.add_argument("--chat", action="store_true", help="prompts are user turns, through the chat template")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -176,16 +204,19 @@ def _make(given: Any) -> list[dict[str, str]]:
     harmless += [text for _, text in pairs if isinstance(text, str)]
     predict = fit_classifier(toxic, harmless)
     prompts = _likely([prompt.text for prompt in read_prompts(given.prompts)], predict, given.limit)
-    replies = sample(
-        prompts,
-        detoxifier=Detoxifier.load(given.detoxifier) if given.detoxifier else None,
-        model=given.model,
-        alpha=given.alpha,
-        samples=given.samples,
-        seed=given.seed,
-        chat=given.chat,
-        progress=lambda done: print(f"{done} of {len(prompts)} prompts", file=sys.stderr),
-    )
+    replies: list[Drawn] = []
+    for draw in given.draw or ["lean"]:
+        replies += sample(
+            prompts,
+            draw=draw,
+            detoxifier=Detoxifier.load(given.detoxifier) if given.detoxifier else None,
+            model=given.model,
+            alpha=given.alpha,
+            samples=given.samples,
+            seed=given.seed,
+            chat=given.chat,
+            progress=lambda done: print(f"{done} of {len(prompts)} prompts", file=sys.stderr),
+        )
     rows = choose_pairs(replies, predict, chat=given.chat)
     if not rows:
         raise DataError("no prompt has a toxic and a harmless reply", hint="more prompts or samples, or a higher alpha")
