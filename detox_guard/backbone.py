@@ -59,6 +59,11 @@ class Backbone:
     pad_token_id: int
     has_chat_template: bool
 
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What makes its outputs what they are, as JSON: `model`, `revision` and `dtype`."""
+        return {"model": self.id, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch.")}
+
 
 def load_backbone(
     model: str | Path | PreTrainedModel | None = None,

@@ -125,7 +125,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     )
     return {
         **{name: getattr(backbone, name) for name in names},
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.identity["dtype"],
         "class": type(backbone.model).__name__,
         "parameters": sum(p.numel() for p in backbone.model.parameters()),
     }

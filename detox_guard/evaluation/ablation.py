@@ -82,9 +82,7 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
         report = AblationReport(
             {
                 "ablation": config.what,
-                "model": backbone.id,
-                "revision": backbone.revision,
-                "dtype": str(backbone.dtype).removeprefix("torch."),
+                **backbone.identity,
                 "seed": config.seed,
                 "settings": _settings(config),
                 "variants": {one.name: one.facts for one in trained if one.facts},

@@ -148,7 +148,7 @@ def run_bench(
             "machine": machine(ours.device),
             "versions": versions(),
             "backbone": ours.id,
-            "dtype": str(ours.dtype).removeprefix("torch."),
+            "dtype": ours.identity["dtype"],
             "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in guard.streams],
             "position": [s.detoxifier.card.position for s in guard.streams],
             "tokens": tokens,

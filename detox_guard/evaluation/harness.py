@@ -205,12 +205,7 @@ def collect(
     go through that one's batch together, prompt by prompt.
     Raises `DataError` where the folder holds a run of other prompts, sampling, model or meaning of a method.
     """
-    identity = {
-        **asked,
-        "model": backbone.id,
-        "revision": backbone.revision,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-    }
+    identity = {**asked, **backbone.identity}
     known = all_methods(folder / RUN_FILE, identity, methods)
     run = {
         **identity,

@@ -151,8 +151,7 @@ def run_utility(
             tasks["bold"] = _mentions(output / "bold", guard, ways, beginnings, samples, seed, bars)
             sizes["bold"] = len(beginnings)
         summary = {
-            "model": guard.backbone.id,
-            "dtype": str(guard.backbone.dtype).removeprefix("torch."),
+            **guard.backbone.identity,
             "methods": {way.name: way.identity() for way in made()},
             "seed": seed,
             "samples": samples,
@@ -234,8 +233,7 @@ def _losses(
     """Windows of 256 tokens: the second half given the first."""
     folder.mkdir(exist_ok=True)
     backbone = guard.backbone
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    about = {"windows": windows, "model": backbone.id, "revision": backbone.revision, "dtype": dtype}
+    about = {"windows": windows, **backbone.identity}
     known = all_methods(folder / "run.json", about, methods)
     write_whole(folder / "run.json", json.dumps({**about, "methods": known}) + "\n")
     half = WINDOW // 2
