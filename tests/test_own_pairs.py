@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from detox_guard.training.data import Reply, read_pairs
@@ -114,3 +115,12 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = write(tmp_path / "prompts.jsonl", ["The bus"], "prompt")
     assert main(["--prompts", prompts, "--output", str(tmp_path / "own.jsonl")]) == 1
     assert "no classifier can be fitted" in capsys.readouterr().err
+
+
+def test_without_scikit_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.pipeline", None)
+    prompts = write(tmp_path / "prompts.jsonl", ["The bus"], "prompt")
+    assert main(["--prompts", prompts, "--output", str(tmp_path / "own.jsonl")]) == 1
+    assert "detox-guard[train]" in capsys.readouterr().err

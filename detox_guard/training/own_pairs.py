@@ -4,7 +4,7 @@ A detoxifier steers the backbone's own words, so it learns most from them. Repli
 itself ("plain"), leaned *towards* a first detoxifier ("lean", an expert stream: toxic enough to find some, near enough
 to what it would say by itself), and steered away from it ("away": what is still toxic is what is left to learn). They
 are told apart by a classifier that is fitted here, to the detoxifier's own training texts, so that the judges of
-`detox-guard eval` stay judges. Needs scikit-learn (the `dev` extra)::
+`detox-guard eval` stay judges. Needs scikit-learn (the `train` extra)::
 
     python -m detox_guard.training.own_pairs --prompts ROWS.jsonl --toxic FILE --harmless FILE --pairs FILE
         --draw away --draw plain --draw lean --output own_pairs.jsonl
@@ -55,10 +55,16 @@ class Drawn(NamedTuple):
 
 
 def fit_classifier(toxic: Sequence[str], harmless: Sequence[str]) -> Callable[[Sequence[str]], list[float]]:
-    """Logistic regression on TF-IDF of words and characters: texts to probabilities of being toxic."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline, make_union
+    """Logistic regression on TF-IDF of words and characters: texts to probabilities of being toxic.
+
+    Raises `DataError` for texts that tell nothing apart, `DetoxGuardError` without scikit-learn.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline, make_union
+    except ImportError as error:
+        raise DetoxGuardError("scikit-learn is not installed", hint="pip install 'detox-guard[train]'") from error
 
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     chars = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=3, max_features=200_000, sublinear_tf=True)
@@ -187,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = _make(given)
         write_whole(given.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except DetoxGuardError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
         return 1
     prompts = {row["question" if given.chat else "prompt"] for row in rows}
     print(f"{len(rows)} pairs of {len(prompts)} prompts in {given.output}")
