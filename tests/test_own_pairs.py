@@ -37,7 +37,7 @@ def test_pairs_are_of_one_prompt() -> None:
         ", which begins with no word of its own": 0.99,
         " short": 0.99,
     }
-    replies = [Drawn("The bus", text) for text in scores] + [Drawn("The train", " is quite harmless all the same")]
+    replies = [Drawn("The bus", text) for text in scores] * 2 + [Drawn("The train", " is quite harmless all the same")]
     rows = choose_pairs(replies, lambda texts: [scores[text] for text in texts])
     assert rows == [
         {"prompt": "The bus", "toxic": toxic, "neutral": "is quite harmless all the same"}

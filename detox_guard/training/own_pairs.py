@@ -132,11 +132,12 @@ def choose_pairs(
     """Rows of `prompt` (in a `chat` of `question`), `toxic`, `neutral`: each prompt's surely toxic replies, those that
     steering left over first, with harmless ones that the backbone was not leaned to, if there are any.
 
-    Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
+    The same reply counts once. Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
     a `chat`, with nothing before them.
     """
     lead = "" if chat else " "
-    fit = [reply for reply in replies if _begins_a_word(reply.text, lead) and len(reply.text) > 20]
+    unique = {reply[:2]: reply for reply in replies}.values()
+    fit = [reply for reply in unique if _begins_a_word(reply.text, lead) and len(reply.text) > 20]
     by_prompt: dict[str, list[tuple[float, Drawn]]] = {}
     for reply, score in zip(fit, predict([reply.text for reply in fit]) if fit else (), strict=True):
         by_prompt.setdefault(reply.prompt, []).append((score, reply))
