@@ -132,8 +132,8 @@ def choose_pairs(
     """Rows of `prompt` (in a `chat` of `question`), `toxic`, `neutral`: each prompt's surely toxic replies, those that
     steering left over first, with harmless ones that the backbone was not leaned to, if there are any.
 
-    The same reply counts once. Replies that do not begin with a word of their own are left out: pairs continue their prompt after a space, or, in
-    a `chat`, with nothing before them.
+    The same reply counts once. Replies that do not begin with a word of their own are left out: pairs continue their
+    prompt after a space, or, in a `chat`, with nothing before them.
     """
     lead = "" if chat else " "
     unique = {reply[:2]: reply for reply in replies}.values()
