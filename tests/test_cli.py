@@ -396,6 +396,8 @@ def test_train_makes_a_detoxifier_that_generate_can_use(model: Path, tmp_path: P
 def test_info(loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (facts,) = rows(run("info", "--json", *loaded))
     assert facts["backbone"]["id"] == "tiny-chat"
+    tiny = make_tiny_model(make_tiny_config("llama", max_position_embeddings=4096, num_hidden_layers=1))
+    assert facts["backbone"]["parameters"] == tiny.num_parameters()
     assert facts["detoxifiers"][0]["virtual_tokens"] == 4
     assert facts["versions"]["torch"]
     assert facts["scorer"]["name"]

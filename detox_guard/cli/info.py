@@ -41,6 +41,7 @@ def info(
     The default model is described if it is here already; --fetch gets it.
     """
     from detox_guard.backbone import pick_device, pick_dtype
+    from detox_guard.params import EngineConfig
 
     on_device = pick_device(device)
     in_dtype = pick_dtype(dtype, on_device)
@@ -60,6 +61,7 @@ def info(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 steered=False,
+                config=EngineConfig(pack_weights=False),  # packed ones are no parameters, and would not be counted
             )
             with guard:
                 backbone = guard.backbone

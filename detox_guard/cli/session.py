@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from detox_guard.generation import DetoxiGen
-    from detox_guard.params import DecodingParams
+    from detox_guard.params import DecodingParams, EngineConfig
     from detox_guard.reply import Generation
     from detox_guard.scoring import ToxicityScorer
     from detox_guard.text import Prompt
@@ -68,6 +68,7 @@ def load_guard(
     revision: str | None = None,
     trust_remote_code: bool = False,
     steered: bool = True,
+    config: EngineConfig | None = None,
 ) -> DetoxiGen:
     """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
     if model is None:
@@ -88,6 +89,7 @@ def load_guard(
             dtype=None if dtype == "auto" else dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            config=config,
         )
 
 
