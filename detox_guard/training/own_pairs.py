@@ -31,6 +31,7 @@ from detox_guard.training.data import read_pairs, read_texts, whole
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from detox_guard.backbone import Backbone
     from detox_guard.detoxifier import Detoxifier
 
 __all__ = ["DRAWS", "Draw", "Drawn", "choose_pairs", "fit_classifier", "main", "sample"]
@@ -82,11 +83,11 @@ def fit_classifier(toxic: Sequence[str], harmless: Sequence[str]) -> Callable[[S
 
 
 def sample(
+    backbone: Backbone,
+    detoxifier: Detoxifier,
     prompts: Sequence[str],
     *,
     draw: Draw = "lean",
-    detoxifier: Detoxifier | None = None,
-    model: str | None = None,
     alpha: float = 2.0,
     samples: int = 8,
     tokens: int = 18,
@@ -94,15 +95,16 @@ def sample(
     chat: bool = False,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Drawn]:
-    """`samples` replies to each prompt, drawn as `draw` says, with the detoxifier (None: the one we ship) at `alpha`.
+    """`samples` replies to each prompt, drawn as `draw` says, with the detoxifier at `alpha`.
 
-    `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises what loading and decoding raise.
+    `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises `DetoxifierError` where the two
+    do not fit, and what decoding raises.
     """
-    from detox_guard.detoxifier import SteeringStream, default_detoxifier
+    from detox_guard.detoxifier import SteeringStream, as_streams
     from detox_guard.generation import DetoxiGen
     from detox_guard.params import DecodingParams
 
-    stream = SteeringStream(detoxifier or default_detoxifier(), 1.0 if draw == "lean" else -1.0)
+    stream = SteeringStream(detoxifier, 1.0 if draw == "lean" else -1.0)
     drawn = DecodingParams(
         alpha=0.0 if draw == "plain" else alpha,
         calm_share=1,
@@ -111,7 +113,7 @@ def sample(
         trace=False,
     )
     replies: list[Drawn] = []
-    with DetoxiGen.from_pretrained(model, detoxifier=stream) as guard:
+    with DetoxiGen(backbone, as_streams(stream, backbone)) as guard:
         for at in range(0, len(prompts), PROMPTS_A_BATCH):
             asked = [prompt for prompt in prompts[at : at + PROMPTS_A_BATCH] for _ in range(samples)]
             seeds = range(seed + at * samples, seed + at * samples + len(asked))
@@ -194,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = _make(given)
         write_whole(given.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except DetoxGuardError as error:
-        print(f"error: {error}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+        print(f"error: {error} {error.hint}".rstrip(), file=sys.stderr)
         return 1
     prompts = {row["question" if given.chat else "prompt"] for row in rows}
     print(f"{len(rows)} pairs of {len(prompts)} prompts in {given.output}")
@@ -202,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make(given: Any) -> list[dict[str, str]]:
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.backbone import load_backbone
+    from detox_guard.detoxifier import Detoxifier, default_detoxifier
 
     pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
     toxic = [whole(text) for source in given.toxic for text in read_texts(source).texts]
@@ -211,13 +214,15 @@ def _make(given: Any) -> list[dict[str, str]]:
     harmless += [text for _, text in pairs if isinstance(text, str)]
     predict = fit_classifier(toxic, harmless)
     prompts = _likely([prompt.text for prompt in read_prompts(given.prompts)], predict, given.limit)
+    detoxifier = Detoxifier.load(given.detoxifier) if given.detoxifier else default_detoxifier()
+    backbone = load_backbone(given.model)
     replies: list[Drawn] = []
     for draw in given.draw or ["lean"]:
         replies += sample(
+            backbone,
+            detoxifier,
             prompts,
             draw=draw,
-            detoxifier=Detoxifier.load(given.detoxifier) if given.detoxifier else None,
-            model=given.model,
             alpha=given.alpha,
             samples=given.samples,
             seed=given.seed,
