@@ -593,17 +593,28 @@ def test_run_eval(measure: Any, tmp_path: Path) -> None:
             assert summary["ms_per_token"][name] > 0
             assert (value["kl_detoxifier"] > 0) == (name != "plain")
             assert (figures["length:mean"]["ratio"] is None) == (name == "plain")
-    steps = summary["steps"]["dexperts α=1"]["kl_detoxifier"]
-    assert len(steps) == 6
-    assert all(value > 0 for value in steps)
-    assert summary["steps"]["plain"]["kl_detoxifier"] == []
+    along = summary["along"]["dexperts α=1"]["kl_detoxifier"]
+    assert {part: len(curve) for part, curve in along.items()} == {"mean": 6, "low": 6, "high": 6}
+    firsts = [[row["kl_detoxifier"][0] for row in rows if (row["method"], row["prompt"]) == ("dexperts α=1", i)]
+              for i in range(4)]  # fmt: skip
+    assert along["mean"][0] == pytest.approx(np.mean(firsts), abs=1e-4)
+    own = np.mean(firsts, axis=1)
+    assert [along["low"][0], along["high"][0]] == pytest.approx(list(np.percentile(own, (10, 90))), abs=1e-4)
+    assert all(low <= high for low, high in zip(along["low"], along["high"], strict=True))
+    assert summary["along"]["plain"]["kl_detoxifier"] == {"mean": [], "low": [], "high": []}
 
     shown = text_of(report.table())
     assert "2 toxic prompts: toxicity by embedded" in shown
     assert "detoxigen α=3" in shown
     table = report.markdown().splitlines()
     assert len([line for line in table if line.startswith("| 2 toxic | embedded |")]) == 5
-    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    along = [line for line in table if line.startswith("| dexperts α=1 |")]
+    assert [line.split("|")[2].strip() for line in along] == [
+        f"{np.mean(firsts):.2f} [{np.percentile(own, 10):.2f}, {np.percentile(own, 90):.2f}]"
+    ]
+    shapes = [line.count("|") for line in table if line.startswith("|")]
+    assert shapes == sorted(shapes, reverse=True)  # two tables, each with rows of one length
+    assert len(set(shapes)) == 2
 
 
 def test_perplexity_figures(measure: Any, tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ Group = tuple[str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One method of one run: `figures[group][name]` as in a summary, `steps[name]` its curves."""
+    """One method of one run: `figures[group][name]` as in a summary, `along[name]` its curves."""
 
     label: str
     figures: Mapping[Group, Mapping[str, Any]]
-    steps: Mapping[str, Sequence[float]]
+    along: Mapping[str, Mapping[str, Sequence[float]]]
 
     @property
     def family(self) -> str:
@@ -107,15 +107,18 @@ def bars(rows: Sequence[Row], groups: Sequence[Group], judge: str, dark: bool) -
 
 
 def curves(rows: Sequence[Row], dark: bool) -> bytes:
-    """Mean divergences by step of the reply: how far the detoxifier is, and how hard was steered."""
+    """Mean divergences by token of the reply, and the middle 80 % of prompts as a band: how far the detoxifier is, and
+    how hard was steered."""
     names = {"kl_detoxifier": "KL(p_gen‖p_detox), nats", "kl_steering": "KL(p‖p_gen) in the nucleus, nats"}
     figure, axes = _panels(1, 2, 4.6, 3.2, dark)
     for panel, (name, title) in zip(axes[0], names.items(), strict=True):
         for row, (colour, strength) in zip(rows, _looks(rows), strict=True):
-            if row.steps[name]:
-                steps = range(1, len(row.steps[name]) + 1)
+            curve = row.along[name]
+            if curve["mean"]:
+                steps = range(1, len(curve["mean"]) + 1)
                 style = LINES[strength % len(LINES)]
-                panel.plot(steps, row.steps[name], style, color=colour, label=row.label, linewidth=1.2)
+                panel.plot(steps, curve["mean"], style, color=colour, label=row.label, linewidth=1.2)
+                panel.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.1, linewidth=0)
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("token of the reply")
         panel.set_ylim(bottom=0)

@@ -81,7 +81,7 @@ def write_report(folders: Sequence[Path], output: Path, *, examples: int = 6) ->
             "<h2>By category</h2>",
             _picture(drawn["categories"], "Expected maximum toxicity by category, with 95 % intervals"),
             "<h2>Along the reply</h2>",
-            _picture(drawn["steps"], "Divergences by step of the reply"),
+            _picture(drawn["steps"], "Divergences by token of the reply; bands hold the middle 80 % of prompts"),
             f"<h2>Examples</h2><p class=legend>These replies were not chosen, and some may offend. {LEGEND}</p>",
             *(_examples(run, examples) for run in runs),
         ]
@@ -101,9 +101,9 @@ def _rows(run: _Run, named: bool) -> list[pictures.Row]:
                 for group in summary["groups"]
                 if method in group["methods"]
             },
-            steps,
+            along,
         )
-        for method, steps in summary["steps"].items()
+        for method, along in summary["along"].items()
     ]
 
 
@@ -169,7 +169,7 @@ def _examples(run: _Run, count: int) -> str:
         text = prompts[i]["text"]
         parts = "".join(
             render_section(text, " · ".join([method, *scores.get((i, method), [])]), _trace(samples[i, method]))
-            for method in run.report.summary["steps"]
+            for method in run.report.summary["along"]
             if "trace" in samples.get((i, method), {})
         )
         kind = ", ".join(prompts[i]["classes"])

@@ -7,7 +7,8 @@ Figures: `<scorer>:expected_max|probability|share|mean`; `<model>:perplexity` (m
 1e4 and more left out, `:perplexity_dropped` their share), `:perplexity_median`, `:perplexity_corpus` (exp of nats a
 token); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`; `tokens` a
 reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`, `interventions` and `decoded_tokens` a
-reply. `steps[method]`: the divergences by step; `ms_per_token[method]`: the batch's time over all tokens.
+reply. `along[method][kl_detoxifier|kl_steering]`: by token of the reply the `mean`, and the 10th and 90th percentile of
+the prompts' own, `low` and `high`; `ms_per_token[method]`: the batch's time over all tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = ["SUMMARY_FILE", "EvalReport", "shown"]
 SUMMARY_FILE = "summary.json"
 TEXT = {"dist-2": "distinct_2", "broken": "degenerate", "tokens": "tokens", "steering": "kl_steering"}
 DIGITS = {"tokens": 1}
+STEPS_SHOWN = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class EvalReport:
             summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: no {SUMMARY_FILE} that can be read: {error}", hint="finish the run") from error
-        if not isinstance(summary, dict) or not {"groups", "steps", "judges"} <= set(summary):
-            raise DataError(f"{folder}: its {SUMMARY_FILE} is of something else")
+        if not isinstance(summary, dict) or not {"groups", "along", "judges"} <= set(summary):
+            raise DataError(
+                f"{folder}: its {SUMMARY_FILE} is of something else, or of an older version",
+                hint="the command that made it writes it anew from what is stored",
+            )
         return cls(summary)
 
     def to_json(self) -> str:
@@ -61,7 +66,7 @@ class EvalReport:
         return Group(*(part for group in classes for part in self._tables(group)), self.foot())
 
     def markdown(self) -> str:
-        """A table for a README: each class, scorer and method a row."""
+        """Tables for a README: each class, scorer and method a row; and how far the views differ along the reply."""
         head = [
             "prompts",
             "scorer",
@@ -86,7 +91,7 @@ class EvalReport:
                     cells += [shown(perplexity.get("value"), digits=1), shown(perplexity.get("ratio"), digits=2)]
                     cells += [shown(f["distinct_2"]["value"]), shown(f["degenerate"]["value"], percent=True)]
                     lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join([*lines, "", self.foot()]) + "\n"
+        return "\n".join([*lines, *self._along(), "", self.foot()]) + "\n"
 
     def foot(self) -> str:
         """Where and how all this was measured, in a line."""
@@ -98,6 +103,23 @@ class EvalReport:
             f"{s['model']}, {s['dtype']}; detoxifier {steering}; {s['samples']} samples a prompt, seed {s['seed']}; "
             f"{place}. In brackets: 95 % bootstrap intervals over prompts; changes are to plain text, paired by prompt."
         )
+
+    def _along(self) -> list[str]:
+        """KL(p_gen‖p_detox) at some tokens of the reply: its mean, and between which values 80 % of prompts are."""
+        steered = {m: along["kl_detoxifier"] for m, along in self.summary["along"].items()}
+        longest = max((len(curves["mean"]) for curves in steered.values()), default=0)
+        at = [step for step in STEPS_SHOWN if step <= longest]
+        if not at:
+            return []
+        head = ["KL(p_gen‖p_detox), nats [10th, 90th percentile of prompts], at token", *map(str, at)]
+        lines = ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for method, curves in steered.items():
+            if curves["mean"]:
+                by_step = [dict(zip(("value", "low", "high"), one, strict=True)) for one in zip(
+                    curves["mean"], curves["low"], curves["high"], strict=True)]  # fmt: skip
+                cells = [shown(by_step[step - 1], digits=2) if step <= len(by_step) else "–" for step in at]
+                lines.append("| " + " | ".join([method, *cells]) + " |")
+        return lines
 
     def _tables(self, group: Mapping[str, Any]) -> list[RenderableType]:
         from rich.markup import escape

@@ -52,7 +52,7 @@ def summarize(run: Mapping[str, Any], replies: Replies, scores: Scores) -> dict[
             {"kind": kind, "name": name, "prompts": len(at), "methods": _group(at, whole, judges, replies, scores, run)}
             for kind, name, at in groups
         ],
-        "steps": {method: _steps(method, replies) for method in whole},
+        "along": {method: _along(method, replies) for method in whole},
         "ms_per_token": {method: _ms_per_token(method, replies) for method in whole},
     }
 
@@ -136,17 +136,25 @@ def _estimates(
     return found
 
 
-def _steps(method: str, replies: Replies) -> dict[str, list[float]]:
-    """Mean divergences of all samples of a method, by step; empty where nothing was steered."""
-    curves: dict[str, list[float]] = {}
+def _along(method: str, replies: Replies) -> dict[str, dict[str, list[float]]]:
+    """Divergences of a method by token of the reply, empty lists where nothing was steered: `mean` of all samples,
+    `low` and `high` the 10th and 90th percentile of the prompts' own means."""
+    curves: dict[str, dict[str, list[float]]] = {}
     for name in ("kl_detoxifier", "kl_steering"):
-        rows = [one[name][:STEPS] for (of, _), many in replies.items() if of == method for one in many]
-        longest = max(map(len, rows), default=0)
-        sums, counts = np.zeros(longest), np.zeros(longest)
-        for row in rows:
-            sums[: len(row)] += row
-            counts[: len(row)] += 1
-        curves[name] = [round(float(value), 5) for value in sums / np.maximum(counts, 1)]
+        prompts = [[one[name][:STEPS] for one in many] for (of, _), many in replies.items() if of == method]
+        longest = max((len(row) for rows in prompts for row in rows), default=0)
+        values = np.full((len(prompts), max(map(len, prompts), default=0), longest), np.nan)
+        for i, rows in enumerate(prompts):
+            for j, row in enumerate(rows):
+                values[i, j, : len(row)] = row
+        known = ~np.isnan(values)
+        # A prompt none of whose samples comes as far has no mean there.
+        with np.errstate(invalid="ignore"):
+            own = np.nansum(values, axis=1) / known.sum(axis=1)
+        low, high = np.nanpercentile(own, (10, 90), axis=0) if longest else ((), ())
+        mean = np.nansum(values, axis=(0, 1)) / known.sum(axis=(0, 1))
+        parts = {"mean": mean, "low": low, "high": high}
+        curves[name] = {part: [round(float(value), 5) for value in curve] for part, curve in parts.items()}
     return curves
 
 
