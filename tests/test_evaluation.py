@@ -970,6 +970,13 @@ def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, positio
     wanted = (detox - gen).gather(-1, torch.tensor(reply[1:])[:, None]).squeeze(-1)
     torch.testing.assert_close(ratio, wanted, rtol=1e-3, atol=1e-4)
 
+    (kl, every), _, (nothing, _) = reply_contrast(
+        tiny_llama, detoxifier.embeddings, position, ids, [reply, longer, []], first=True
+    )
+    np.testing.assert_allclose(kl.numpy(), [token.kl_detoxifier for token in trace.tokens], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(every[1:], ratio, rtol=1e-3, atol=1e-4)
+    assert not len(nothing)
+
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_context_kl(tiny_llama: Backbone, decode: bool) -> None:

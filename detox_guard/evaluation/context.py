@@ -145,35 +145,43 @@ def reply_contrast(
     position: Position,
     context: Sequence[int],
     replies: Sequence[Sequence[int]],
+    *,
+    first: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """KL(p_gen‖p_detox) and log p_detox - log p_gen of the token itself, in nats at each reply token but the first,
-    float32 `[reply_len - 1]` both, behind one context.
+    float32 `[reply_len - 1]` both, behind one context; with `first`, which a context is needed for, at that one too.
 
-    `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing. The context is
-    computed once for all replies, and where its place allows it, once for both streams.
+    `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing (with `first`, an
+    empty tensor if it is empty). The context is computed once for all replies, and where its place allows it, once for
+    both streams.
     """
     embed = backbone.model.get_input_embeddings()
-    head = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
+    # The context's last token stands at the head of every row then, so that it predicts the first.
+    whole = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
+    head, lead = (whole[:, :-1], whole[:, -1:]) if first else (whole, whole[:, :0])
     soft = virtual.unsqueeze(0)
     gen_prefix = prefix_kv(backbone, head)
     detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for first in range(0, len(replies), _ROWS):
-        some = replies[first : first + _ROWS]
+    skipped = 0 if first else 1
+    for at in range(0, len(replies), _ROWS):
+        some = replies[at : at + _ROWS]
         longest = max(map(len, some))
         ids = torch.full((len(some), longest), backbone.pad_token_id)
         for row, reply in enumerate(some):
             ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
         tail = embed(ids.to(backbone.device))
-        steered = tail if position == "front" else torch.cat([soft.expand(len(some), -1, -1), tail], dim=1)
-        gen = tail_log_probs(backbone, gen_prefix, tail, longest)
-        detox = tail_log_probs(backbone, detox_prefix, steered, longest)
+        leads, softs = (one.expand(len(some), -1, -1) for one in (lead, soft))
+        plain = torch.cat([leads, tail], dim=1)
+        steered = plain if position == "front" else torch.cat([leads, softs, tail], dim=1)
+        gen = tail_log_probs(backbone, gen_prefix, plain, longest + 1 - skipped)
+        detox = tail_log_probs(backbone, detox_prefix, steered, longest + 1 - skipped)
         kl = (gen.exp() * (gen - detox)).sum(-1).cpu()
-        ratio = (detox - gen).gather(-1, ids[:, 1:, None].to(gen.device)).squeeze(-1).cpu()
+        ratio = (detox - gen).gather(-1, ids[:, skipped:, None].to(gen.device)).squeeze(-1).cpu()
         found += [
-            (kl[row, : len(reply) - 1], ratio[row, : len(reply) - 1])
+            (kl[row, : len(reply) - skipped], ratio[row, : len(reply) - skipped])
             for row, reply in enumerate(some)
-            if len(reply) > 1
+            if first or len(reply) > 1
         ]
     return found
 

@@ -30,7 +30,7 @@ from detox_guard.evaluation.prompts import choose_prompts, read_passages, read_p
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.files import prepare_folder, write_whole
+from detox_guard.files import prepare_folder, read_text, write_whole
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.scoring import ToxicityScorer, checked_scores
 
@@ -51,10 +51,13 @@ __all__ = [
     "SCORES_FILE",
     "collect",
     "judge_run",
+    "load_run",
     "open_run",
+    "prompt_of",
     "rescore",
     "run_eval",
     "stored_replies",
+    "stored_scores",
 ]
 
 RUN_FILE, SAMPLES_FILE, SCORES_FILE = "run.json", "samples.jsonl", "scores.jsonl"
@@ -163,14 +166,20 @@ def rescore(
 
     Raises `DataError` for a folder that holds no whole run, and what loading judges raises.
     """
-    if not (folder / RUN_FILE).is_file() or not (folder / SAMPLES_FILE).is_file():
-        raise DataError(f"{folder}: no whole run in it", hint="give the same command without --rescore to finish it")
+    load_run(folder)  # before the judges
     scorers = [load_judge(spec) for spec in judges]
     with ExitStack() as stack:
         stack.enter_context(open_run(folder))
         bars = stack.enter_context(Progress(progress))
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return judge_run(folder, run, scorers, _lm_judges(lm_judges, device, dtype), bars)
+        return judge_run(folder, load_run(folder), scorers, _lm_judges(lm_judges, device, dtype), bars)
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds: what was asked, and of which methods. Raises `DataError` unless all samples are there."""
+    if not (folder / RUN_FILE).is_file() or not (folder / SAMPLES_FILE).is_file():
+        raise DataError(f"{folder}: no whole run in it", hint="give the command that made it again, to finish it")
+    run: dict[str, Any] = json.loads(read_text(folder / RUN_FILE))
+    return run
 
 
 @contextmanager
@@ -257,13 +266,13 @@ def all_methods(path: Path, identity: dict[str, Any], methods: Sequence[Method])
 def _jobs(run: dict[str, Any], method: Method) -> list[Job]:
     seed, samples = run["seed"], run["samples"]
     return [
-        Job(method, i, _asked(run, i), j, seed_of(seed, i, j, samples))
+        Job(method, i, prompt_of(run, i), j, seed_of(seed, i, j, samples))
         for i in range(len(run["prompts"]))
         for j in range(samples)
     ]
 
 
-def _asked(run: dict[str, Any], i: int) -> Asked:
+def prompt_of(run: dict[str, Any], i: int) -> Asked:
     """Prompt `i` as it is asked; passages take turns."""
     text: str = run["prompts"][i]["text"]
     if run["passages"]:
@@ -293,13 +302,19 @@ def judge_run(
                     found: dict[str, Any] = {"scores": checked_scores(judge, texts)}
                 else:
                     ids = [row["token_ids"] for row in replies[method, i]]
-                    found = _likelihoods(judge, _asked(run, i), texts, ids)
+                    found = _likelihoods(judge, prompt_of(run, i), texts, ids)
                 scores.add({"judge": judge.name, "method": method, "prompt": i, **found})
                 stage.tick()
         scores.finish()
         summary = summarize(run, replies, scores.rows)
     write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     return EvalReport(summary)
+
+
+def stored_scores(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of `scores.jsonl` by judge, method and prompt: `scores` of a judge of toxicity, `nll` and `tokens` of a
+    language model."""
+    return Journal(folder / SCORES_FILE, SCORE_KEY).rows
 
 
 def stored_replies(folder: Path, run: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]:
