@@ -39,7 +39,6 @@ __all__ = [
     "SteeringStream",
     "as_streams",
     "default_detoxifier",
-    "default_expert",
 ]
 
 Position = Literal["front", "reply"]
@@ -48,8 +47,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "detoxifier_card.json"
 TENSOR_KEY = "prompt_embeddings"
-_ASSETS = Path(__file__).parent / "assets"
-DEFAULT_FOLDER, EXPERT_FOLDER = _ASSETS / "detoxifier", _ASSETS / "expert"
+DEFAULT_FOLDER = Path(__file__).parent / "assets" / "detoxifier"
 
 
 class _Record(BaseModel):
@@ -190,14 +188,8 @@ class Detoxifier:
 
 
 def default_detoxifier() -> Detoxifier:
-    """The shipped soft prompt that was trained on toxic text, for the embedded default backbone."""
+    """The shipped soft prompt, for the embedded default backbone."""
     return Detoxifier.load(DEFAULT_FOLDER)
-
-
-def default_expert() -> Detoxifier:
-    """The shipped soft prompt that was trained on clean text: what both say differently from the generator is style and
-    cancels, what they say differently from each other is toxicity (the expert of DExperts)."""
-    return Detoxifier.load(EXPERT_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -219,7 +211,7 @@ Steering = str | Path | Detoxifier | SteeringStream
 def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backbone) -> tuple[SteeringStream, ...]:
     """Whatever a user may pass as `detoxifier`, as streams that were checked against `backbone`.
 
-    None are the shipped detoxifier and expert, which serve the embedded default backbone only.
+    None is the shipped soft prompt, which serves the embedded default backbone only.
     Raises `DetoxifierError` where there is none to take, and all that `Detoxifier.load` and `validate` raise.
     """
     if detoxifier is None:
@@ -229,7 +221,7 @@ def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backb
                 f"no detoxifier was given, and the shipped one is not for {backbone.id!r}",
                 hint="train one: detox-guard train --model … --data … --output …, then pass its folder",
             )
-        detoxifier = [shipped, SteeringStream(default_expert(), 1.0)]
+        detoxifier = shipped
     many = [detoxifier] if isinstance(detoxifier, str | Path | Detoxifier | SteeringStream) else list(detoxifier)
     if not many:
         raise DetoxifierError("an empty list of detoxifiers", hint="alpha=0 is the plain model")

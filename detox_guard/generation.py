@@ -87,9 +87,9 @@ class DetoxiGen:
         """Load a backbone and its detoxifier.
 
         `model`: hub id, folder, GGUF file, a loaded model (with `tokenizer`), or None for the embedded default (fetched
-        once). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None are
-        those we ship (a detoxifier and an expert), for the embedded default only; `()` is none at all. `params` are
-        the defaults of every call; a call's own take their place, all but a guard, which stays unless the call's own set `guard`.
+        once). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None is the one
+        we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call; a call's
+        own take their place, all but a guard, which stays unless the call's own set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
         backbone = run_aside(

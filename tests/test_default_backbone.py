@@ -12,7 +12,7 @@ from harness import decode, random_streams
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifier import as_streams, default_detoxifier, default_expert
+from detox_guard.detoxifier import as_streams, default_detoxifier
 from detox_guard.engine import Engine, StreamSpec
 from detox_guard.evaluation.context import reply_contrast
 from detox_guard.text import encode_prompt
@@ -38,8 +38,8 @@ def unpacked(default_backbone: Backbone) -> Backbone:
 
 @pytest.fixture(scope="module")
 def streams(default_backbone: Backbone) -> list[StreamSpec]:
-    shipped = [(stream.detoxifier, stream.weight) for stream in as_streams(None, default_backbone)]
-    return [StreamSpec(one.embeddings, weight, one.card.position == "front") for one, weight in shipped]
+    (shipped,) = as_streams(None, default_backbone)
+    return [StreamSpec(shipped.detoxifier.embeddings, -1.0, shipped.detoxifier.card.position == "front")]
 
 
 PAIRS = (
@@ -78,7 +78,7 @@ def test_twenty_prompts_equal_the_float64_oracle(
             assert step.distribution is not None
             ids, p = step.distribution
             dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
-            bound = 1e-2 if close else 1e-4  # what the token at the edge of the nucleus holds, steered
+            bound = 5e-3 if close else 1e-4
             assert (dense - ref).abs().max() <= bound
     engine.close()
 
@@ -128,9 +128,3 @@ def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone:
         pulls = [float(ratio.sum()) for _, ratio in found]
         favoured = [rude > friendly for rude, friendly in zip(pulls[::2], pulls[1::2], strict=True)]
         assert sum(favoured) >= 7, (prompt, favoured)
-        expert = default_expert()
-        found = reply_contrast(default_backbone, expert.embeddings, expert.card.position, context, replies)
-        kind = [float(ratio.sum()) for _, ratio in found]
-        # What steers is the detoxifier less the expert: that aims as well.
-        both = [pull - other for pull, other in zip(pulls, kind, strict=True)]
-        assert sum(rude > friendly for rude, friendly in zip(both[::2], both[1::2], strict=True)) >= 7

@@ -29,7 +29,6 @@ from detox_guard.detoxifier import (
     SteeringStream,
     as_streams,
     default_detoxifier,
-    default_expert,
 )
 from detox_guard.errors import (
     DetoxifierError,
@@ -328,16 +327,11 @@ def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
     assert card.command is not None
     assert card.command.startswith("detox-guard train ")
     assert all(source.licence in ("CC0-1.0", "Apache-2.0") for source in card.data)
-    for folder in (module.DEFAULT_FOLDER, module.EXPERT_FOLDER):
-        for name in (CONFIG_FILE, CARD_FILE):
-            assert not any(place in (folder / name).read_text() for place in ("/work", "/tmp", "/home"))
+    for name in (CONFIG_FILE, CARD_FILE):
+        assert not any(place in (module.DEFAULT_FOLDER / name).read_text() for place in ("/work", "/tmp", "/home"))
     backbone = dataclasses.replace(tiny_llama, id=card.base_id, hidden_size=576, num_layers=30, max_positions=8192)
-    expert = default_expert()
-    assert expert.card.initial_text == "The following reply is polite, kind, respectful and harmless:"
-    assert (expert.card.base_id, expert.card.position, expert.card.virtual_tokens) == (card.base_id, "reply", 20)
-    assert {source.sha256 for source in expert.card.data} < {source.sha256 for source in card.data}
-    streams = [(stream.detoxifier.sha256, stream.weight) for stream in as_streams(None, backbone)]
-    assert streams == [(shipped.sha256, -1.0), (expert.sha256, 1.0)]
+    (stream,) = as_streams(None, backbone)
+    assert stream.detoxifier.sha256 == shipped.sha256
 
 
 def test_importing_loads_no_torch() -> None:

@@ -15,9 +15,8 @@ from detox_guard.cli.console import exit_code, report, stdout_console
 from detox_guard.errors import DetoxGuardError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from detox_guard.backbone import Backbone
+    from detox_guard.detoxifier import Detoxifier
 
 __all__ = ["info"]
 
@@ -37,12 +36,11 @@ def info(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Versions, device, and facts of the backbone, the soft prompts and the scorer.
+    """Versions, device, and facts of the backbone, the detoxifier and the scorer.
 
     The default model is described if it is here already; --fetch gets it.
     """
     from detox_guard.backbone import pick_device, pick_dtype
-    from detox_guard.detoxifier import DEFAULT_FOLDER, EXPERT_FOLDER
     from detox_guard.params import EngineConfig
 
     on_device = pick_device(device)
@@ -74,8 +72,8 @@ def info(
     else:
         facts["backbone"] = {"id": "the embedded default", "state": NOT_FETCHED}
     facts["detoxifiers"] = []
-    shipped = [DEFAULT_FOLDER, EXPERT_FOLDER] if model is None else []
-    for source in detoxifier or shipped:
+    sources: list[str | None] = [*detoxifier] if detoxifier else [None] if model is None else []
+    for source in sources:
         try:
             facts["detoxifiers"].append(_detoxifier(source, backbone))
         except DetoxGuardError as error:
@@ -135,10 +133,10 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _detoxifier(source: str | Path, backbone: Backbone | None) -> dict[str, Any]:
-    from detox_guard.detoxifier import Detoxifier
+def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
+    from detox_guard.detoxifier import Detoxifier, default_detoxifier
 
-    detoxifier = Detoxifier.load(source)
+    detoxifier: Detoxifier = default_detoxifier() if source is None else Detoxifier.load(source)
     if backbone is not None:
         detoxifier.validate(backbone)
     return {**detoxifier.card.model_dump(mode="json", exclude_none=True), "sha256": detoxifier.sha256}

@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m detox_guard.evaluation.aim", description="Does a detoxifier aim?")
     parser.add_argument("run", type=Path, help="folder of a finished eval run")
-    parser.add_argument("--detoxifier", help="folder or hub id; else the shipped one and its expert")
+    parser.add_argument("--detoxifier", help="folder or hub id; else the shipped one")
     parser.add_argument("--expert", help="of --detoxifier, trained on clean text")
     parser.add_argument("--model", help="as in detox-guard eval; else the embedded default")
     parser.add_argument("--device")

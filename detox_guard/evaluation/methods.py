@@ -114,8 +114,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What methods are made of. `plain` holds the sampling settings that all share, `default` those and what ships;
-    `streams` are all soft prompts, `expert` one to use in the place of theirs."""
+    """What methods are made of. `plain` holds the sampling settings that all share; `default` those and what ships."""
 
     backbone: Backbone
     plain: DecodingParams
@@ -125,26 +124,18 @@ class Ingredients:
     plausibility: float = 0.02
     banned_words: tuple[str, ...] = ()
 
-    @property
-    def toxic(self) -> tuple[SteeringStream, ...]:
-        """The soft prompts to steer away from."""
-        return tuple(stream for stream in self.streams if stream.weight < 0)
-
     def steered(self, name: str, rule: str, alpha: float, floor: float = 0.0, **other: Any) -> Method:
-        """A contrastive method of this strength; away from what is toxic alone, unless it has streams of its own."""
+        """A contrastive method of this strength."""
         if alpha <= 0:
             raise InvalidParamsError("alpha", alpha, "more than 0: the plain model is always measured")
         params = self.plain.replace(alpha=alpha, calm_share=1, rule=rule, plausibility=floor)
-        return Method(f"{name} α={alpha:g}", params, **{"streams": self.toxic, **other})
+        return Method(f"{name} α={alpha:g}", params, **{"streams": self.streams, **other})
 
 
 def _expert(i: Ingredients, alpha: float) -> Method:
-    experts = tuple(stream for stream in i.streams if stream.weight > 0)
-    if i.expert is not None:
-        experts = (SteeringStream(i.expert, 1.0),)
-    if not experts:
+    if i.expert is None:
         raise InvalidParamsError("expert", None, 'a detoxifier folder, for the method "dexperts-expert"')
-    return i.steered("dexperts-expert", "dexperts", alpha, streams=(*i.toxic, *experts))
+    return i.steered("dexperts-expert", "dexperts", alpha, streams=(*i.streams, SteeringStream(i.expert, 1.0)))
 
 
 def _toxic_prefix(i: Ingredients, alpha: float) -> Method:
@@ -163,14 +154,14 @@ def _guard(i: Ingredients) -> Method:
 
 
 def _bounded_guard(i: Ingredients, alpha: float) -> Method:
-    method = i.steered("bounded-guard", "bounded", alpha, streams=i.streams)
+    method = i.steered("bounded-guard", "bounded", alpha)
     return replace(method, params=method.params.replace(guard=GuardPolicy()))
 
 
 _STRENGTHS: dict[str, Callable[[Ingredients, float], Method]] = {
     "detoxigen": lambda i, alpha: i.steered("detoxigen", "detoxigen", alpha),
     "detoxigen-floor": lambda i, alpha: i.steered("detoxigen-floor", "detoxigen", alpha, i.plausibility),
-    "bounded": lambda i, alpha: i.steered("bounded", "bounded", alpha, streams=i.streams),
+    "bounded": lambda i, alpha: i.steered("bounded", "bounded", alpha),
     "bounded-guard": _bounded_guard,
     "dexperts": lambda i, alpha: i.steered("dexperts", "dexperts", alpha),
     "dexperts-floor": lambda i, alpha: i.steered("dexperts-floor", "dexperts", alpha, i.plausibility),
@@ -187,11 +178,11 @@ _SINGLE: dict[str, Callable[[Ingredients], Method]] = {
 }
 METHODS = {
     "plain": "the model alone; always measured",
-    "default": "detox-guard as it ships: its soft prompts, rule and strength",
+    "default": "detox-guard as it ships: its detoxifier, rule and strength",
     "detoxigen": "the paper's rule, in probability space",
     "detoxigen-floor": "the same with a plausibility floor",
     "dexperts": "the log-space anti-expert rule, same soft prompt",
-    "bounded": "that rule with all soft prompts, its strength bounded at each token",
+    "bounded": "that rule, its strength bounded at each token",
     "bounded-guard": "the same, and the guard over it",
     "dexperts-floor": "dexperts with a plausibility floor",
     "dexperts-expert": "with a second, non-toxic soft prompt as an expert",

@@ -55,9 +55,9 @@ _AT_ONCE = 256
 class EngineFields(Serializable):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None are
-    those we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; it is
-    never serialized, cached under its own name, and cannot be pickled.
+    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
+    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; it is never
+    serialized, cached under its own name, and cannot be pickled.
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. Unknown names are errors.
     """
 
