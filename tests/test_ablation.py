@@ -340,7 +340,7 @@ def test_tuning(tmp_path: Path, files: dict[str, Any], monkeypatch: pytest.Monke
     rows = [json.loads(line) for line in (out / "eval-1-0.9" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 3 * 2
     assert len({tuple(row["seed"] for row in rows if row["method"] == name) for name in measured["methods"]}) == 1
-    assert set(EvalReport.load(out / "eval-1-0.9").summary["steps"]) == set(measured["methods"])
+    assert set(EvalReport.load(out / "eval-1-0.9").summary["along"]) == set(measured["methods"])
     assert summary["versions"]["peft"]
     assert summary["settings"]["data"] == ["rows.jsonl"]
 
