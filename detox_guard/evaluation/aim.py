@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from detox_guard.evaluation.harness import load_run, prompt_of, stored_replies, 
 from detox_guard.evaluation.methods import WordList, read_words
 from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
 from detox_guard.evaluation.results import shown
+from detox_guard.evaluation.summary import whole_judges
 from detox_guard.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Aim:
             "|---|---|---|---|---|",
         ]
         for one in self.rankings:
-            within = shown({"value": one.within.value, "low": one.within.low, "high": one.within.high}, digits=2)
+            within = shown(asdict(one.within), digits=2)
             over_all = "–" if one.auc is None else f"{one.auc:.2f}"
             lines.append(f"| {one.judge} | {one.figure} | {one.toxic} of {one.replies} | {within} | {over_all} |")
         lines += ["", "| tokens | share | mean log-ratio, nats | share of what is favoured |", "|---|---|---|---|"]
@@ -119,11 +120,7 @@ def measure_aim(
         raise DataError(f"{folder}: is of {run['model']} ({run['revision']}), not of {backbone.id}")
     prompts = range(len(run["prompts"]))
     scores = stored_scores(folder)
-    judges = [
-        judge
-        for judge in dict.fromkeys(key[0] for key in scores)
-        if all("scores" in scores.get((judge, method, i), ()) for i in prompts)
-    ]
+    judges = [one for one in whole_judges(scores, [method], len(prompts)) if "scores" in scores[one, method, 0]]
     if not judges:
         raise DataError(f"{folder}: no judge of toxicity has seen all of it", hint="eval --rescore --judge adds one")
     replies = stored_replies(folder, run)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import DataError
 from detox_guard.evaluation import pictures
-from detox_guard.evaluation.harness import RUN_FILE, SAMPLES_FILE, SCORES_FILE
+from detox_guard.evaluation.harness import SAMPLES_FILE, SCORES_FILE, load_run
 from detox_guard.evaluation.results import EvalReport, shown
 from detox_guard.files import prepare_folder, write_whole
 from detox_guard.trace import LEGEND, STYLE, Intervention, TokenTrace, Trace, render_section
@@ -153,7 +153,7 @@ def _table(rows: Sequence[pictures.Row], group: pictures.Group, judge: str, lm: 
 
 def _examples(run: _Run, count: int) -> str:
     """The first prompts of each class, hidden until clicked, with every method's first sample and its scores."""
-    prompts = json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8"))["prompts"]
+    prompts = load_run(run.folder)["prompts"]
     samples = {(row["prompt"], row["method"]): row for row in _lines(run.folder / SAMPLES_FILE) if row["sample"] == 0}
     scores: dict[tuple[int, str], list[str]] = {}
     for row in _lines(run.folder / SCORES_FILE):

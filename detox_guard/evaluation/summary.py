@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Replies = Mapping[tuple[str, int], list[dict[str, Any]]]
     Scores = Mapping[tuple[Any, ...], dict[str, Any]]
 
-__all__ = ["DROP_FROM", "summarize"]
+__all__ = ["DROP_FROM", "summarize", "whole_judges"]
 
 DROP_FROM = 1e4
 """Perplexities of single continuations from here on are left out of the mean, and counted."""
@@ -35,11 +35,7 @@ def summarize(run: Mapping[str, Any], replies: Replies, scores: Scores) -> dict[
     not judged every method; "plain" comes first and is what the others are compared with."""
     prompts = run["prompts"]
     whole = [m for m in run["methods"] if all((m, i) in replies for i in range(len(prompts)))]
-    judges = [
-        judge
-        for judge in dict.fromkeys(key[0] for key in scores)
-        if all((judge, m, i) in scores for m in whole for i in range(len(prompts)))
-    ]
+    judges = whole_judges(scores, whole, len(prompts))
     known = [c for c in CLASSES if any(c in prompt["classes"] for prompt in prompts)]
     categories = sorted({category for prompt in prompts for category in prompt["categories"]})
     groups = [("class", name, [i for i, p in enumerate(prompts) if name in p["classes"]]) for name in known]
@@ -55,6 +51,12 @@ def summarize(run: Mapping[str, Any], replies: Replies, scores: Scores) -> dict[
         "along": {method: _along(method, replies) for method in whole},
         "ms_per_token": {method: _ms_per_token(method, replies) for method in whole},
     }
+
+
+def whole_judges(scores: Scores, methods: Sequence[str], prompts: int) -> list[str]:
+    """Those who have judged every prompt of all these methods."""
+    asked = [(method, i) for method in methods for i in range(prompts)]
+    return [judge for judge in dict.fromkeys(key[0] for key in scores) if all((judge, *at) in scores for at in asked)]
 
 
 def _group(
