@@ -38,7 +38,6 @@ __all__ = [
     "Position",
     "SteeringStream",
     "as_streams",
-    "default_detoxifier",
 ]
 
 Position = Literal["front", "reply"]
@@ -124,13 +123,14 @@ class Detoxifier:
         return hashlib.sha256(self.embeddings.numpy().tobytes()).hexdigest()
 
     @classmethod
-    def load(cls, source: str | Path, *, revision: str | None = None) -> Self:
+    def load(cls, source: str | Path | None = None, *, revision: str | None = None) -> Self:
         """Read a folder, or a hub id, in PEFT's prompt-tuning format; safetensors only, nothing is ever unpickled.
 
-        A folder without our card is taken as PEFT makes it: position "front", card from `adapter_config.json`.
+        None is the shipped soft prompt, for the embedded default backbone. A folder without our card is taken as PEFT
+        makes it: position "front", card from `adapter_config.json`.
         Raises `DetoxifierNotFoundError` and `DetoxifierFormatError`, the latter naming what is wrong.
         """
-        folder = _find(source, revision)
+        folder = _find(DEFAULT_FOLDER if source is None else source, revision)
         config = _read_json(folder / CONFIG_FILE)
         card = _read_card(folder, config)
         return cls(_read_tensor(folder), card)
@@ -187,11 +187,6 @@ class Detoxifier:
             )
 
 
-def default_detoxifier() -> Detoxifier:
-    """The shipped soft prompt, for the embedded default backbone."""
-    return Detoxifier.load(DEFAULT_FOLDER)
-
-
 @dataclass(frozen=True)
 class SteeringStream:
     """One soft prompt and its signed weight: negative pushes away from it (an anti-expert, the paper's method),
@@ -215,7 +210,7 @@ def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backb
     Raises `DetoxifierError` where there is none to take, and all that `Detoxifier.load` and `validate` raise.
     """
     if detoxifier is None:
-        shipped = default_detoxifier()
+        shipped = Detoxifier.load()
         if _last_part(backbone.id) != _last_part(shipped.card.base_id):
             raise DetoxifierError(
                 f"no detoxifier was given, and the shipped one is not for {backbone.id!r}",

@@ -12,7 +12,7 @@ from harness import decode, random_streams
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifier import as_streams, default_detoxifier
+from detox_guard.detoxifier import Detoxifier, as_streams
 from detox_guard.engine import Engine, StreamSpec
 from detox_guard.evaluation.context import reply_contrast
 from detox_guard.text import encode_prompt
@@ -120,7 +120,7 @@ def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone:
     passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
     chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
     assert len(encode_prompt(default_backbone, chat)) > 600
-    shipped = default_detoxifier()
+    shipped = Detoxifier.load()
     replies = [default_backbone.tokenizer(" " + text)["input_ids"] for pair in PAIRS for text in pair]
     for prompt in (chat, "This is what people say about the people there:"):
         context = encode_prompt(default_backbone, prompt)

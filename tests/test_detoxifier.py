@@ -28,7 +28,6 @@ from detox_guard.detoxifier import (
     DetoxifierCard,
     SteeringStream,
     as_streams,
-    default_detoxifier,
 )
 from detox_guard.errors import (
     DetoxifierError,
@@ -317,7 +316,7 @@ def test_weight_bounds(tiny_llama: Backbone, weight: float) -> None:
 
 
 def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
-    shipped = default_detoxifier()
+    shipped = Detoxifier.load()
     card = shipped.card
     assert card.base_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (card.position, card.virtual_tokens, card.hidden_size, card.num_layers) == ("reply", 20, 576, 30)

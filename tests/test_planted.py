@@ -1,16 +1,19 @@
-"""What benches of retrieval share: the choice of questions, and intervals."""
+"""What benches of retrieval share: the choice of questions, answers that are kept, and intervals."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 
 from detox_guard import DataError
-from detox_guard.evaluation.planted import choose, interval, known_answers, read_toxic
+from detox_guard.evaluation.planted import Answers, choose, interval, read_toxic
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 ROWS = [{"id": str(i), "question": f"Where is {i}?", "answers": [{"text": "here"}, {"text": "here"}]} for i in range(9)]
@@ -54,18 +57,54 @@ def test_a_thread_is_gone_on_with() -> None:
         assert not one.comment or one.comment.startswith(begun)
 
 
+@dataclass(frozen=True)
+class Row:
+    text: str
+    toxicity: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Rude:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[str] = []
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        self.seen += texts
+        return [float("fool" in text) for text in texts]
+
+
+async def answer(text: str) -> Row:
+    if text == "broken":
+        raise RuntimeError(text)
+    return Row(text)
+
+
 def test_answers_are_kept_whatever_is_in_them(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out.jsonl"
-    assert known_answers(out, {"seed": 1}) == []
-    rows = [{"text": "one\u2028two\x85three\fend"}, {"text": "four"}]
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"tex', encoding="utf-8")
-    assert known_answers(out, {"seed": 1}) == rows
-    assert out.read_text(encoding="utf-8").endswith('"four"}\n')
+    out, judge = tmp_path / "deep" / "out.jsonl", Rude("first")
+    answers = Answers(out, {"seed": 1}, Row, [judge])
+    texts = ["one\u2028two\x85three\fend", "a fool", "four"]
+    asyncio.run(answers.ask(texts, answer, abreast=2))
+    assert [row.text for row in answers.rows] == judge.seen == texts
+    assert [row.toxicity for row in answers.rows] == [{"first": 0.0}, {"first": 1.0}, {"first": 0.0}]
+    assert all(row.seconds > 0 for row in answers.rows)
+    whole = out.read_text(encoding="utf-8")
+    out.write_text(whole + '{"tex', encoding="utf-8")  # killed in the middle of a line
+    again = Answers(out, {"seed": 1}, Row, [judge, second := Rude("second")])
+    assert out.read_text(encoding="utf-8") == whole
+    assert [row.text for row in again.rows] == judge.seen == second.seen == texts  # by each judge once
     with pytest.raises(DataError, match="other settings"):
-        known_answers(out, {"seed": 2})
+        Answers(out, {"seed": 2}, Row, [])
     (tmp_path / "deep" / "out.settings.json").unlink()
     with pytest.raises(DataError, match="other settings"):
-        known_answers(out, {"seed": 1})
+        Answers(out, {"seed": 1}, Row, [])
+
+
+def test_what_was_answered_before_an_error_is_kept(tmp_path: Path) -> None:
+    answers = Answers(tmp_path / "out.jsonl", {}, Row, [])
+    with pytest.raises(RuntimeError, match="broken"):
+        asyncio.run(answers.ask(["one", "two", "broken", "four"], answer, abreast=2))
+    assert [row.text for row in Answers(tmp_path / "out.jsonl", {}, Row, []).rows] == ["one", "two"]
 
 
 def test_toxic_texts_may_hold_any_separator(tmp_path: Path) -> None:

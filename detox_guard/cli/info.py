@@ -134,9 +134,9 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
 
 
 def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
-    from detox_guard.detoxifier import Detoxifier, default_detoxifier
+    from detox_guard.detoxifier import Detoxifier
 
-    detoxifier: Detoxifier = default_detoxifier() if source is None else Detoxifier.load(source)
+    detoxifier: Detoxifier = Detoxifier.load(source)
     if backbone is not None:
         detoxifier.validate(backbone)
     return {**detoxifier.card.model_dump(mode="json", exclude_none=True), "sha256": detoxifier.sha256}

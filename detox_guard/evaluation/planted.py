@@ -1,13 +1,16 @@
 """What benches of retrieval share: questions of a SQuAD file, toxic comments to plant among its passages, a file of
-answers that a run which was broken off goes on with, and intervals. Knows data; retrieves, answers, judges nothing."""
+judged answers that a run which was broken off goes on with, and intervals. Knows data; retrieves and answers nothing.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import Bootstrap
@@ -15,7 +18,7 @@ from detox_guard.files import prepare_file, read_text, write_whole
 from detox_guard.scoring import checked_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
     from detox_guard.scoring import ToxicityScorer
@@ -24,12 +27,11 @@ __all__ = [
     "ABOUT",
     "TOXIC_FROM",
     "About",
+    "Answers",
     "Question",
     "choose",
     "interval",
-    "judge_answers",
     "judges_of",
-    "known_answers",
     "read_corpus",
     "read_toxic",
     "words",
@@ -42,6 +44,8 @@ or with another reader's comment, as a model without a chat template does."""
 ABOUT: tuple[About, ...] = get_args(About)
 
 COMMENT = "Reader's comment."
+Row = TypeVar("Row", bound=Any)
+Asked = TypeVar("Asked")
 TOXIC_FROM = 0.8
 """Toxicity (of the data's own annotation) from which a continuation is planted."""
 
@@ -119,11 +123,42 @@ def read_toxic(path: Path) -> list[str]:
     return found
 
 
-def known_answers(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers that a run which was broken off left in `path`, as rows; the last line may be cut off, and goes.
+class Answers(Generic[Row]):
+    """The answers of a bench, a line of `path` each, that a run which was broken off goes on with.
 
-    `settings` stand beside them in a file of their own. Raises `DataError` if the answers were given under others.
+    A row is a dataclass, `of`, with a `text`, its `toxicity` by judge and its `seconds`. `settings` stand beside the
+    answers in a file of their own. Raises `DataError` if those in `path` were given under others.
     """
+
+    def __init__(self, path: Path, settings: dict[str, Any], of: type[Row], judges: Sequence[ToxicityScorer]) -> None:
+        self._path, self._judges = path, judges
+        self.rows: list[Row] = [of(**row) for row in _known(path, settings)]
+        self._judge(self.rows)
+
+    async def ask(self, wanted: Sequence[Asked], answer: Callable[[Asked], Awaitable[Row]], *, abreast: int) -> None:
+        """`answer` each of `wanted`, `abreast` at a time. When a batch is in it is judged, given its `seconds` (the
+        wall time of the batch, over its answers), and written."""
+        for start in range(0, len(wanted), abreast):
+            batch = wanted[start : start + abreast]
+            began = time.perf_counter()
+            answered = await asyncio.gather(*(answer(one) for one in batch))
+            seconds = (time.perf_counter() - began) / len(batch)
+            rows = [replace(row, seconds=seconds) for row in answered]
+            self._judge(rows)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+            self.rows += rows
+
+    def _judge(self, rows: Sequence[Row]) -> None:
+        """Each row's toxicity by each judge who has not seen it."""
+        for judge in self._judges:
+            unseen = [row for row in rows if judge.name not in row.toxicity]
+            for row, score in zip(unseen, checked_scores(judge, [row.text for row in unseen]), strict=True):
+                row.toxicity[judge.name] = round(score, 4)
+
+
+def _known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run; the last line may be cut off, and goes."""
     prepare_file(path)
     settings = json.loads(json.dumps(settings, default=str))
     text = read_text(path) if path.exists() else ""
@@ -135,14 +170,6 @@ def known_answers(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if whole != text:
         write_whole(path, whole)
     return [json.loads(line) for line in whole.split("\n")[:-1]]
-
-
-def judge_answers(rows: Sequence[Any], judges: Sequence[ToxicityScorer]) -> None:
-    """Give rows with a `text` their `toxicity` by each judge who has not seen them."""
-    for judge in judges:
-        unseen = [row for row in rows if judge.name not in row.toxicity]
-        for row, score in zip(unseen, checked_scores(judge, [row.text for row in unseen]), strict=True):
-            row.toxicity[judge.name] = round(score, 4)
 
 
 def judges_of(rows: Sequence[Any]) -> list[str]:

@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make(given: Any) -> list[dict[str, str]]:
     from detox_guard.backbone import load_backbone
-    from detox_guard.detoxifier import Detoxifier, default_detoxifier
+    from detox_guard.detoxifier import Detoxifier
 
     pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
     toxic = [whole(text) for source in given.toxic for text in read_texts(source).texts]
@@ -214,7 +214,7 @@ def _make(given: Any) -> list[dict[str, str]]:
     harmless += [text for _, text in pairs if isinstance(text, str)]
     predict = fit_classifier(toxic, harmless)
     prompts = _likely([prompt.text for prompt in read_prompts(given.prompts)], predict, given.limit)
-    detoxifier = Detoxifier.load(given.detoxifier) if given.detoxifier else default_detoxifier()
+    detoxifier = Detoxifier.load(given.detoxifier)
     backbone = load_backbone(given.model)
     replies: list[Drawn] = []
     for draw in given.draw or ["lean"]:

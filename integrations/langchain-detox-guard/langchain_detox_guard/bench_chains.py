@@ -21,23 +21,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from detox_guard import GuardPolicy
+from detox_guard import Detoxifier, GuardPolicy
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.planted import (
     ABOUT,
     About,
+    Answers,
     Question,
     choose,
     interval,
-    judge_answers,
     judges_of,
-    known_answers,
     read_corpus,
     read_toxic,
     words,
@@ -89,8 +87,8 @@ class Answer:
     flagged: int
     text: str
     f1: float
-    toxicity: dict[str, float]
-    seconds: float
+    toxicity: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 # -- data
@@ -125,6 +123,9 @@ class Said(NamedTuple):
     flagged: int
 
 
+Ask: TypeAlias = "Callable[[str], Awaitable[Said]]"
+
+
 class WithoutWits(AgentMiddleware[Any, Any, Any]):
     """What a model too small for tools does not do: the first call, and reading a tool's result as such."""
 
@@ -141,9 +142,7 @@ class WithoutWits(AgentMiddleware[Any, Any, Any]):
         return await handler(request.override(tools=[], messages=[notes]))
 
 
-def build(
-    task: str, system: str, retriever: BM25, model: dict[str, Any], about: About = "passage"
-) -> Callable[[str], Awaitable[Said]]:
+def build(task: str, system: str, retriever: BM25, model: dict[str, Any], about: About = "passage") -> Ask:
     """What answers a question in one system of one task; `model` are the fields of its model."""
     guarded = system == "guarded"
     if task == "agent":
@@ -165,7 +164,7 @@ def build(
     return _of_chain(plain)
 
 
-def _of_chain(chain: Runnable[Any, dict[str, Any]]) -> Callable[[str], Awaitable[Said]]:
+def _of_chain(chain: Runnable[Any, dict[str, Any]]) -> Ask:
     async def ask(question: str) -> Said:
         out = await chain.ainvoke({"input": question})
         flagged = sum(bool(one.metadata.get("toxicity_flagged")) for one in out["context"])
@@ -174,7 +173,7 @@ def _of_chain(chain: Runnable[Any, dict[str, Any]]) -> Callable[[str], Awaitable
     return ask
 
 
-def _of_agent(agent: Any) -> Callable[[str], Awaitable[Said]]:
+def _of_agent(agent: Any) -> Ask:
     async def ask(question: str) -> Said:
         out = await agent.ainvoke({"messages": [HumanMessage(question)]})
         results = [message for message in out["messages"] if isinstance(message, ToolMessage)]
@@ -192,28 +191,10 @@ def _planted(documents: Sequence[Document]) -> bool:
     return any(one.metadata["comment"] for one in documents)
 
 
-async def answers(
-    ask: Callable[[str], Awaitable[Said]],
-    questions: Sequence[Question],
-    judges: Sequence[Any],
-    named: dict[str, Any],
-    *,
-    abreast: int,
-    done: Callable[[Answer], None],
-) -> None:
-    """Ask every question, `abreast` at a time; each batch is judged and handed over when it is in."""
-    for start in range(0, len(questions), abreast):
-        batch = questions[start : start + abreast]
-        began = time.perf_counter()
-        replies = await asyncio.gather(*(ask(question.text) for question in batch))
-        seconds = (time.perf_counter() - began) / len(batch)
-        rows = []
-        for question, said in zip(batch, replies, strict=True):
-            f1 = answer_scores(said.text, question.references)[1]
-            rows.append(Answer(**named, **said._asdict(), question=question.id, f1=f1, toxicity={}, seconds=seconds))
-        judge_answers(rows, judges)
-        for row in rows:
-            done(row)
+async def _answer(ask: Ask, named: dict[str, Any], question: Question) -> Answer:
+    said = await ask(question.text)
+    f1 = answer_scores(said.text, question.references)[1]
+    return Answer(**named, **said._asdict(), question=question.id, f1=f1)
 
 
 # -- figures
@@ -288,25 +269,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = {**model, "max_tokens": args.max_tokens, "temperature": args.temperature}
 
     settings = {name: value for name, value in vars(args).items() if name not in _MAY_CHANGE}
-    found = [Answer(**row) for row in known_answers(args.out, settings)]
-    judge_answers(found, judges)
-    known = {(row.task, row.system, row.question, row.sample) for row in found}
-    with args.out.open("a", encoding="utf-8") as file:
+    settings["detoxifier_sha256"] = Detoxifier.load(args.detoxifier).sha256
+    answers = Answers(args.out, settings, Answer, judges)
+    known = {(row.task, row.system, row.question, row.sample) for row in answers.rows}
 
-        def done(answer: Answer) -> None:
-            found.append(answer)
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            file.flush()
+    async def run() -> None:
+        for task, system, sample in ((t, s, i) for t in tasks for s in args.systems for i in range(args.samples)):
+            ask = build(task, system, retriever, {**model, "seed": sample}, args.about)
+            named = {"task": task, "system": system, "sample": sample}
+            wanted = [one for one in questions if (task, system, one.id, sample) not in known]
+            await answers.ask(wanted, partial(_answer, ask, named), abreast=args.abreast)
 
-        async def run() -> None:
-            for task, system, sample in ((t, s, i) for t in tasks for s in args.systems for i in range(args.samples)):
-                wanted = [one for one in questions if (task, system, one.id, sample) not in known]
-                ask = build(task, system, retriever, {**model, "seed": sample}, args.about)
-                named = {"task": task, "system": system, "sample": sample}
-                await answers(ask, wanted, judges, named, abreast=args.abreast, done=done)
-
-        asyncio.run(run())
-    print(table([row for row in found if row.sample < args.samples]))
+    asyncio.run(run())
+    print(table([row for row in answers.rows if row.sample < args.samples]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from llama_index.llms.detox_guard.bench_rag import Answer, main
 from llama_index_harness import FakeEngine
 
-from detox_guard import DataError, DetoxiGen
+from detox_guard import DataError, Detoxifier, DetoxiGen
 
 
 @pytest.fixture
@@ -99,3 +100,7 @@ def test_what_a_run_is_gone_on_with(
     for changes in (["--temperature", "0.9"], ["--seed", "5"], ["--model", "org/other"]):
         with pytest.raises(DataError, match="other settings"):
             main([*plain, *changes])
+    other = Detoxifier.load()
+    monkeypatch.setattr(Detoxifier, "load", lambda _: replace(other, embeddings=other.embeddings * 2))
+    with pytest.raises(DataError, match="other settings"):  # what ships was trained anew
+        main(plain)

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +31,16 @@ from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.options import detox_options
 from rank_bm25 import BM25Okapi
 
-from detox_guard import GuardPolicy
+from detox_guard import Detoxifier, GuardPolicy
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.planted import (
     ABOUT,
     About,
+    Answers,
     Question,
     choose,
     interval,
-    judge_answers,
     judges_of,
-    known_answers,
     read_corpus,
     read_toxic,
     words,
@@ -50,7 +48,7 @@ from detox_guard.evaluation.planted import (
 from detox_guard.evaluation.tasks import answer_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
 
     from llama_index.core.base.llms.types import LLMMetadata
     from llama_index.core.query_engine import BaseQueryEngine
@@ -77,9 +75,9 @@ class Answer:
     planted: bool
     text: str
     f1: float
-    toxicity: dict[str, float]
-    interventions: int
-    seconds: float
+    toxicity: dict[str, float] = field(default_factory=dict)
+    interventions: int = 0
+    seconds: float = 0.0
 
 
 class BM25(BaseRetriever):
@@ -123,37 +121,15 @@ def build(
     return RetrieverQueryEngine(retriever, synthesizer)
 
 
-async def answers(
-    system: str,
-    engine: BaseQueryEngine,
-    wanted: Iterable[tuple[Question, int]],
-    judges: Sequence[Any],
-    *,
-    abreast: int,
-    done: Callable[[Answer], None],
-) -> None:
-    """Ask for every question and sample, `abreast` at a time; each batch is judged and handed over when it is in."""
-    queue = list(wanted)
-    for start in range(0, len(queue), abreast):
-        batch = queue[start : start + abreast]
-        began = time.perf_counter()
-        replies = await asyncio.gather(*(_ask(engine, question, sample) for question, sample in batch))
-        seconds = (time.perf_counter() - began) / len(batch)
-        rows = []
-        for (question, sample), (text, planted, interventions) in zip(batch, replies, strict=True):
-            f1 = answer_scores(text, question.references)[1]
-            rows.append(Answer(system, question.id, sample, planted, text, f1, {}, interventions, seconds))
-        judge_answers(rows, judges)
-        for row in rows:
-            done(row)
-
-
-async def _ask(engine: BaseQueryEngine, question: Question, sample: int) -> tuple[str, bool, int]:
-    """The answer, whether a comment was retrieved for it, and what our guard did."""
+async def _ask(system: str, engine: BaseQueryEngine, asked: tuple[Question, int]) -> Answer:
+    """The answer to one question and sample, whether a comment was retrieved for it, and what our guard did."""
+    question, sample = asked
     with detox_options(seed=sample) as replies:
         response = await engine.aquery(question.text)
-    found = any(node.node_id.startswith(COMMENT) for node in response.source_nodes)
-    return str(response).strip(), found, sum(len(reply.interventions) for reply in replies)
+    planted = any(node.node_id.startswith(COMMENT) for node in response.source_nodes)
+    text, interventions = str(response).strip(), sum(len(reply.interventions) for reply in replies)
+    f1 = answer_scores(text, question.references)[1]
+    return Answer(system, question.id, sample, planted, text, f1, interventions=interventions)
 
 
 # -- figures
@@ -229,27 +205,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = {**llm, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "trace": False}
 
     settings = {name: value for name, value in vars(args).items() if name not in _MAY_CHANGE}
-    found = [Answer(**row) for row in known_answers(args.out, settings)]
-    judge_answers(found, judges)
-    known = {(row.system, row.question, row.sample) for row in found}
-    with args.out.open("a", encoding="utf-8") as file:
+    settings["detoxifier_sha256"] = Detoxifier.load(args.detoxifier).sha256
+    answers = Answers(args.out, settings, Answer, judges)
+    known = {(row.system, row.question, row.sample) for row in answers.rows}
 
-        def done(answer: Answer) -> None:
-            found.append(answer)
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            file.flush()
-
+    async def run() -> None:
         for system in args.systems:
-            wanted = [
-                (question, sample)
-                for question in questions
-                for sample in range(args.samples)
-                if (system, question.id, sample) not in known
-            ]
-            if wanted:
-                engine = build(system, retriever, llm, GuardPolicy(), args.about)
-                asyncio.run(answers(system, engine, wanted, judges, abreast=args.abreast, done=done))
-    print(table([row for row in found if row.sample < args.samples]))
+            engine = build(system, retriever, llm, GuardPolicy(), args.about)
+            asked = [(question, sample) for question in questions for sample in range(args.samples)]
+            wanted = [(question, sample) for question, sample in asked if (system, question.id, sample) not in known]
+            await answers.ask(wanted, partial(_ask, system, engine), abreast=args.abreast)
+
+    asyncio.run(run())
+    print(table([row for row in answers.rows if row.sample < args.samples]))
 
 
 if __name__ == "__main__":
