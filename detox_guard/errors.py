@@ -4,7 +4,7 @@
 
     DetoxGuardError                      has .hint (what to do) and .retryable (may the same call work later?)
     ├── InvalidParamsError (ValueError)  a parameter is out of bounds: .field .value .bound
-    ├── PromptError (ValueError)         the prompt or messages cannot be used: .field .value .bound
+    ├── PromptError                      the prompt or messages cannot be used: .field .value .bound
     │   └── PromptTooLongError           more positions asked for than the backbone or the engine has
     ├── BackboneError                    the model cannot be served
     │   ├── BackboneNotFoundError        no such folder, file, hub id, or cached copy
@@ -63,7 +63,7 @@ class DetoxGuardError(Exception):
         self.hint = hint
 
 
-class _FieldError(DetoxGuardError, ValueError):
+class _FieldError(DetoxGuardError):
     """An input that names its field, its value (shortened) and the bound it breaks."""
 
     def __init__(self, field: str, value: object, bound: str, *, hint: str = "") -> None:
@@ -73,7 +73,7 @@ class _FieldError(DetoxGuardError, ValueError):
         super().__init__(f"{field}: {_short(value)} is not allowed: {bound}", hint=hint)
 
 
-class InvalidParamsError(_FieldError):
+class InvalidParamsError(_FieldError, ValueError):
     """A parameter is of the wrong type or out of bounds."""
 
     @classmethod
@@ -85,7 +85,10 @@ class InvalidParamsError(_FieldError):
 
 
 class PromptError(_FieldError):
-    """The prompt or the chat messages cannot be decoded from."""
+    """The prompt or the chat messages cannot be decoded from.
+
+    No `ValueError`: frameworks take those for an answer that does not parse, and go on without one.
+    """
 
 
 class PromptTooLongError(PromptError):

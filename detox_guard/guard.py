@@ -75,6 +75,7 @@ class GuardedReply(Reply):
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
         self._judge: Judge = judge_for(self.policy.scorer)
+        self.guard = self._judge.scorer.name
         if self.policy.audit_log is not None:
             audit_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
         super().__init__(backbone, prompt, params, detoxifiers)

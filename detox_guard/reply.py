@@ -70,11 +70,14 @@ class Generation:
     steering: Steering
     interventions: tuple[Intervention, ...] = ()
     """What the guard did, in order; empty without one, and where nothing was flagged."""
+    guard: str | None = None
+    """Name of the scorer by which a guard judged all of it before it was released; None without a guard."""
 
     def summary(self) -> dict[str, Any]:
         """A small JSON-able record of how this reply was steered and guarded, for logs and response metadata."""
         record = asdict(self.steering) | {"seed": self.seed, "finish_reason": self.finish_reason}
         record["discarded_tokens"] = self.usage.discarded_tokens
+        record["guard"] = self.guard
         record["interventions"] = [intervention.to_dict() for intervention in self.interventions]
         return record
 
@@ -100,6 +103,8 @@ class Chunk:
 
 class Reply:
     """One request's text. An engine `Sink`: its `on_…` methods run on the engine's thread; `put` hands chunks over."""
+
+    guard: str | None = None
 
     def __init__(
         self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
@@ -173,7 +178,8 @@ class Reply:
         )
         usage = Usage(len(self.request.prompt_ids), len(steps), self._discarded)
         trace = self._trace(len(text)) if self.params.trace else None
-        return Generation(text, reason, usage, self.request.seed, trace, steering, tuple(self._interventions))
+        taken = tuple(self._interventions)
+        return Generation(text, reason, usage, self.request.seed, trace, steering, taken, self.guard)
 
     def _trace(self, length: int) -> Trace:
         """Every token's figures; their texts joined are the reply's, so a stop string is cut off here too."""

@@ -301,7 +301,9 @@ def test_events_log_and_trace(tiny: DetoxiGen, tmp_path: Path, caplog: pytest.Lo
     assert r.trace is not None
     page = r.trace.to_html()
     assert page.count("taken back: score") == len(events)
-    assert json.loads(json.dumps(r.summary()))["interventions"][0]["action"] == "rewind"
+    summary = json.loads(json.dumps(r.summary()))
+    assert summary["interventions"][0]["action"] == "rewind"
+    assert (summary["guard"], tiny.generate("Hello there").summary()["guard"]) == (r.guard, None) == ("scripted", None)
     # Without being asked to, nothing keeps what was discarded; and a hook that raises hurts nobody.
     quiet = tiny.generate("Hello there", guard=policy.replace(keep_discarded=False, on_event=lambda event: 1 / 0))
     assert quiet.text == r.text

@@ -86,7 +86,8 @@ class EngineFields(Serializable):
     """`invoke` streams to the callbacks."""
 
     cache: BaseCache | bool | None = Field(default=None, exclude=True)
-    """As in LangChain, except that sampling without a seed is not cached unless asked for (`True` or a cache)."""
+    """As in LangChain, except that sampling without a seed is not cached unless asked for (`True` or a cache), and that
+    no reply is whose guard has a scorer object of your own: the cache could not tell it from another."""
     engine: Any = Field(default=None, exclude=True, repr=False)
 
     @model_validator(mode="after")
@@ -121,9 +122,16 @@ class EngineFields(Serializable):
             update["engine"] = None  # this call wants another
         copy = self.model_copy(update=update)
         copy.__dict__.pop("_serialized", None)  # a cached property of the base, which would be the original's
-        if copy.cache is None and copy.temperature > 0 and copy.seed is None:
+        drawn = copy.cache is None and copy.temperature > 0 and copy.seed is None
+        if drawn or (copy._guard is not None and not isinstance(copy._guard.scorer, str)):
             copy.cache = False
         return copy, rest
+
+    @property
+    def _guard(self) -> GuardPolicy | None:
+        """The guard in force: this model's, else that of an engine of its own."""
+        own: GuardPolicy | None = self.guard or (self.engine.params.guard if self.engine is not None else None)
+        return own
 
     def _decoding_params(self, stop: str | Sequence[str] | None = None, **extra: Any) -> DecodingParams:
         """`stop` of this call, which may be one string, else the model's own: a grammar sets those aside."""
@@ -145,8 +153,9 @@ class EngineFields(Serializable):
         names["model"] = self._model_name
         if self.engine is not None:
             names["detoxifier"] = list(self.engine.detoxifier_ids)
-        params = self._decoding_params().model_dump(mode="json", exclude={"trace"}, fallback=_name_of)
-        return {**names, **params, "version": __version__}
+        params = self._decoding_params().replace(guard=self._guard)
+        shown = params.model_dump(mode="json", exclude={"trace"}, fallback=_name_of)
+        return {**names, **shown, "version": __version__}
 
     @property
     def _model_name(self) -> str:

@@ -7,7 +7,7 @@ from contextlib import aclosing, closing
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from detox_guard import ChatPrompt, InvalidParamsError
+from detox_guard import ChatPrompt, InvalidParamsError, PromptError
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
@@ -260,10 +260,19 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         return self._engine().encode(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Prompt tokens as the model would read them, template and tools included (loads it)."""
+        """Prompt tokens as the model would read them, template and tools included (loads it).
+
+        Of messages that the template does not take, as `trim_messages` counts parts of a chat: their texts' alone.
+        """
+        if not messages:
+            return 0
         with langchain_errors():
             asked = Asked.of(tools)
-            return self._engine().count_tokens(ChatPrompt(asked.messages(messages), asked.tools))
+            said = asked.messages(messages)
+            try:
+                return self._engine().count_tokens(ChatPrompt(said, asked.tools))
+            except PromptError:
+                return sum(len(self.get_token_ids(message["content"])) for message in said)
 
 
 class _Turn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import operator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from detox_guard import GuardError, InvalidParamsError, screen
@@ -18,13 +19,23 @@ from langchain.agents.middleware.types import (
     ModelResponse,
     OmitFromInput,
 )
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    HumanMessage,
+    RemoveMessage,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langgraph.types import Command
 
+from langchain_detox_guard._engine import PROVIDER
 from langchain_detox_guard.chat import ChatDetoxiGen
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from detox_guard import GuardPolicy, Screened, ToxicityScorer
     from langgraph.prebuilt.tool_node import ToolCallRequest
@@ -34,7 +45,9 @@ Rung = float | Literal["rewrite"]
 REWRITE = "Say the same again in a kind and respectful way, without any insult. Answer with the new text only."
 REPLACEMENT = "I would rather not say that."
 _NOSTREAM = "nostream"
-"""LangGraph streams no tokens of a model with this tag; what the node returns is streamed whole."""
+"""LangGraph streams no tokens of a model run with this tag; what the node returns is streamed whole."""
+_WORDS = ("text", "reasoning", "reasoning_content", "thinking", "summary", "refusal")
+"""Where blocks of content, and what stands beside it, hold words besides the text and the calls."""
 
 
 class DetoxState(AgentState[Any]):
@@ -47,12 +60,16 @@ class DetoxState(AgentState[Any]):
 class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     """Steers an agent's model, screens what its tools return, and checks what it answers before anyone reads it.
 
+    Put it last in the list: a middleware behind it may change the model. Whatever answers is checked all the same, but
+    only the model that came here is steered, and with `guard` another one's text would be streamed unchecked.
+
     `alpha`: strength of the steering in every call; None keeps the model's own. (It, `guard` and the ladder's numbers
     concern `ChatDetoxiGen`; the rest works with any chat model.)
     `tool_results`: what happens to a tool's result with a toxic sentence: "mask" that sentence, "drop" the result,
-    "mark" it in the state only; None does not look.
-    Answers (and the arguments of tool calls) that score above `threshold` are asked for again, up the `ladder`: a
-    number is an alpha, "rewrite" shows the model its draft and asks for a kinder one. At its end, `on_exhausted`:
+    "mark" it in the state only; None does not look. A result's artifact, which no model reads, is left as it is.
+    Answers (their reasoning and the arguments of tool calls too) that score above `threshold` are asked for again, up
+    the `ladder`: a number is an alpha, which is never lowered, "rewrite" shows the model its draft and asks for a
+    kinder one. At its end, `on_exhausted`:
     "mask" the toxic sentences, "replace" the text by `replacement`, or "raise" `GuardError`. Tool calls stay calls:
     only strings in their arguments are masked. A structured answer that is still toxic raises.
     Until an answer is accepted none of it is streamed. With `guard`, a `GuardPolicy`, checking is left to the decoder
@@ -101,7 +118,9 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         attempts = self._attempts(request)
         asked = _advance(attempts, None)
         while isinstance(asked, ModelRequest):
-            asked = _advance(attempts, handler(asked))
+            with self._streaming(asked):
+                answer = handler(asked)
+            asked = _advance(attempts, answer)
         return asked
 
     async def awrap_model_call(
@@ -111,7 +130,9 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         attempts = self._attempts(request)
         asked = _advance(attempts, None)
         while isinstance(asked, ModelRequest):
-            asked = await asyncio.to_thread(_advance, attempts, await handler(asked))
+            with self._streaming(asked):
+                answer = await handler(asked)
+            asked = await asyncio.to_thread(_advance, attempts, answer)
         return asked
 
     def wrap_tool_call(
@@ -129,17 +150,23 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     # -- answers
 
+    def _streaming(self, request: ModelRequest[Any]) -> AbstractContextManager[None]:
+        """Text may stream on while it is decoded under `guard`."""
+        guarded = self.guard is not None and isinstance(request.model, ChatDetoxiGen)
+        return nullcontext() if guarded else _held()
+
     def _attempts(
         self, request: ModelRequest[Any]
     ) -> Generator[ModelRequest[Any], ModelResponse[Any], ExtendedModelResponse[Any]]:
         """Yields what to ask the model, is sent its answers, and returns the one to show."""
         ours = isinstance(request.model, ChatDetoxiGen)
-        settings = {} if self.alpha is None or not ours else {"alpha": self.alpha}
-        if self.guard is not None and ours:
-            answer = yield _with(request, guard=self.guard, **settings)
-            return _reported(answer, [_record(answer, "guard")] if _interventions(answer) else [])
-        request = _held(_with(request, **settings))
+        if self.alpha is not None:
+            request = _with(request, alpha=self.alpha)
+        if self.guard is not None:
+            request = _with(request, guard=self.guard)
         answer = yield request
+        if self.guard is not None and _was_guarded(answer):
+            return _reported(answer, [_record(answer, "guard")] if _interventions(answer) else [])
         records: list[dict[str, Any]] = []
         for rung in (rung for rung in self.ladder if ours or rung == "rewrite"):
             score = self._score(answer)
@@ -155,7 +182,8 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     def _again(self, request: ModelRequest[Any], answer: ModelResponse[Any], rung: Rung) -> ModelRequest[Any]:
         if rung != "rewrite":
-            return _with(request, alpha=float(rung), calm_share=1.0)
+            assert isinstance(request.model, ChatDetoxiGen)
+            return _with(request, alpha=max(float(rung), request.model.alpha), calm_share=1.0)
         draft = _answer_of(answer)
         if draft.tool_calls:  # there is no text to say in another way: sample another call
             return request
@@ -169,9 +197,11 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             )
         message = _answer_of(answer)
         text = self._masked(message.text) if self.on_exhausted == "mask" else self.replacement
+        # Text and calls only: blocks of content and the provider's own fields repeat the calls, or reason.
         clean = message.model_copy(
             update={
-                "content": text if self._flagged(message.text) else message.content,
+                "content": text if self._flagged(message.text) else str(message.text),
+                "additional_kwargs": {},
                 "tool_calls": [{**call, "args": self._mask_strings(call["args"])} for call in message.tool_calls],
                 "invalid_tool_calls": [],
             }
@@ -179,9 +209,9 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         return ModelResponse([clean if one is message else one for one in answer.result])
 
     def _score(self, answer: ModelResponse[Any]) -> float:
-        """The worst of the answer's text and of the strings in its calls."""
+        """The worst of the answer's text and reasoning, and of the strings in its calls."""
         message = _answer_of(answer)
-        texts = [message.text, *_strings([call["args"] for call in message.tool_calls])]
+        texts = [message.text, *_beside_text(message), *_strings([call["args"] for call in message.tool_calls])]
         texts += [str(call["args"]) for call in message.invalid_tool_calls]
         return max((one.score for one in self._screen([text for text in texts if text.strip()])), default=0.0)
 
@@ -216,9 +246,10 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             return result
         messages, records = [], list[dict[str, Any]]()
         said = result.update.get("messages", ())
-        for one in said if isinstance(said, list | tuple) else [said]:
-            # Whatever role the tool gave it: the model reads it next.
-            message, found = self._screened_message(one) if isinstance(one, BaseMessage) else (one, [])
+        for one in said if isinstance(said, list) else [said] if said else []:
+            # Whatever role and form the tool gave it: the model reads it next.
+            (message,) = [one] if isinstance(one, RemoveMessage) else convert_to_messages([one])
+            message, found = self._screened_message(message)
             messages.append(message)
             records += found
         if not records:
@@ -257,19 +288,41 @@ def _advance(
         return result
 
 
-def _with(request: ModelRequest[Any], **settings: Any) -> ModelRequest[Any]:
-    return request.override(model_settings={**request.model_settings, **settings})
+def _with(request: ModelRequest[Any], **fields: Any) -> ModelRequest[Any]:
+    """The request with a model that has these fields: if another middleware takes another model, they go with it."""
+    if not isinstance(request.model, ChatDetoxiGen):
+        return request
+    return request.override(model=request.model._with(fields)[0])
 
 
-def _held(request: ModelRequest[Any]) -> ModelRequest[Any]:
-    """The request, of whose drafts nothing is streamed."""
-    tags = [*(request.model.tags or ()), _NOSTREAM]
-    return request.override(model=request.model.model_copy(update={"tags": tags}))
+@contextmanager
+def _held() -> Iterator[None]:
+    """Nothing is streamed of what any model says in here."""
+    config = ensure_config()
+    token = var_child_runnable_config.set({**config, "tags": [*config["tags"], _NOSTREAM]})
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
+
+
+def _was_guarded(answer: ModelResponse[Any]) -> bool:
+    """Whether it was decoded by us, under a guard."""
+    told = _answer_of(answer).response_metadata
+    return told.get("model_provider") == PROVIDER and told.get("detox", {}).get("guard") is not None
 
 
 def _answer_of(answer: ModelResponse[Any]) -> AIMessage:
     """The model's message; another may follow it that acknowledges a structured answer."""
     return next((one for one in answer.result if isinstance(one, AIMessage)), AIMessage(""))
+
+
+def _beside_text(message: AIMessage) -> list[str]:
+    """What a message says outside of its text and calls: reasoning, above all."""
+    blocks = [one for one in message.content if isinstance(one, dict)] if isinstance(message.content, list) else []
+    blocks = [one["value"] if isinstance(one.get("value"), dict) else one for one in blocks]  # `non_standard` wraps it
+    blocks = [one for one in blocks if one.get("type") != "text"]
+    return [text for one in [*blocks, message.additional_kwargs] for key in _WORDS for text in _strings(one.get(key))]
 
 
 def _strings(value: Any) -> list[str]:

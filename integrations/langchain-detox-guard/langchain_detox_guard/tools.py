@@ -11,6 +11,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from detox_guard import Grammar, InvalidParamsError, PromptError, ToolCall, ToolCallStream, parse_tool_calls
+from detox_guard.tools import function_of
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -22,6 +23,7 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,13 +33,20 @@ Choice = Literal["auto", "none", "any"] | dict[str, Any]
 """A `tool_choice` in its one normal form; the dict names a single tool, as OpenAI writes it."""
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
-_IGNORED_IN_REPLIES = {"tool_use", "tool_call", "function_call", "reasoning", "thinking", "non_standard"}
-"""Blocks of an earlier assistant message that say nothing which its text and `tool_calls` do not."""
+_IGNORED_IN_REPLIES = {
+    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "input_json_delta", "reasoning",
+    "thinking", "redacted_thinking", "refusal", "server_tool_call", "server_tool_result", "server_tool_use",
+    "web_search_tool_result", "non_standard",
+}  # fmt: skip
+"""Blocks of an earlier assistant message, by whatever model, that this one reads as little as its tools' JSON: its text
+and `tool_calls` say what was said."""
+_FIRST_CALL = 1000
+"""Index of a reply's first call: LangChain numbers its blocks from 0, and merges what has one number."""
 
 
 def choice_of(tool_choice: object, tools: Sequence[ToolDict]) -> Choice:
     """The normal form of any `tool_choice` LangChain users write. Raises `InvalidParamsError`."""
-    names = [tool["function"]["name"] for tool in tools]
+    names = [function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools)]
     name: object = tool_choice
     if tool_choice is None or tool_choice == "auto":
         return "auto"
@@ -116,9 +125,13 @@ class Asked:
 
 def schema_of(schema: Any) -> dict[str, Any]:
     """The JSON schema of a pydantic class, a TypedDict, a function or a schema. Raises `InvalidParamsError`."""
-    if isinstance(schema, dict) and "title" not in schema and "name" not in schema and "function" not in schema:
+    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):  # as OpenAI names it
+        return dict(schema["schema"])
+    if isinstance(schema, dict) and not schema.keys() & {"function", "parameters"}:
         return schema
     try:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):  # LangChain's way drops what refers to itself
+            return schema.model_json_schema()
         return convert_to_json_schema(schema)
     except (TypeError, ValueError) as error:
         raise InvalidParamsError("schema", schema, str(error)) from error
@@ -168,7 +181,7 @@ class CallStream:
 
     def __init__(self, *, parallel: bool = True) -> None:
         self._calls = ToolCallStream()
-        self._count = 0
+        self._index = _FIRST_CALL
         self._parallel = parallel
 
     def push(self, delta: str) -> tuple[str, list[ToolCallChunk]]:
@@ -179,17 +192,17 @@ class CallStream:
         content, chunks = self._sorted(self._calls.flush())
         for raw in parse_tool_calls(text)[2]:
             # LangChain completes cut JSON by itself, and would hand on arguments that nobody wrote.
-            chunks.append(tool_call_chunk(name=None, args=f"invalid: {raw}", id=None, index=self._count))
-            self._count += 1
+            chunks.append(tool_call_chunk(name=None, args=f"invalid: {raw}", id=None, index=self._index))
+            self._index += 1
         return content, chunks
 
     def _sorted(self, pieces: list[str | ToolCall]) -> tuple[str, list[ToolCallChunk]]:
         chunks = []
         for piece in pieces:
-            if isinstance(piece, ToolCall) and (self._parallel or not self._count):
+            if isinstance(piece, ToolCall) and (self._parallel or self._index == _FIRST_CALL):
                 args = json.dumps(piece.arguments, ensure_ascii=False)
-                chunks.append(tool_call_chunk(name=piece.name, args=args, id=piece.id, index=self._count))
-                self._count += 1
+                chunks.append(tool_call_chunk(name=piece.name, args=args, id=piece.id, index=self._index))
+                self._index += 1
         return "".join(piece for piece in pieces if isinstance(piece, str)), chunks
 
 

@@ -61,8 +61,15 @@ class ScriptedEngine:
     context_window = WINDOW
     closed = False
 
-    def __init__(self, script: Callable[[Any, DecodingParams], str] | None = None, *, step_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        script: Callable[[Any, DecodingParams], str] | None = None,
+        *,
+        step_s: float = 0.0,
+        params: DecodingParams | None = None,
+    ) -> None:
         self.script = script or self.default_script
+        self.params = params or DecodingParams()
         self.step_s = step_s
         self.calls: list[tuple[str, Any, DecodingParams]] = []
         self.batch_sizes: list[int] = []
@@ -137,7 +144,9 @@ class ScriptedEngine:
         return generation
 
     def _plan(self, how: str, prompt: Any, params: DecodingParams | None, changes: dict[str, Any]) -> list[Chunk]:
-        params = (params or DecodingParams()).replace(**changes)
+        params = (params or self.params).replace(**changes)
+        guard = params.guard or self.params.guard
+        params = params.replace(guard=guard)
         self.calls.append((how, prompt, params))
         read = self.count_tokens(prompt)
         if read > WINDOW:
@@ -156,6 +165,7 @@ class ScriptedEngine:
             params.seed or 0,
             None,
             steering,  # type: ignore[arg-type]
+            guard=guard and getattr(guard.scorer, "name", guard.scorer),
         )
         return [*(Chunk(piece) for piece in pieces), Chunk("", whole)]
 

@@ -346,6 +346,67 @@ def test_tracing_parameters() -> None:
     }  # fmt: skip
 
 
+class Tree(BaseModel):
+    """A tree."""
+
+    name: str
+    children: list[Tree] = []
+
+
+SHAPE = {"type": "object", "properties": {"n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "held"),
+    [
+        (Tree, Tree.model_json_schema()),
+        (SHAPE, SHAPE),
+        ({"name": "shape", "strict": True, "schema": SHAPE}, SHAPE),
+        ({"name": "shape", **SHAPE}, {"name": "shape", **SHAPE}),
+        ({"name": "shape", "description": "A shape.", "parameters": SHAPE},
+         {"title": "shape", "description": "A shape.", **SHAPE}),
+    ],
+)  # fmt: skip
+def test_a_schema_loses_nothing(chat: ChatDetoxiGen, engine: ScriptedEngine, schema: Any, held: dict[str, Any]) -> None:
+    engine.script = lambda *_: "{}"
+    chat.with_structured_output(schema, include_raw=True).invoke("Hi")
+    grammar = engine.calls[-1][2].grammar
+    assert grammar is not None
+    assert json.loads(grammar.body) == held
+
+
+def test_a_tool_that_is_no_function_is_named(chat: ChatDetoxiGen) -> None:
+    with pytest.raises(InvalidParamsError, match=r"tools\[0\]"):
+        chat.bind_tools([{"type": "web_search"}])
+
+
+def test_streamed_blocks_keep_text_and_calls_apart(engine: ScriptedEngine) -> None:
+    engine.script = lambda *_: "Let me see. " + call_text("add", {"a": 1, "b": 2}) + call_text("add", {"a": 3, "b": 4})
+    chat = ChatDetoxiGen(engine=engine, seed=1, output_version="v1").bind_tools([add])
+    blocks = whole(list(chat.stream("Hi"))).content_blocks
+    assert [block["type"] for block in blocks] == ["text", "tool_call", "tool_call"]
+    assert [block["args"]["a"] for block in blocks[1:]] == [1, 3]  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("kind", ["redacted_thinking", "refusal", "invalid_tool_call", "server_tool_call"])
+def test_another_models_history_can_be_gone_on_with(chat: ChatDetoxiGen, engine: ScriptedEngine, kind: str) -> None:
+    said = AIMessage([{"type": kind, "data": "x", "id": "1", "name": "f", "args": {}}, {"type": "text", "text": "So."}])
+    chat.invoke([HumanMessage("Hi"), said, HumanMessage("And?")])
+    assert engine.calls[-1][1].messages[1] == {"role": "assistant", "content": "So."}
+
+
+def test_parts_of_a_chat_are_counted(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    def strict(prompt: Any) -> int:
+        if prompt.messages[0]["role"] != "user":
+            raise PromptError("messages", prompt.messages, "the user's turn first")
+        return 99
+
+    engine.count_tokens = strict  # type: ignore[method-assign]
+    assert chat.get_num_tokens_from_messages([]) == 0
+    assert chat.get_num_tokens_from_messages([HumanMessage("Hi there")]) == 99
+    assert chat.get_num_tokens_from_messages([AIMessage("Hi there"), HumanMessage("you")]) == 3
+
+
 def test_tokens_are_the_models_own(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
     assert chat.get_num_tokens("three words here") == 3
     messages = [HumanMessage("three words here")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptTooLongError, StepError
+from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, PromptTooLongError, StepError
 from langchain_core import exceptions
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
@@ -17,8 +18,11 @@ from langchain_core.load import dumpd, dumps, load
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
-from langchain_detox_guard import DetoxiGenLLM
+from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 from scripted_engine import WINDOW, ScriptedEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LONG = "word " * (WINDOW + 1)
 
@@ -298,6 +302,34 @@ def test_the_cache_knows_engines_apart(engine: ScriptedEngine) -> None:
     assert len(other.calls) == 1
 
 
+class Strict:
+    """A scorer."""
+
+    name = "words"
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return [0.0 for _ in texts]
+
+
+@pytest.mark.parametrize("kind", [DetoxiGenLLM, ChatDetoxiGen])
+def test_the_cache_knows_guards_apart(kind: Any, engine: ScriptedEngine) -> None:
+    """Also one that an engine of one's own brings; of scorer objects it knows nothing that tells them apart."""
+    set_llm_cache(InMemoryCache())
+    kind(engine=engine, seed=1).invoke("Hi")
+    for guard in (GuardPolicy(), GuardPolicy(threshold=0.3)):
+        guarded = ScriptedEngine(params=DecodingParams(guard=guard))
+        kind(engine=guarded, seed=1).invoke("Hi")
+        assert len(guarded.calls) == 1
+    for _ in range(2):
+        kind(engine=engine, seed=1, guard=GuardPolicy(threshold=0.3)).invoke("Hi")
+    assert len(engine.calls) == 1
+    for cache in (None, True):
+        own = ScriptedEngine(params=DecodingParams(guard=GuardPolicy(scorer=Strict())))
+        kind(engine=own, seed=1, cache=cache).invoke("Hi")
+        kind(engine=own, seed=1, cache=cache).invoke("Hi")
+        assert len(own.calls) == 2
+
+
 def test_unseeded_sampling_is_not_cached_unless_asked_for(engine: ScriptedEngine) -> None:
     set_llm_cache(InMemoryCache())
     for llm, calls in (
@@ -461,3 +493,4 @@ def test_saving_writes_no_weights_and_no_paths(llm: DetoxiGenLLM) -> None:
 def test_the_scripted_engine_has_nothing_that_a_real_one_lacks() -> None:
     names = {name for name in vars(ScriptedEngine) if not name.startswith("_")} - {"default_script"}
     assert all(hasattr(DetoxiGen, name) for name in names)
+    assert "params" in inspect.signature(DetoxiGen).parameters

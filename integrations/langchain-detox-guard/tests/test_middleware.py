@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError
 from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import InjectedToolCallId, tool
 from langgraph.types import Command
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware
 from scripted_engine import ScriptedEngine, WordScorer, call_text
@@ -24,6 +25,19 @@ WORD = WordScorer()
 def read_note(name: str) -> str:
     """Read a note."""
     return f"The note {name} is short. Its author is rotten. It ends here."
+
+
+class Foreign(GenericFakeChatModel):
+    """A chat model that is none of ours, and keeps the names of what it was told."""
+
+    told: set[str] = Field(default_factory=set)
+
+    def bind_tools(self, tools: Any, **_: Any) -> Any:
+        return self
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.told.update(kwargs)
+        return super()._generate(*args, **kwargs)
 
 
 def until(alpha: float) -> Any:
@@ -144,6 +158,78 @@ def test_any_chat_model_is_checked_without_alphas() -> None:
     assert [one["action"] for one in out["detox"]] == ["rewrite"]
 
 
+class Swap(AgentMiddleware[Any, Any, Any]):
+    """Another middleware, behind ours, that takes another model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        return handler(request.override(model=self.model))
+
+
+@pytest.mark.parametrize("guard", [None, GuardPolicy(scorer=WORD)])
+def test_whoever_answers_is_checked(guard: GuardPolicy | None) -> None:
+    """A model that came in behind the middleware is told nothing that it does not know, and not believed."""
+    other = Foreign(messages=iter([AIMessage("What a rotten idea."), AIMessage("What an idea.")]))
+    engine = until(0.0)
+    middleware = [DetoxMiddleware(scorer=WORD, guard=guard, alpha=4.0, ladder=["rewrite"]), Swap(other)]
+    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=middleware)
+    out = agent.invoke({"messages": [HumanMessage("?")]})
+    assert out["messages"][-1].content == "What an idea."
+    assert [one["action"] for one in out["detox"]] == ["rewrite"]
+    assert not engine.calls
+    assert not other.told & {"alpha", "guard", "calm_share"}
+
+
+def test_drafts_of_a_model_that_came_in_behind_are_not_streamed() -> None:
+    other = ChatDetoxiGen(engine=until(99), seed=1)
+    middleware = [DetoxMiddleware(scorer=WORD, ladder=[9.0]), Swap(other)]
+    agent = create_agent(ChatDetoxiGen(engine=until(0.0), seed=1), [], middleware=middleware)
+    streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("Well?")]}, stream_mode="messages")]
+    assert "".join(str(one.content) for one in streamed) == "Good morning. [removed by the toxicity screen]"
+
+
+def test_the_ladder_never_lowers_alpha() -> None:
+    engine = until(99)
+    run(engine, alpha=8.0)
+    assert alphas(engine) == [8.0, 8.0, 9.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        AIMessage([{"type": "reasoning", "reasoning": "He is rotten."}, {"type": "text", "text": "Fine."}]),
+        AIMessage([{"type": "non_standard", "value": {"type": "thinking", "thinking": "So rotten."}}, "Fine."]),
+        AIMessage("Fine.", additional_kwargs={"reasoning_content": "He is rotten."}),
+    ],
+)
+def test_reasoning_is_checked_too(said: AIMessage) -> None:
+    agent = create_agent(Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    out = agent.invoke({"messages": [HumanMessage("?")]})
+    assert out["detox"]
+    assert out["messages"][-1].content == "Fine."
+    assert "otten" not in str(out["messages"][-1])
+
+
+def test_masked_calls_are_masked_in_every_form() -> None:
+    args = {"name": "rotten"}
+    blocks: list[Any] = ["Fine.", {"type": "tool_use", "id": "c1", "name": "read_note", "input": args}]
+    call = AIMessage(
+        blocks,
+        tool_calls=[{"name": "read_note", "args": args, "id": "c1"}],
+        additional_kwargs={"tool_calls": [{"function": {"name": "read_note", "arguments": '{"name": "rotten"}'}}]},
+    )
+    model = Foreign(messages=iter([call, AIMessage("Done.")]))
+    out = create_agent(model, [read_note], middleware=[DetoxMiddleware(scorer=WORD, ladder=())]).invoke(
+        {"messages": [HumanMessage("?")]}
+    )
+    assert "rotten" not in str(out["messages"][1])
+    assert out["messages"][1].content == "Fine."
+    assert out["messages"][1].tool_calls[0]["name"] == "read_note"
+
+
 # -- tools
 
 
@@ -200,6 +286,19 @@ async def test_a_tool_may_return_a_list(is_async: bool) -> None:
     out = await agent.ainvoke(question) if is_async else agent.invoke(question)
     assert "rotten" not in str(engine.calls[-1][1].messages)
     assert len(out["detox"]) == 2
+
+
+def test_messages_of_a_command_may_have_any_form() -> None:
+    @tool
+    def read_all(name: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> Any:
+        """Read."""
+        result = {"role": "tool", "content": "It is rotten.", "tool_call_id": tool_call_id}
+        return Command(update={"messages": [result, ("user", "So rotten."), "All rotten."]})
+
+    engine = calling("read_all", {"name": "one"})
+    out = run(engine, read_all)
+    assert "otten" not in str(engine.calls[-1][1].messages) + str([one.content for one in out["messages"]])
+    assert len(out["detox"]) == 3
 
 
 def test_records_add_up_over_steps_and_parallel_calls() -> None:
