@@ -9,6 +9,8 @@ import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.llms import ChatMessage
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.llms.detox_guard import (
     DetoxiGenLLM,
     DetoxNodePostprocessor,
@@ -17,7 +19,7 @@ from llama_index.llms.detox_guard import (
 )
 from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, memory, recorded_events
 
-from detox_guard import GuardPolicy
+from detox_guard import GuardPolicy, PromptTooLongError
 
 POLICY = GuardPolicy(scorer=WordScorer())
 QUERY = "When does the library open?"
@@ -110,6 +112,42 @@ def test_chat_engines_without_screening(index: VectorStoreIndex, mode: str) -> N
     response = engine.chat(QUERY)
     assert str(response) == HELD
     assert any("stupid" in node.get_content() for node in response.source_nodes)
+
+
+@pytest.mark.parametrize("mode", ENGINES)
+def test_chat_engines_keep_the_guard_of_their_llm(index: VectorStoreIndex, mode: str) -> None:
+    fake, strict = FakeEngine(), POLICY.replace(threshold=0.05)
+    llm = DetoxiGenLLM(engine=fake, guard=strict)
+    response = guard_chat_engine(chat_engine(mode, index, llm)).chat(QUERY)
+    assert fake.asked[-1][1].guard == strict
+    assert len(response.source_nodes) == 2
+    assert all("detox_guard" in node.metadata for node in response.source_nodes)
+
+
+@pytest.mark.parametrize("bad", [{"context": "hide"}, {"context_threshold": 1.5}])
+def test_a_bad_option_of_a_chat_engine_is_named(index: VectorStoreIndex, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"action|threshold"):
+        guard_chat_engine(chat_engine("context", index, ForeignLLM()), **bad)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["plain", "hook"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+async def test_a_prompt_that_is_too_long_is_no_empty_response(
+    index: VectorStoreIndex, streaming: bool, hook: bool
+) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine([PromptTooLongError("prompt", 4096, "at most 2048 positions")]))
+    build = get_detox_response_synthesizer if hook else get_response_synthesizer
+    options = {"policy": POLICY} if hook else {}
+    query_engine = RetrieverQueryEngine(index.as_retriever(), build(llm=llm, streaming=streaming, **options))
+
+    async def text_of_the_answer() -> str:
+        response = await query_engine.aquery(QUERY)
+        return "".join([delta async for delta in response.response_gen]) if streaming else str(response)
+
+    with pytest.raises(PromptTooLongError, match="2048"):
+        str(query_engine.query(QUERY))
+    with pytest.raises(PromptTooLongError, match="2048"):
+        await text_of_the_answer()
 
 
 def test_a_simple_chat_engine_remembers() -> None:

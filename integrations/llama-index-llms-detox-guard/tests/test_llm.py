@@ -314,6 +314,15 @@ async def test_options_reach_calls_that_pass_none() -> None:
     assert outer[0].text == CLEAN
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"alpha": -1.0}, {"temperature": "hot"}, {"alhpa": 1.0}, {"guard": {"threshold": 2.0}}, {"tools": []}],
+)
+def test_a_bad_option_from_outside_is_named_on_entering(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))), detox_options(**bad):
+        pytest.fail("entered")
+
+
 def test_the_fake_engine_has_nothing_that_a_real_one_lacks() -> None:
     names = {name for name in (*vars(FakeEngine), *vars(FakeEngine())) if not name.startswith("_")}
     own = {"script", "asked", "seats", "peak"} | {

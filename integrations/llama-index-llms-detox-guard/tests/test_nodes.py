@@ -6,9 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from llama_index.core import Document
 from llama_index.core.evaluation import BatchEvalRunner
+from llama_index.core.node_parser import SentenceWindowNodeParser
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.llms.detox_guard import DetoxNodePostprocessor, ToxicityEvaluator
+from llama_index.llms.detox_guard.screening import Action, screen_nodes
 from llama_index_harness import WordScorer, nodes, recorded_events
 
 from detox_guard import ScorerError
@@ -72,6 +75,23 @@ def test_metadata_that_the_llm_would_read_is_screened() -> None:
     hidden = TextNode(text="Free.", metadata={"note": "stupid"}, excluded_llm_metadata_keys=["note"])
     (out,) = postprocessor().postprocess_nodes([NodeWithScore(node=hidden)])
     assert out.node is hidden
+
+
+@pytest.mark.parametrize("action", ["drop", "mask", "mark"])
+def test_sentence_windows_are_redacted_with_their_text(action: Action) -> None:
+    document = Document(text="Entry is free. How stupid. It closes at six.", metadata={"file": "hours.txt"})
+    node = SentenceWindowNodeParser.from_defaults().get_nodes_from_documents([document])[1]
+    stored = node.model_copy(deep=True)
+    (screened,) = screen_nodes([NodeWithScore(node=node)], scorer=WordScorer(), threshold=0.5, action=action)
+    redacted = screened.redacted.node
+    assert "stupid" not in redacted.model_dump_json()
+    assert redacted.metadata["window"].startswith("Entry is free.")
+    assert redacted.metadata["window"].endswith("It closes at six.")
+    assert redacted.metadata["file"] == "hours.txt"
+    assert node == stored
+    if action == "mark":
+        assert screened.readable is not None
+        assert {**screened.readable.node.metadata, "detox_guard": None} == {**stored.metadata, "detox_guard": None}
 
 
 def test_nothing_retrieved_is_nothing_screened() -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.bridge.pydantic import BaseModel, Field
-from llama_index.core.llms import MockLLM
-from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
+from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
+from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
+from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode, SimpleSummarize, TreeSummarize
+from llama_index.core.response_synthesizers.refine import StructuredRefineResponse
 from llama_index.llms.detox_guard import (
     DetoxiGenLLM,
     DetoxSynthesizer,
@@ -18,14 +20,15 @@ from llama_index.llms.detox_guard import (
 )
 from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
 
-from detox_guard import GuardError, GuardPolicy, Intervention, ScorerError, StepError
+from detox_guard import DetoxiGen, GuardError, GuardPolicy, Intervention, ScorerError, StepError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from llama_index.core.llms import LLM
 
 POLICY = GuardPolicy(scorer=WordScorer())
+STRICT = POLICY.replace(threshold=0.05, on_exhausted="raise")  # nothing is under it
 QUERY = "When does the library open?"
 CONTEXT = ["The library opens at nine.", "It closes at six. What a stupid building."]
 MODES = list(ResponseMode)
@@ -102,6 +105,45 @@ async def test_tree_summarize_hands_the_guard_to_its_worker_threads(is_async: bo
     await answered(synthesizer, is_async=is_async, context=long)
     assert len(engine.asked) > 1
     assert all(params.guard == POLICY for _, params in engine.asked)
+
+
+# -- the policy in force
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("where", ["options", "llm", "structured", "engine"])
+async def test_without_a_policy_the_guard_of_the_llm_stays_in_force(where: str, is_async: bool) -> None:
+    engine = FakeEngine([opening("Do come.") if where == "structured" else CLEAN])
+    if where == "engine":
+        engine.params = engine.params.replace(guard=STRICT)
+    llm: LLM = DetoxiGenLLM(engine=engine, **({"guard": STRICT} if where in ("llm", "structured") else {}))
+    llm = llm.as_structured_llm(Opening) if where == "structured" else llm
+    with detox_options(**({"guard": STRICT} if where == "options" else {})):
+        _, response = await answered(get_detox_response_synthesizer(llm), is_async=is_async)
+    assert [params.guard for _, params in engine.asked] == [STRICT]
+    assert len(response.metadata["detox"]["screened"]) == 2
+
+
+def test_a_given_policy_wins_and_so_do_options_over_the_llm() -> None:
+    engine = FakeEngine()
+    llm = DetoxiGenLLM(engine=engine, guard=STRICT)
+    with detox_options(guard=STRICT):
+        synthesizer_for(llm).synthesize(QUERY, nodes("a"))
+    with detox_options(guard=POLICY):
+        get_detox_response_synthesizer(llm).synthesize(QUERY, nodes("a"))
+    assert [params.guard for _, params in engine.asked] == [POLICY, POLICY]
+
+
+async def test_options_hold_a_foreign_llm_too() -> None:
+    with detox_options(guard=POLICY):
+        text, _ = await answered(get_detox_response_synthesizer(ForeignLLM()), is_async=True)
+    assert text == HELD
+
+
+def test_constructing_the_hook_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *args, **options: pytest.fail("loaded"))
+    helpers = {"prompt_helper": PromptHelper(), "chat_prompt_helper": ChatPromptHelper()}
+    DetoxSynthesizer(SimpleSummarize(llm=DetoxiGenLLM(), **helpers))
 
 
 # -- out
@@ -335,21 +377,74 @@ def test_options_of_an_outer_scope_stay_in_force() -> None:
     assert len(replies) == 1
 
 
-def test_it_wraps_any_synthesizer() -> None:
-    class Echo(BaseSynthesizer):
-        def get_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> str:
-            return RUDE
+class Echo(BaseSynthesizer):
+    """Asks no LLM."""
 
-        async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> str:
-            return RUDE
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        return (word for word in [RUDE]) if self._streaming else RUDE
 
-        def _get_prompts(self) -> dict[str, Any]:
-            return {}
+    async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        return self.get_response(query_str, text_chunks)
 
-        def _update_prompts(self, prompts: dict[str, Any]) -> None: ...
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
 
-    response = DetoxSynthesizer(Echo(llm=MockLLM()), policy=POLICY).synthesize(QUERY, nodes("a"))
-    assert str(response) == HELD
+    def _update_prompts(self, prompts: dict[str, Any]) -> None: ...
+
+
+class SecondLLM(TreeSummarize):
+    """Asks its LLM, and answers with another's words."""
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        answer = self._llm.complete(query_str)
+        assert answer.text == CLEAN
+        return (word for word in [RUDE]) if self._streaming else ForeignLLM().complete(query_str).text
+
+    async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        return self.get_response(query_str, text_chunks)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("inner", "ours"), [(Echo, False), (Echo, True), (SecondLLM, True)])
+async def test_it_wraps_any_synthesizer(inner: Any, ours: bool, streaming: bool, is_async: bool) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine()) if ours else MockLLM()
+    synthesizer = DetoxSynthesizer(inner(llm=llm, streaming=streaming), policy=POLICY)
+    text, response = await answered(synthesizer, is_async=is_async)
+    assert text == HELD
+    assert response.metadata["detox"]["guard"] == "hold"
+
+
+class OwnProgram:
+    """A refine program of someone else's."""
+
+    def stream_call(self, **kwargs: Any) -> Iterator[StructuredRefineResponse]:
+        yield StructuredRefineResponse(answer=RUDE, query_satisfied=True)
+
+
+async def test_a_program_of_someone_elses_is_held() -> None:
+    options = {"structured_answer_filtering": True, "program_factory": lambda prompt: OwnProgram()}
+    synthesizer = synthesizer_for(DetoxiGenLLM(engine=FakeEngine()), streaming=True, **options)
+    text, response = await answered(synthesizer, is_async=False)
+    assert text == HELD
+    assert response.metadata["detox"]["guard"] == "hold"
+
+
+class Canned(DetoxiGenLLM):
+    """Answers without its engine."""
+
+    def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+        return ChatResponse(message=ChatMessage(RUDE, role="assistant"))
+
+    async def achat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+        return self.chat(messages)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_an_answer_that_nobody_decoded_is_held(is_async: bool) -> None:
+    text, response = await answered(synthesizer_for(Canned(engine=FakeEngine())), is_async=is_async)
+    assert text == HELD
+    assert response.metadata["detox"]["guard"] == "hold"
 
 
 def test_prompts_are_packed_by_our_tokenizer() -> None:

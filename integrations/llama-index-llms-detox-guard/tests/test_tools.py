@@ -16,6 +16,8 @@ from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard import DetoxiGenLLM
 from llama_index_harness import FakeEngine, memory
 
+from detox_guard import InvalidParamsError
+
 
 def opening(day: str) -> str:
     """When the library opens on a day."""
@@ -98,6 +100,12 @@ def test_no_tool_call() -> None:
         ({"tool_choice": "any"}, True, 2),
         ({"tool_choice": "add"}, True, 2),
         ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, True, 2),
+        ({"tool_choice": {"type": "function", "name": "add"}}, True, 2),
+        ({"tool_choice": {"type": "tool", "name": "add"}}, True, 2),
+        ({"tool_choice": {"type": "any"}}, True, 2),
+        ({"tool_choice": {"type": "required"}}, True, 2),
+        ({"tool_choice": {"type": "auto"}}, False, 2),
+        ({"tool_choice": {"type": "none"}}, False, 0),
         ({"tool_choice": "none"}, False, 0),
     ],
 )
@@ -106,6 +114,24 @@ def test_tool_choice_decides_what_is_forced_and_offered(kwargs: dict[str, Any], 
     DetoxiGenLLM(engine=engine).chat_with_tools(TOOLS, "One and two?", **kwargs)
     prompt, params = engine.asked[0]
     assert (params.grammar is not None, len(prompt.tools)) == (forced, offered)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "multiply",
+        {"type": "tool", "name": "multiply"},
+        {"type": "tool"},
+        {"type": "function", "function": "add"},
+        {"type": "each"},
+        {"name": "add"},
+        ["add"],
+        3,
+    ],
+)
+def test_a_tool_choice_that_is_none_is_named(bad: Any) -> None:
+    with pytest.raises(InvalidParamsError, match=r"tool_choice.*add"):
+        DetoxiGenLLM(engine=FakeEngine()).chat_with_tools(TOOLS, "One and two?", tool_choice=bad)
 
 
 @pytest.mark.parametrize(("parallel", "calls"), [(True, 2), (False, 1)])

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core import Settings
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
@@ -14,13 +15,14 @@ from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.postprocessor import DetoxNodePostprocessor
-from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer
-
-import detox_guard
+from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer, policy_in_force
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
+    from llama_index.core.schema import NodeWithScore, QueryBundle
     from llama_index.llms.detox_guard.screening import Action
+
+    import detox_guard
 
 __all__ = ["get_detox_response_synthesizer", "guard_chat_engine"]
 
@@ -73,16 +75,13 @@ def guard_chat_engine(
     """Guard a context or condense_plus_context chat engine, in place; the options are those of `DetoxSynthesizer`.
 
     These engines build a new synthesizer for every turn, and list their own nodes as sources: screening is therefore
-    added as their last postprocessor, so that sources are what the LLM read.
+    added as their last postprocessor, so that sources are what the LLM read. Without `policy` it is by the guard that
+    `DetoxSynthesizer` then has in force.
     """
-    policy = policy or detox_guard.GuardPolicy()
     action, threshold = options.get("context", "mask"), options.get("context_threshold")
     if action is not None:
-        threshold = policy.threshold if threshold is None else threshold
-        engine._node_postprocessors = [
-            *engine._node_postprocessors,
-            DetoxNodePostprocessor(action=action, threshold=threshold, scorer=policy.scorer),
-        ]
+        screen = _Screen(llm=engine._llm, policy=policy, action=action, context_threshold=threshold)
+        engine._node_postprocessors = [*engine._node_postprocessors, screen]
     build = engine._get_response_synthesizer
 
     def guarded(*args: Any, **kwargs: Any) -> DetoxSynthesizer:
@@ -90,3 +89,19 @@ def guard_chat_engine(
 
     engine._get_response_synthesizer = guarded  # type: ignore[method-assign, assignment]
     return engine
+
+
+class _Screen(DetoxNodePostprocessor):
+    """Its scorer, and its threshold if none is given, are those of the policy in force when nodes come."""
+
+    llm: Any = Field(exclude=True)
+    policy: Any = Field(exclude=True)
+    context_threshold: float | None = Field(ge=0, le=1)
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        policy = policy_in_force(self.llm, self.policy)
+        threshold = policy.threshold if self.context_threshold is None else self.context_threshold
+        by_policy = DetoxNodePostprocessor(action=self.action, threshold=threshold, scorer=policy.scorer)
+        return by_policy._postprocess_nodes(nodes, query_bundle)

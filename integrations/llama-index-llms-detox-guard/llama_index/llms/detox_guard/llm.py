@@ -28,7 +28,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.types import Model, PydanticProgramMode
-from llama_index.llms.detox_guard.messages import is_react, to_core_messages
+from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
 from llama_index.llms.detox_guard.options import current_scope
 from llama_index.llms.detox_guard.reply import Reply
 
@@ -309,14 +309,13 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         """Where the reply gathers, the core's prompt, and how to decode it."""
         scope = current_scope()
         options = {**self.decoding, **scope.options, **kwargs}
-        tools, choice = options.pop("tools", None) or [], options.pop("tool_choice", None) or "auto"
+        tools = options.pop("tools", None) or []
+        choice = choice_of(options.pop("tool_choice", None) or "auto", tools)
         parallel = options.pop("allow_parallel_tool_calls", True)
         tools = [] if choice == "none" else tools
         if tools and choice != "auto":
-            name = choice["function"]["name"] if isinstance(choice, dict) else choice
-            options["grammar"] = detox_guard.Grammar.tool_calls(
-                tools, name=None if name in ("any", "required", True) else name
-            )
+            name = None if choice in ("any", "required") else choice
+            options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=name)
         if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
             options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
         elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", engine.params.stop):

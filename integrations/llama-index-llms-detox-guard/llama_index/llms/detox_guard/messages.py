@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import CachePoint, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
 
-from detox_guard import PromptError
+from detox_guard import InvalidParamsError, PromptError
+from detox_guard.tools import function_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llama_index.core.llms import ChatMessage
 
-__all__ = ["is_react", "to_core_messages"]
+__all__ = ["choice_of", "is_react", "to_core_messages"]
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -25,6 +26,7 @@ _ROLES = {
 _PLAIN = {"role", "content"}
 """What a message has that neither calls a tool nor answers a call."""
 _REACT_MARK = "Observation:"
+_CHOICES = ("auto", "none", "any", "required")
 
 
 def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -59,6 +61,22 @@ def is_react(messages: Sequence[ChatMessage]) -> bool:
         message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER) and _REACT_MARK in (message.content or "")
         for message in messages
     )
+
+
+def choice_of(tool_choice: Any, tools: Sequence[dict[str, Any]]) -> str:
+    """A string, or the dict of any provider, as one of `_CHOICES` or the name of one of the `tools`.
+
+    Raises `InvalidParamsError` for anything else.
+    """
+    choice = tool_choice
+    if isinstance(choice, dict):
+        kind, named = choice.get("type"), choice.get("function", choice)
+        is_named = kind in ("function", "tool") and isinstance(named, dict)
+        choice = named.get("name") if is_named else kind if kind in _CHOICES else None
+    known = [*_CHOICES, *(function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools))]
+    if choice not in known:
+        raise InvalidParamsError("tool_choice", tool_choice, f"one of {', '.join(known)}")
+    return str(choice)
 
 
 def _text(index: int, message: ChatMessage) -> str:

@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from detox_guard import DecodingParams
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -52,7 +54,11 @@ def detox_options(**options: Any) -> Iterator[list[Generation]]:
 
         with detox_options(alpha=4.0, seed=7) as replies:
             query_engine.query("…")
+
+    Raises `InvalidParamsError` for an unknown or bad option, on entering.
     """
+    asked = DecodingParams(**options)
+    options = {name: getattr(asked, name) for name in options}
     outer = current_scope()
     replies: list[Generation] = []
     with entered(Scope({**outer.options, **options}, (*outer.collectors, replies))):

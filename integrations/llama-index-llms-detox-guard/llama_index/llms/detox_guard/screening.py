@@ -11,7 +11,7 @@ from llama_index.llms.detox_guard.events import DetoxScreeningEvent, dispatcher
 import detox_guard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from llama_index.core.schema import BaseNode
 
@@ -38,8 +38,9 @@ def screen_nodes(
 ) -> list[ScreenedNode]:
     """Judge each node's text, and the metadata that an LLM would read with it; reports an event for each flagged one.
 
-    drop: the LLM does not see the node. mask: toxic sentences are replaced, toxic metadata is removed. mark: the LLM
-    reads it as it is. Flagged nodes carry `MARK`. Raises `ScorerError`.
+    drop: the LLM does not see the node. mask: toxic sentences are replaced, in metadata that no LLM reads too, and
+    toxic metadata that it would read is removed. mark: the LLM reads it as it is. Flagged nodes carry `MARK`. Raises
+    `ScorerError`.
     """
     texts = [node.node.get_content(MetadataMode.NONE) for node in nodes]
     options: dict[str, Any] = {"scorer": scorer, "threshold": threshold, "action": "mask"}
@@ -56,17 +57,33 @@ def screen_nodes(
             continue
         dispatcher.event(DetoxScreeningEvent(node_id=node.node_id, score=score, action=action))
         mark = {"score": round(score, 4), "action": action}
-        redacted = _copy(node, mark, text=text.text or "", bare=whole.flagged)
+        redacted = _copy(node, mark)
+        _redact(redacted.node, text.text or "", whole.flagged, options)
         readable = {"drop": None, "mask": redacted, "mark": _copy(node, mark)}[action]
         out.append(ScreenedNode(node, readable, redacted, score, flagged))
     return out
 
 
-def _copy(node: NodeWithScore, mark: dict[str, Any], *, text: str | None = None, bare: bool = False) -> NodeWithScore:
+def _copy(node: NodeWithScore, mark: dict[str, Any]) -> NodeWithScore:
     copy: BaseNode = node.node.model_copy(deep=True)
-    if text is not None and text != copy.get_content(MetadataMode.NONE):
-        copy.set_content(text)
-    copy.metadata = {**({} if bare else copy.metadata), MARK: mark}
+    copy.metadata = {**copy.metadata, MARK: mark}
     copy.excluded_llm_metadata_keys = [*copy.excluded_llm_metadata_keys, MARK]
     copy.excluded_embed_metadata_keys = [*copy.excluded_embed_metadata_keys, MARK]
     return NodeWithScore(node=copy, score=node.score)
+
+
+def _redact(node: BaseNode, text: str, bare: bool, options: dict[str, Any]) -> None:
+    """Mask a copy: its text, and the metadata that no LLM reads, where a sentence window keeps the text again."""
+    if text != node.get_content(MetadataMode.NONE):
+        node.set_content(text)
+    kept = {MARK: node.metadata[MARK]} if bare else node.metadata
+    node.metadata = _masked(kept, node.excluded_llm_metadata_keys, options)
+    for related in node.relationships.values():
+        for info in related if isinstance(related, list) else [related]:
+            info.metadata = _masked(info.metadata, info.metadata, options)
+
+
+def _masked(metadata: dict[str, Any], keys: Iterable[str], options: dict[str, Any]) -> dict[str, Any]:
+    texts = {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
+    judged = detox_guard.screen(list(texts.values()), **options)
+    return {**metadata, **{key: one.text for key, one in zip(texts, judged, strict=True)}}

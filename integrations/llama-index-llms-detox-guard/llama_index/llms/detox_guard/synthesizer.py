@@ -29,15 +29,27 @@ if TYPE_CHECKING:
 
     from llama_index.core.base.llms.types import ChatMessage
     from llama_index.core.base.response.schema import RESPONSE_TYPE
+    from llama_index.core.llms import LLM
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import QueryBundle
     from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-__all__ = ["DetoxSynthesizer"]
+__all__ = ["DetoxSynthesizer", "policy_in_force"]
 
 REPORT = "detox"
 """Key of the report in a response's metadata."""
 _ASK_NO_LLM = (NoText, ContextOnly)
+_LLAMA_INDEX = "llama_index.core.response_synthesizers."
+
+
+def policy_in_force(llm: LLM, policy: detox_guard.GuardPolicy | None) -> detox_guard.GuardPolicy:
+    """`policy`; or else the guard of `detox_options`, the LLM or its engine, which this loads; or else the default."""
+    if policy is not None:
+        return policy
+    options, llm = current_scope().options, _asked(llm)
+    if isinstance(llm, DetoxiGenLLM):
+        options = {"guard": llm.load().params.guard, **llm.decoding, **options}
+    return options.get("guard") or detox_guard.GuardPolicy()
 
 
 @dataclass
@@ -45,10 +57,14 @@ class _Call:
     """One answer under way: what is in force for it, and what was done. `report` grows until its stream ends."""
 
     scope: Scope
-    holds: bool
+    policy: detox_guard.GuardPolicy
     report: dict[str, Any]
     sources: list[NodeWithScore] = field(default_factory=list)
     replies: list[detox_guard.Generation] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.report["guard"] == "hold")
 
     def note(self, taken: detox_guard.Intervention) -> None:
         """A unit that was held back."""
@@ -71,11 +87,12 @@ class DetoxSynthesizer(BaseSynthesizer):
 
     In: toxic nodes are dropped, masked or marked (`context`; None reads them as they are). If any was found and the
     LLM is a `DetoxiGenLLM`, it is steered with at least `toxic_context_alpha`. Out: a `DetoxiGenLLM` decodes under
-    `policy` and can take a sentence back; around any other LLM each sentence is held until it is judged, then passed,
-    replaced, or the answer stopped. Structured answers are judged string by string. With `redact_sources`,
-    `source_nodes` show toxic sentences masked, whatever the LLM read. `response.metadata["detox"]` says what was done:
-    `screened`, `context_score`, `alpha` (if raised), `guard` ("decode" or "hold"), `interventions`, `discarded_tokens`;
-    of a streamed answer the last two are complete when its stream is.
+    `policy` and can take a sentence back; around any other LLM, and around a synthesizer that is not LlamaIndex's own
+    and may write by itself, each sentence is held until it is judged, then passed, replaced, or the answer stopped.
+    Structured answers are judged string by string. With `redact_sources`, `source_nodes` show toxic sentences masked,
+    whatever the LLM read. `response.metadata["detox"]` says what was done: `screened`, `context_score`, `alpha` (if
+    raised), `guard` ("decode" or "hold"), `interventions`, `discarded_tokens`; of a streamed answer the last two are
+    complete when its stream is.
     Raises `GuardError` as `policy` asks, `ScorerError` where nothing can be judged.
     """
 
@@ -89,7 +106,10 @@ class DetoxSynthesizer(BaseSynthesizer):
         toxic_context_alpha: float = 6.0,
         redact_sources: bool = True,
     ) -> None:
-        """`context_threshold`: None is the policy's threshold."""
+        """`policy`: None is the guard of `detox_options`, the `DetoxiGenLLM` or its engine when asked, or the default.
+
+        `context_threshold`: None is the threshold of the policy in force.
+        """
         super().__init__(
             llm=inner._llm,
             callback_manager=inner._callback_manager,
@@ -101,9 +121,9 @@ class DetoxSynthesizer(BaseSynthesizer):
             multimodal=inner._multimodal,
         )
         self._inner = inner
-        self._policy = policy or detox_guard.GuardPolicy()
+        self._policy = policy
         self._context = context
-        self._context_threshold = self._policy.threshold if context_threshold is None else context_threshold
+        self._context_threshold = context_threshold
         self._toxic_context_alpha = toxic_context_alpha
         self._redact_sources = redact_sources
 
@@ -128,10 +148,10 @@ class DetoxSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """The guarded answer."""
-        screened, more = self._screen(nodes), self._screen(additional_source_nodes or [])
-        token = _call.set(self._open(screened, more))
+        call, readable = self._open(nodes, additional_source_nodes or [])
+        token = _call.set(call)
         try:
-            return self._reported(super().synthesize(query, _readable(screened), None, **response_kwargs))
+            return self._reported(super().synthesize(query, readable, None, **response_kwargs))
         finally:
             _call.reset(token)
 
@@ -143,21 +163,28 @@ class DetoxSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """The guarded answer; the event loop is not blocked."""
-        screened = await asyncio.to_thread(self._screen, nodes)
-        more = await asyncio.to_thread(self._screen, additional_source_nodes or [])
-        token = _call.set(self._open(screened, more))
+        call, readable = await asyncio.to_thread(self._open, nodes, additional_source_nodes or [])
+        token = _call.set(call)
         try:
-            return self._reported(await super().asynthesize(query, _readable(screened), None, **response_kwargs))
+            return self._reported(await super().asynthesize(query, readable, None, **response_kwargs))
         finally:
             _call.reset(token)
 
-    def _screen(self, nodes: Sequence[NodeWithScore]) -> list[ScreenedNode]:
+    def _screen(self, nodes: Sequence[NodeWithScore], policy: detox_guard.GuardPolicy) -> list[ScreenedNode]:
         if self._context is None:
             return [ScreenedNode(node, node, node, 0.0, False) for node in nodes]
-        return screen_nodes(nodes, scorer=self._policy.scorer, threshold=self._context_threshold, action=self._context)
+        threshold = policy.threshold if self._context_threshold is None else self._context_threshold
+        return screen_nodes(nodes, scorer=policy.scorer, threshold=threshold, action=self._context)
 
-    def _open(self, screened: list[ScreenedNode], more: Sequence[ScreenedNode] = ()) -> _Call:
-        """A new call. A node that a postprocessor has marked counts as toxic, though what is left of it may not be."""
+    def _open(
+        self, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] = ()
+    ) -> tuple[_Call, list[NodeWithScore]]:
+        """A new call, and the nodes that the LLM may read.
+
+        A node that a postprocessor has marked counts as toxic, though what is left of it may not be.
+        """
+        policy = policy_in_force(self._llm, self._policy)
+        screened, more = self._screen(nodes, policy), self._screen(additional, policy)
         marks = [node.retrieved.node.metadata.get(MARK) for node in screened]
         flagged = [node for node in screened if node.flagged]
         report: dict[str, Any] = {
@@ -170,19 +197,20 @@ class DetoxSynthesizer(BaseSynthesizer):
             "interventions": [],
             "discarded_tokens": 0,
         }
-        llm = self._llm.llm if isinstance(self._llm, StructuredLLM) else self._llm
+        llm = _asked(self._llm)
         outer = current_scope()
         options: dict[str, Any] = {}
         replies: list[detox_guard.Generation] = []
         if ours := isinstance(llm, DetoxiGenLLM) and not isinstance(self._inner, _ASK_NO_LLM):
-            options["guard"] = self._policy
+            options["guard"] = policy
             if (flagged or any(marks)) and llm.load().streams:
                 options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
                 options["calm_share"] = 1.0  # what the model reads may have nothing toxic left
-        report["guard"] = "decode" if ours else "hold"
+        report["guard"] = "decode" if ours and _only_asks(self._inner) else "hold"
         scope = Scope({**outer.options, **options}, (*outer.collectors, replies))
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
-        return _Call(scope, not ours, report, sources, replies)
+        readable = [node.readable for node in screened if node.readable is not None]
+        return _Call(scope, policy, report, sources, replies), readable
 
     def _prepare_response_output(
         self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]
@@ -217,7 +245,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """The guarded answer of a multimodal synthesizer; its chunks are screened as nodes, in `synthesize`."""
-        call = _call.get() or self._open([])
+        call, _ = self._opened([])
         return self._answer(
             call, lambda: self._inner.get_response_from_messages(query_str, message_chunks, **response_kwargs)
         )
@@ -226,7 +254,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response_from_messages` without blocking the event loop."""
-        call = _call.get() or self._open([])
+        call, _ = await asyncio.to_thread(self._opened, [])
         with entered(call.scope):
             answer = await self._inner.aget_response_from_messages(query_str, message_chunks, **response_kwargs)
         return await self._aguarded(call, answer)
@@ -236,24 +264,22 @@ class DetoxSynthesizer(BaseSynthesizer):
         call = _call.get()
         if call is not None:
             return call, list(text_chunks)
-        screened = self._screen([NodeWithScore(node=TextNode(text=chunk)) for chunk in text_chunks])
-        return self._open(screened), [node.node.get_content() for node in _readable(screened)]
+        call, readable = self._open([NodeWithScore(node=TextNode(text=chunk)) for chunk in text_chunks])
+        return call, [node.node.get_content() for node in readable]
 
     def _answer(self, call: _Call, ask: Callable[[], RESPONSE_TEXT_TYPE]) -> RESPONSE_TEXT_TYPE:
         with entered(call.scope):
             answer = ask()
         if isinstance(answer, Generator):
             return self._stream(call, answer)
-        call.finish()
-        return self._whole(call, answer) if call.holds else answer
+        return self._whole(call, answer)
 
     async def _aguarded(self, call: _Call, answer: Any) -> RESPONSE_TEXT_TYPE:
         if isinstance(answer, AsyncGenerator):
             return self._astream(call, answer)
         if isinstance(answer, Generator):
             return self._stream(call, answer)
-        call.finish()
-        return await asyncio.to_thread(self._whole, call, answer) if call.holds else answer
+        return await asyncio.to_thread(self._whole, call, answer)
 
     def _stream(self, call: _Call, answer: Generator[str, None, None]) -> Generator[str, None, None]:
         def steps() -> Generator[str, None, None]:
@@ -266,7 +292,7 @@ class DetoxSynthesizer(BaseSynthesizer):
                 yield delta
 
         try:
-            yield from detox_guard.guard_text(steps(), self._policy, call.note) if call.holds else steps()
+            yield from detox_guard.guard_text(steps(), call.policy, call.note) if call.holds else steps()
         finally:
             answer.close()
             call.finish()
@@ -281,15 +307,21 @@ class DetoxSynthesizer(BaseSynthesizer):
                 yield delta
 
         try:
-            async for delta in detox_guard.aguard_text(steps(), self._policy, call.note) if call.holds else steps():
+            async for delta in detox_guard.aguard_text(steps(), call.policy, call.note) if call.holds else steps():
                 yield delta
         finally:
             await answer.aclose()
             call.finish()
 
-    def _whole(self, call: _Call, answer: Any) -> Any:
+    def _whole(self, call: _Call, answer: RESPONSE_TEXT_TYPE) -> RESPONSE_TEXT_TYPE:
+        if not call.replies:
+            call.report["guard"] = "hold"  # whoever wrote it, no `DetoxiGenLLM` did
+        call.finish()
+        if not call.holds:
+            return answer
+
         def judged(text: str) -> str:
-            return "".join(detox_guard.guard_text([text], self._policy, call.note))
+            return "".join(detox_guard.guard_text([text], call.policy, call.note))
 
         if isinstance(answer, BaseModel):
             return _rewritten(answer, judged)
@@ -298,8 +330,14 @@ class DetoxSynthesizer(BaseSynthesizer):
         return judged(str(answer))
 
 
-def _readable(screened: Sequence[ScreenedNode]) -> list[NodeWithScore]:
-    return [node.readable for node in screened if node.readable is not None]
+def _asked(llm: LLM) -> LLM:
+    return llm.llm if isinstance(llm, StructuredLLM) else llm
+
+
+def _only_asks(inner: BaseSynthesizer) -> bool:
+    """LlamaIndex's own, without a program of someone else's: what it answers comes from its LLM."""
+    program, default = (getattr(inner, name, None) for name in ("_program_factory", "_default_program_factory"))
+    return type(inner).__module__.startswith(_LLAMA_INDEX) and program == default
 
 
 def _figures(where: str, taken: detox_guard.Intervention) -> dict[str, Any]:
