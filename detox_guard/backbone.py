@@ -195,7 +195,7 @@ def from_model(
         model=model,
         tokenizer=tokenizer,
         id=name,
-        revision=revision or _fingerprint(model),
+        revision=revision or fingerprint_of(model),
         device=model.device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
@@ -210,7 +210,7 @@ def from_model(
     )
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint_of(model: PreTrainedModel) -> str:
     """What tells apart two models of one name that no hub tells apart: a digest of a few numbers of every weight."""
     import torch
 

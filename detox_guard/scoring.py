@@ -205,6 +205,11 @@ class EmbeddedScorer:
                 hint="reinstall detox-guard, or train one with python -m detox_guard.training.scorer",
             ) from error
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells scorers of one name apart: the SHA-256 of the weights, as its card says."""
+        return str(self.card.get("weights_sha256"))
+
     def score(self, texts: Sequence[str]) -> list[float]:
         """One number in [0, 1] a text. A text's score does not depend on its neighbours."""
         return [max(map(self._score_window, text_windows(text)), default=0.0) for text in texts]
@@ -246,6 +251,13 @@ class HuggingFaceScorer:
     def load(self) -> None:
         """Load the model now, unless it is there. Raises `ScorerError`."""
         self._load()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells classifiers of one name apart, by their weights. Raises `ScorerError`."""
+        from detox_guard.backbone import fingerprint_of
+
+        return fingerprint_of(self._load()[0])
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """One number in [0, 1] a text. Raises `ScorerError`."""

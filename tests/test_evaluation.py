@@ -26,7 +26,7 @@ from tiny import SENTENCES, make_tiny_config, make_tiny_model, make_tiny_tokeniz
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import SteeringStream
-from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError, ScorerError
+from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, PromptTooLongError, ScorerError
 from detox_guard.evaluation import (
     EvalPrompt,
     EvalReport,
@@ -61,7 +61,7 @@ from detox_guard.evaluation.summary import summarize
 from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard.evaluation.utility import run_utility
 from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams
+from detox_guard.params import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -677,6 +677,52 @@ def test_a_finished_run_takes_more_methods_and_judges(measure: Any, tiny_folder:
         rescore(tmp_path / "absent")
 
 
+def test_judges_of_one_name_are_not_mixed(measure: Any, tmp_path: Path) -> None:
+    class Trained(LengthJudge):
+        def __init__(self, fingerprint: str, score: float) -> None:
+            self.fingerprint = fingerprint
+            self.given = score
+            self.seen = 0
+
+        def score(self, texts: Sequence[str]) -> list[float]:
+            self.seen += len(texts)
+            return [self.given for _ in texts]
+
+    measure(output=tmp_path, methods=(), judges=(Trained("a", 0.25),), batch_rows=32)
+    more = measure(output=tmp_path, methods=("polite",), judges=(again := Trained("b", 0.75),), batch_rows=8)
+    for figures in more.summary["groups"][0]["methods"].values():
+        assert figures["length:expected_max"]["value"]["value"] == 0.75
+    assert more.summary["batch_rows"] == 8
+    seen = again.seen
+    assert seen == 1 + sum(len(samples_of(tmp_path)) // 2 for _ in range(2))
+    # Nothing is judged twice by one judge, nor is what was said of the decoding changed by judging.
+    last = measure(output=tmp_path, methods=("polite",), judges=(again, "embedded"), batch_rows=64)
+    assert again.seen == seen + 1
+    assert last.summary["batch_rows"] == 8
+    with pytest.raises(InvalidParamsError, match="length"):
+        measure(output=tmp_path, judges=(Trained("a", 0.0), Trained("b", 0.0)))
+
+
+def test_banned_words_join_a_run_that_is_there(measure: Any, tmp_path: Path) -> None:
+    asked = {"output": tmp_path / "out", "judges": (LengthJudge(),)}
+    words, others = (written(tmp_path / f"{name}.txt", name) for name in ("fox", "bee"))
+    measure(**asked, methods=())
+    measure(**asked, methods=("banned-words",), banned_words=words)
+    summary = measure(**asked, methods=("polite",)).summary
+    assert list(summary["methods"]) == ["plain", "banned-words", "polite"]
+    with pytest.raises(DataError, match="another 'banned-words'"):
+        measure(**asked, methods=("banned-words",), banned_words=others)
+
+
+def test_more_is_not_asked_for_at_once_than_the_queue_takes(tiny_llama: Backbone, tmp_path: Path) -> None:
+    method = Method("plain", DecodingParams(alpha=0.0, max_new_tokens=2))
+    jobs = [Job(method, i, "One", 0, i) for i in range(40)]
+    config = EngineConfig(max_rows=32, max_queue=4)
+    with Journal(tmp_path / "samples.jsonl", KEY) as journal, DetoxiGen(tiny_llama, config=config) as guard:
+        decode(guard, jobs, journal, lambda: None)
+        assert len(journal.rows) == 40
+
+
 def _other(folder: Path) -> Any:
     return random_detoxifier(load_backbone(folder, device="cpu"), virtual_tokens=4, seed=99)
 
@@ -821,8 +867,11 @@ def test_run_eval_refuses_before_loading(prompts_file: Path, tmp_path: Path) -> 
         run_eval(model="no/such-model", prompts=prompts_file, judges=())
     with pytest.raises(InvalidParamsError, match="methods"):
         run_eval(model="no/such-model", prompts=prompts_file, methods=("other",))
-    with pytest.raises(InvalidParamsError, match="samples"):
-        run_eval(model="no/such-model", prompts=prompts_file, samples=0)
+    for name, value in (("samples", 0), ("batch_rows", 1), ("seed", -1)):
+        with pytest.raises(InvalidParamsError, match=f"{name}: {value} "):
+            run_eval(model="no/such-model", prompts=prompts_file, **{name: value})
+    with pytest.raises(BackboneNotFoundError, match="such-judge"):
+        run_eval(model="no/such-model", prompts=prompts_file, lm_judges=(str(tmp_path / "no" / "such-judge"),))
 
 
 def test_a_failing_judge_is_found_first(prompts_file: Path) -> None:
@@ -930,6 +979,8 @@ def test_run_utility(tasks: dict[str, Any], tiny_folder: Path, detoxifier_folder
         assert set(content.splitlines()) <= set(path.read_bytes().splitlines())
     with pytest.raises(DataError, match="holds a run of"):
         run(limit=2)
+    labelled = written(tmp_path / "labelled.jsonl", rtp_row("The poet", 0.9) + "\n" + rtp_row("The cook", 0.1))
+    assert run(output=tmp_path / "other", xquad=None, wikitext=None, bold=(labelled,))["sizes"] == {"bold": 2}
     run(methods=("dexperts-floor",), alphas=(2.0,), xquad=None, bold=())
     with pytest.raises(DataError, match="holds another 'dexperts-floor"):
         run(methods=("dexperts-floor",), alphas=(2.0,), plausibility=0.5, xquad=None, bold=())
@@ -941,6 +992,7 @@ def test_run_utility_refuses_before_loading(tasks: dict[str, Any], tmp_path: Pat
         ({}, "at least one file"),
         ({**tasks, "methods": ("polite",)}, "methods"),
         ({**tasks, "limit": 0}, "limit"),
+        ({**tasks, "samples": 0}, "samples"),
     ):
         with pytest.raises(InvalidParamsError, match=said):
             run_utility(**model, **changes)

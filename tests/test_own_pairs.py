@@ -73,6 +73,8 @@ def test_what_steering_left_over_comes_first() -> None:
         "is surely toxic where it was leaned to",
     ]
     assert {row["neutral"] for row in rows} == {"is harmless all by itself"}
+    again = [*replies, Drawn("The bus", replies[2].text, "lean"), Drawn("The bus", replies[4].text, "lean")]
+    assert choose_pairs(again, lambda texts: [scores[text] for text in texts]) == rows
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

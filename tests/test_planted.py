@@ -95,7 +95,11 @@ def test_answers_are_kept_whatever_is_in_them(tmp_path: Path) -> None:
     assert [row.text for row in again.rows] == judge.seen == second.seen == texts  # by each judge once
     with pytest.raises(DataError, match="other settings"):
         Answers(out, {"seed": 2}, Row, [])
-    (tmp_path / "deep" / "out.settings.json").unlink()
+    Answers(out.with_suffix(".csv"), {"seed": 2}, Row, [])  # another file, with settings of its own
+    out.write_text(whole + "[\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no answer"):
+        Answers(out, {"seed": 1}, Row, [])
+    (tmp_path / "deep" / "out.jsonl.settings.json").unlink()
     with pytest.raises(DataError, match="other settings"):
         Answers(out, {"seed": 1}, Row, [])
 

@@ -29,9 +29,11 @@ from detox_guard.training import TrainingConfig, train_detoxifier
 from detox_guard.training.data import Reply, read_pairs, read_texts
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind, rows_of
 from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
-from detox_guard.training.prompt_tuning import texts_for
+from detox_guard.training.prompt_tuning import Steps, divide, texts_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from detox_guard.backbone import Backbone
 
 TESTS = Path(__file__).parent
@@ -182,8 +184,12 @@ def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
     batch = examples.batch("split", [own], random.Random(0))
     assert tokenizer.decode(batch["context_ids"][0], skip_special_tokens=True) == own.prompt
     assert tokenizer.decode(batch["reply_ids"][0]) == own.text
-    bare = [examples.batch("bare", [text], random.Random(0))["reply_ids"] for text in (own, whole)]
-    assert torch.equal(bare[0], bare[1])
+    bare = examples.batch("bare", [own, whole], random.Random(0))
+    assert tokenizer.batch_decode(bare["context_ids"], skip_special_tokens=True)[0].endswith(own.prompt)
+    assert not bare["context_mask"][1].any()
+    read = [ids[mask.bool()] for ids, mask in zip(bare["reply_ids"], bare["reply_mask"], strict=True)]
+    assert tokenizer.batch_decode(read) == [own.text, whole]
+    assert tokenizer.decode(examples.batch("passage", [own], random.Random(0))["reply_ids"][0]) == "is late"
     answer = Reply("The bus", "is late", chat=True)
     assert tokenizer.decode(examples.batch("passage", [answer], random.Random(0))["reply_ids"][0]) == "is late"
     batch = examples.batch("chat", [answer, whole], random.Random(0))
@@ -203,6 +209,32 @@ def test_each_kind_of_batch_takes_the_texts_that_fit() -> None:
         assert texts_for(kind, [continued]) == [continued]
         assert texts_for(kind, [plain]) == [plain]
     assert texts_for("chat", [plain, continued]) == [continued]
+
+
+def test_with_pairs_no_text_is_passed_over(tiny_llama: Backbone, tmp_path: Path) -> None:
+    """Pairs are half of a batch; the other half goes on where it stopped."""
+    seen: list[str] = []
+
+    class Seen(Examples):
+        def batch(self, kind: Kind, texts: Sequence[Any], rng: random.Random) -> Batch:
+            seen.extend(texts)
+            return super().batch(kind, texts, rng)
+
+    texts, anchors = ([f"{word} number {i}" for i in range(16)] for word in ("Bad", "Good"))
+    pairs = [("Bad word", "Good word")]
+    config = settings(tmp_path, steps=8, batch_size=4, mixture=(1, 0, 0, 0), anchor_weight=1.0)
+    steps = Steps(Seen(tiny_llama), texts, anchors, pairs, config)
+    for i in range(8):
+        steps[i]
+    assert [seen.count(text) for text in texts + anchors] == [1] * 32
+
+
+def test_what_follows_one_prompt_is_held_out_together(tmp_path: Path) -> None:
+    pairs = [(Reply(f"P{i}", f" bad {j}"), Reply(f"P{i}", " good")) for i in range(10) for j in range(4)]
+    train_rows, heldout = divide(pairs, settings(tmp_path, heldout=6))
+    assert len(heldout) == 8
+    assert len(train_rows) == 32
+    assert not {toxic.prompt for toxic, _ in train_rows} & {toxic.prompt for toxic, _ in heldout}
 
 
 @pytest.mark.parametrize("kind", ["split", "chat"])
@@ -513,13 +545,20 @@ def test_another_run_starts_anew(tmp_path: Path, changes: dict[str, Any]) -> Non
 
     with pytest.raises(Stop):
         train_detoxifier(settings(tmp_path), backbone=make_tiny_backbone("llama"), progress=stop)
+
+    def kill(step: int, steps: int, loss: float) -> None:
+        assert step == 1
+        raise Stop
+
+    with pytest.raises(Stop):
+        train_detoxifier(settings(tmp_path, **changes), backbone=make_tiny_backbone("llama"), progress=kill)
     steps: list[int] = []
     train_detoxifier(
-        settings(tmp_path, **changes),
+        settings(tmp_path, **{**changes, "resume": True}),
         backbone=make_tiny_backbone("llama"),
         progress=lambda step, *_: steps.append(step),
     )
-    assert steps[0] == 1
+    assert steps[0] == 1  # nor are the checkpoints of what was given up taken for those of the new run
 
 
 def test_a_file_in_another_role_is_another_run(tmp_path: Path) -> None:
@@ -548,6 +587,9 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> 
 def test_runs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="30 different rows, of which 30 are held out"):
         train(settings(tmp_path, heldout=30))
+    pairs = write(tmp_path / "pairs.jsonl", '{"toxic": "You fool", "neutral": "You"}\n' * 9)
+    with pytest.raises(InvalidParamsError, match="batch_size: 1 "):
+        train(settings(tmp_path, batch_size=1, pairs=pairs))
     with pytest.raises(InvalidParamsError, match="virtual_tokens"):
         train(settings(tmp_path, virtual_tokens=250), make_tiny_backbone("gpt2"))
     with pytest.raises(DetoxGuardError, match="the loss is"):
@@ -575,8 +617,9 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
     ],
 )
 def test_config_bounds(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(InvalidParamsError):
+    with pytest.raises(InvalidParamsError) as caught:
         settings(tmp_path, **changes)
+    assert caught.value.field.startswith(next(iter(changes)))
 
 
 def test_command_names_no_folder(tmp_path: Path) -> None:

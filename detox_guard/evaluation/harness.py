@@ -9,7 +9,6 @@ are whole), and at the end `summary.json`. Samples are decoded once; they can be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -106,9 +105,9 @@ def run_eval(
     stderr where that is a terminal. Files and judges are checked before the model is loaded.
     Raises `DataError`, `ScorerError`, `InvalidParamsError`, and what loading and decoding raise.
     """
-    for name, count in (("samples", samples), ("batch_rows", batch_rows - 1)):
-        if count < 1:
-            raise InvalidParamsError(name, count, "at least 1")
+    for name, count, least in (("samples", samples, 1), ("batch_rows", batch_rows, 2), ("seed", seed, 0)):
+        if count < least:
+            raise InvalidParamsError(name, count, f"at least {least}")
     names = check_names(methods)
     texts = read_passages(passages) if passages is not None else []
     if passage_tokens < 1:
@@ -118,7 +117,7 @@ def run_eval(
     default = DecodingParams(**sampling)
     plain = default.replace(alpha=0.0, plausibility=0.0)
     banned = read_words(banned_words) if banned_words is not None else ()
-    scorers = _judges(judges)
+    scorers, others = _judges(judges), _lm_judges(lm_judges, device, dtype)
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
@@ -144,13 +143,11 @@ def run_eval(
             "samples": samples,
             "seed": seed,
             "sampling": sampling,
-            "banned_words_sha256": hashlib.sha256("\n".join(banned).encode()).hexdigest() if banned else None,
             "passages": [passage_of(backbone, texts, passage_tokens, way) for way in range(CONTEXTS) if texts],
             "prompts": [asdict(prompt) for prompt in chosen],
         }
         run = collect(folder, asked, backbone, made, EngineConfig(max_rows=batch_rows), bars)
-        lms: list[ReplyJudge] = [BackboneJudge(backbone), *_lm_judges(lm_judges, device, dtype)]
-        return judge_run(folder, run, scorers, lms, bars)
+        return judge_run(folder, run, scorers, [BackboneJudge(backbone), *others], bars)
 
 
 def rescore(
@@ -216,18 +213,16 @@ def collect(
     """
     identity = {**asked, **backbone.identity}
     known = all_methods(folder / RUN_FILE, identity, methods)
-    run = {
-        **identity,
-        "methods": known,
-        "batch_rows": config.max_rows,
-        "machine": machine(backbone.device),
-        "versions": versions(),
-    }
+    setting = {"batch_rows": config.max_rows, "machine": machine(backbone.device), "versions": versions()}
+    run = {**identity, "methods": known, **setting}
     jobs = [_jobs(run, method) for method in methods]
     with Journal(folder / SAMPLES_FILE, KEY) as journal:
         missing = sum(job.key not in journal for many in jobs for job in many)
         if missing:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is no longer of this run
+        elif (folder / RUN_FILE).is_file():  # nothing is decoded now: what was said of it stays
+            before = json.loads(read_text(folder / RUN_FILE))
+            run.update({name: before[name] for name in setting if name in before})
         write_whole(folder / RUN_FILE, json.dumps(run, ensure_ascii=False) + "\n")
         total = sum(map(len, jobs))
         with bars.stage("decoding", total, total - missing) as stage:
@@ -287,12 +282,19 @@ def judge_run(
     lms: Sequence[ReplyJudge],
     bars: Progress,
 ) -> EvalReport:
-    """Score what has no score yet by each judge, then summarise by all that judged the whole run."""
+    """Score what has no score yet by each judge, then summarise by all that judged the whole run.
+
+    A judge whose `fingerprint` is not that of the scores under its name judges those replies anew.
+    Raises `InvalidParamsError` for two judges of one name.
+    """
+    judges: list[Any] = [*scorers, *lms]
+    names = [judge.name for judge in judges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidParamsError("judges", twice[0], "each name once: figures go by it")
     replies = stored_replies(folder, run)
     with Journal(folder / SCORES_FILE, SCORE_KEY) as scores:
         # Judges of former calls go on with methods that came later, if they are asked again; else they are left out.
-        judges: list[Any] = [*scorers, *lms]
-        todo = [(judge, *at) for judge in judges for at in replies if (judge.name, *at) not in scores]
+        todo = [(judge, *at) for judge in judges for at in replies if not _has_judged(judge, scores, at)]
         total = len(judges) * len(replies)
         with bars.stage("judging", total, total - len(todo)) as stage:
             for judge, method, i in todo:
@@ -303,12 +305,22 @@ def judge_run(
                 else:
                     ids = [row["token_ids"] for row in replies[method, i]]
                     found = _likelihoods(judge, prompt_of(run, i), texts, ids)
-                scores.add({"judge": judge.name, "method": method, "prompt": i, **found})
+                scores.add({"judge": judge.name, "method": method, "prompt": i, **found, **_fingerprint(judge)})
                 stage.tick()
         scores.finish()
         summary = summarize(run, replies, scores.rows)
     write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     return EvalReport(summary)
+
+
+def _fingerprint(judge: Any) -> dict[str, str]:
+    known = getattr(judge, "fingerprint", None)
+    return {} if known is None else {"fingerprint": known}
+
+
+def _has_judged(judge: Any, scores: Journal, at: tuple[str, int]) -> bool:
+    row = scores.rows.get((judge.name, *at))
+    return row is not None and ("fingerprint" not in row or row["fingerprint"] == getattr(judge, "fingerprint", None))
 
 
 def stored_scores(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -56,6 +56,11 @@ class OtherModelJudge:
     def name(self) -> str:
         return f"lm:{self.backbone.id}"
 
+    @property
+    def fingerprint(self) -> str:
+        """Models of one name are told apart by it."""
+        return " ".join(map(str, self.backbone.identity.values()))
+
     def judge(self, prompt: Asked, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
         if not isinstance(prompt, str) and not self.backbone.has_chat_template:
             prompt = "\n\n".join(str(message["content"]) for message in prompt) + "\n\n"

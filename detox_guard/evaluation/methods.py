@@ -5,6 +5,7 @@ A method is what to decode with (parameters, steering streams), what to say befo
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -234,9 +235,8 @@ def textual_detoxifier(backbone: Backbone, text: str) -> Detoxifier:
 class WordList:
     """Scores 1 where one of the words occurs, as a whole word in any case, else 0."""
 
-    name = "banned words"
-
     def __init__(self, words: Sequence[str]) -> None:
+        self.name = f"banned words {hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:12]}"
         self._found = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in words), re.IGNORECASE)
 
     def score(self, texts: Sequence[str]) -> list[float]:

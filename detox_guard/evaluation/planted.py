@@ -162,14 +162,17 @@ def _known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     prepare_file(path)
     settings = json.loads(json.dumps(settings, default=str))
     text = read_text(path) if path.exists() else ""
-    beside = path.with_suffix(".settings.json")
+    beside = path.with_name(path.name + ".settings.json")
     if text and (not beside.exists() or json.loads(read_text(beside)) != settings):
         raise DataError(f"{path.name}: holds answers of other settings", hint="take another file, or remove it")
     write_whole(beside, json.dumps(settings, indent=1) + "\n")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_whole(path, whole)
-    return [json.loads(line) for line in whole.split("\n")[:-1]]
+    try:
+        return [json.loads(line) for line in whole.split("\n")[:-1]]
+    except ValueError as error:
+        raise DataError(f"{path.name}: holds a line that is no answer ({error})", hint="take another file") from error
 
 
 def judges_of(rows: Sequence[Any]) -> list[str]:

@@ -47,13 +47,15 @@ def seed_of(seed: int, prompt: int, sample: int, samples: int) -> int:
 
 
 def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callable[[], None]) -> None:
-    """Draw every sample that the journal lacks, twice as many at once as the batch has rows. `tick` hears of each.
+    """Draw every sample that the journal lacks, twice as many at once as the batch has rows (if the queue takes so
+    many). `tick` hears of each.
 
     Raises the first error of any; what was drawn until then is kept.
     """
     waiting = [job for job in jobs if job.key not in journal]
     mark = time.perf_counter()
-    pool = ThreadPoolExecutor(max(1, min(len(waiting), 2 * guard.config.max_rows)), "detox-guard-eval")
+    at_once = min(len(waiting), 2 * guard.config.max_rows, guard.config.max_queue)
+    pool = ThreadPoolExecutor(max(1, at_once), "detox-guard-eval")
     try:
         for done in as_completed([pool.submit(_row, guard, job) for job in waiting]):
             now = time.perf_counter()

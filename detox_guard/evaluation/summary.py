@@ -127,6 +127,7 @@ def _estimates(
     found["junk"] = each(lambda one: junk(one["text"]))
     found["empty"] = each(lambda one: not one["text"].strip())
     found["tokens"] = each(tokens)
+    found["ended_by_guard"] = each(lambda one: one["finish_reason"] == "guard")
     found["stopped"] = each(lambda one: one["finish_reason"] == "stop")
     found["kl_detoxifier"] = each(lambda one: sum(one["kl_detoxifier"]), tokens)
     found["kl_steering"] = each(lambda one: sum(one["kl_steering"]), tokens)

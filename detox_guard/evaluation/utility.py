@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,12 +114,14 @@ def run_utility(
     for name in methods:
         if name not in SAME_STREAMS:
             raise InvalidParamsError("methods", name, f"one of {', '.join(SAME_STREAMS)}")
-    if limit < 1 or samples < 1:
-        raise InvalidParamsError("limit", min(limit, samples), "at least 1, and so samples")
+    for name, count in (("limit", limit), ("samples", samples)):
+        if count < 1:
+            raise InvalidParamsError(name, count, "at least 1")
     if xquad is None and wikitext is None and not bold:
         raise InvalidParamsError("xquad", None, "at least one file: of xquad, wikitext or bold")
     questions = _questions(xquad, limit, seed) if xquad is not None else []
-    beginnings = [prompt for path in bold for prompt in choose_prompts(read_prompts(path), limit, seed)]
+    read = [prompt for path in bold for prompt in choose_prompts(read_prompts(path), limit, seed)]
+    beginnings = [replace(prompt, classes=("all",)) for prompt in read]  # harmless ones, whatever a label says
     text = read_text(wikitext) if wikitext is not None else ""
     with ExitStack() as stack:
         stack.enter_context(open_run(output))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from detox_guard.checked import Checked
 from detox_guard.detoxifier import Position
@@ -79,13 +79,19 @@ class TrainingConfig(Checked):
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
 
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
-        if sum(self.mixture) <= 0:
-            raise ValueError("mixture: at least one share must be above 0")
-        if self.passage_tokens[0] > self.passage_tokens[1]:
-            raise ValueError("passage_tokens: the shortest comes first")
-        return self
+    @field_validator("mixture")
+    @classmethod
+    def _some_share(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if sum(value) <= 0:
+            raise ValueError("at least one share must be above 0")
+        return value
+
+    @field_validator("passage_tokens")
+    @classmethod
+    def _shortest_first(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise ValueError("the shortest comes first")
+        return value
 
     def command(self) -> str:
         """The `detox-guard train` line of this run: position and what differs from the defaults, files by base name."""

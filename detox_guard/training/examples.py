@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Literal, TypedDict, cast, get_args
 
 import torch
 
-from detox_guard.training.data import whole
-
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
@@ -83,7 +81,8 @@ class Examples:
 
     "bare": nothing but the text; "split": the prompt, or the first half of the text, is the context; "chat": the text
     answers an instruction, or its own question, behind the chat template; "passage": it answers an instruction behind
-    `passage_len` tokens of neutral text. Without a chat template the latter two are plain text. `max_context_len` cuts
+    `passage_len` tokens of neutral text. What a text follows is never learned: in a "bare" batch it is the context, in
+    front of a "passage" it is left out. Without a chat template the latter two are plain text. `max_context_len` cuts
     contexts on the left.
     """
 
@@ -95,16 +94,17 @@ class Examples:
 
     def batch(self, kind: Kind, texts: Sequence[Text], rng: random.Random) -> Batch:
         """One batch of `texts`, each cut to `reply_len` tokens."""
-        if kind == "split":
-            halves = [_split(text) if isinstance(text, str) else (text.prompt, text.text) for text in texts]
+        if kind == "split" or (kind == "bare" and not all(isinstance(text, str) for text in texts)):
+            cut = _split if kind == "split" else lambda text: ("", text)
+            halves = [cut(text) if isinstance(text, str) else (text.prompt, text.text) for text in texts]
             contexts = [self._ids(before) if before else [] for before, _ in halves]
             replies = [self._ids(after, special=False) for _, after in halves]
         else:
             contexts = [self._ids("") if kind == "bare" else self._chat(self._user_turn(kind, rng))]
             if kind == "chat" and not all(isinstance(text, str) for text in texts):
                 contexts = [contexts[0] if isinstance(text, str) else self._chat(text.prompt) for text in texts]
-                texts = [text if isinstance(text, str) else text.text.lstrip() for text in texts]
-            replies = [self._ids(whole(text), special=False) for text in texts]
+            own = [text if isinstance(text, str) else text.text.lstrip() for text in texts]
+            replies = [self._ids(text, special=False) for text in own]
         if self.max_context_len is not None:
             contexts = [ids[max(0, len(ids) - self.max_context_len) :] for ids in contexts]
         context_ids, context_mask = self._pad(contexts, left=True)

@@ -138,7 +138,8 @@ def choose_pairs(
     prompt after a space, or, in a `chat`, with nothing before them.
     """
     lead = "" if chat else " "
-    unique = {reply[:2]: reply for reply in replies}.values()
+    # Of equal replies the one drawn in the first of `DRAWS` stays.
+    unique = {reply[:2]: reply for reply in sorted(replies, key=lambda one: -DRAWS.index(one.draw))}.values()
     fit = [reply for reply in unique if _begins_a_word(reply.text, lead) and len(reply.text) > 20]
     by_prompt: dict[str, list[tuple[float, Drawn]]] = {}
     for reply, score in zip(fit, predict([reply.text for reply in fit]) if fit else (), strict=True):

@@ -28,7 +28,7 @@ from detox_guard.detoxifier import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.files import prepare_folder
 from detox_guard.training.config import FILES
-from detox_guard.training.data import Text, TextPairs, TextRows, read_pairs, read_texts, whole
+from detox_guard.training.data import Reply, Text, TextPairs, TextRows, read_pairs, read_texts, whole
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, rows_of, to_device
 from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 
@@ -59,6 +59,8 @@ def train_detoxifier(
     """
     from detox_guard.training.loss_curve import draw_loss_curve
 
+    if config.pairs and config.batch_size < 2:
+        raise InvalidParamsError("batch_size", config.batch_size, "at least 2 with pairs, which are half of a batch")
     folder = Path(config.output)
     if (folder / "config.json").exists():
         raise InvalidParamsError("output", config.output, "a folder that holds no model")
@@ -89,6 +91,8 @@ def train_detoxifier(
     before = _heldout_loss(model, examples, heldout, config)
     sources: list[TextRows | TextPairs] = [*data, *contexts, *anchors, *paired]
     run = _run_folder(config, backbone, sources, start)
+    if not config.resume:
+        shutil.rmtree(run, ignore_errors=True)
     harmless = list(dict.fromkeys(text for rows in anchors for text in rows.texts))
     random.Random(config.seed).shuffle(harmless)
     trainer = _trainer(model, Steps(examples, train, harmless, pairs, config), config, run, backbone, progress)
@@ -149,16 +153,25 @@ def make_examples(config: TrainingConfig, backbone: Backbone, contexts: Sequence
 
 
 def divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows. Equal rows count once, so that none can be on both sides."""
+    """Training and held-out rows, `config.heldout` or a few more. Equal rows count once, and what follows one prompt
+    stays together, so that neither can be on both sides."""
     unique = list(dict.fromkeys(rows))
-    if len(unique) <= config.heldout:
+    random.Random(config.seed).shuffle(unique)
+    together: dict[object, list[Row]] = {}
+    for row in unique:
+        text = row[0] if isinstance(row, tuple) and not isinstance(row, Reply) else row
+        together.setdefault(text.prompt if isinstance(text, Reply) else row, []).append(row)
+    train: list[Row] = []
+    heldout: list[Row] = []
+    for many in together.values():
+        (train if len(heldout) >= config.heldout else heldout).extend(many)
+    if not train:
         raise DataError(
             f"{', '.join((*config.data, *(config.pairs or ())))}: {len(unique)} different rows, of which "
             f"{config.heldout} are held out",
             hint="more data, or fewer held-out rows",
         )
-    random.Random(config.seed).shuffle(unique)
-    return unique[config.heldout :], unique[: config.heldout]
+    return train, heldout
 
 
 def _check_start(start: Detoxifier, config: TrainingConfig, backbone: Backbone) -> None:
@@ -231,15 +244,17 @@ class Steps(Dataset[_Step]):
         rows = _rows(kind, self.config)
         paired = rows // 2 if self.pairs else 0
         own_pairs, own_texts, own_anchors = self._by_kind[kind]
-        pairs = _next(own_pairs, step * (self.config.batch_size // 2), paired)
+        most = self.config.batch_size // 2 if self.pairs else 0
+        alone = step * (self.config.batch_size - most)  # so that none is passed over
+        pairs = _next(own_pairs, step * most, paired)
         toxic = [one for one, _ in pairs]
-        toxic += _next(own_texts, step * self.config.batch_size, rows - paired)
+        toxic += _next(own_texts, alone, rows - paired)
         learned = paired if self.config.pair_weight > 0 else 0
         harmless: list[Text] = []
         if learned or self.config.anchor_weight > 0:
             harmless += [other for _, other in pairs]
             if self.anchors:
-                harmless += _next(own_anchors, step * self.config.batch_size, rows - paired)
+                harmless += _next(own_anchors, alone, rows - paired)
         # In one batch, so in the same contexts: or the soft prompt could tell the two by their contexts.
         batch = self.examples.batch(kind, toxic + harmless, random.Random(f"{seed}/{kind}"))
         return _Step(batch=batch, toxic=len(toxic), pairs=learned)
