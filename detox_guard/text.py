@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class ChatPrompt:
     `tools` are OpenAI-style: `{"type": "function", "function": {"name", "description", "parameters"}}`. An assistant's
     message may carry `tool_calls` (`[{"id", "type": "function", "function": {"name", "arguments": dict}}]`), a result
     has role "tool", and `tool_call_id` and `name`. The chat template renders all that if it knows tools
-    (`DetoxiGen.supports_tools`); else plain messages say it (`detox_guard.tools`).
+    (`DetoxiGen.supports_tools`); else plain messages say it (`detox_guard.tools`). Where it refuses the role "system",
+    the first message of the user begins with what the system says.
     """
 
     messages: Sequence[Message]
@@ -89,23 +91,33 @@ def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Seq
     from jinja2 import TemplateError
 
     native = knows_tools(template_of(backbone))
-    try:
-        rendered = [dict(message) for message in messages] if native else with_tools(messages, tools)
+
+    def rendered(said: list[dict[str, Any]]) -> list[int]:
         encoded: Any = backbone.tokenizer.apply_chat_template(
-            rendered,
+            said,
             tools=list(tools) if native and tools else None,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
         )
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    said: list[dict[str, Any]] = []
+    refused = (TemplateError, TypeError, ValueError, KeyError)
+    try:
+        said = [dict(message) for message in messages] if native else with_tools(messages, tools)
+        return rendered(said)
     except PromptError:
         raise
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except refused as error:
+        if [message["role"] for message in said[:2]] == ["system", "user"]:
+            told = f"{said[0]['content']}\n\n{said[1]['content']}"
+            with suppress(*refused):
+                return rendered([{**said[1], "content": told}, *said[2:]])
         raise PromptError(
             "messages", [message.get("role") for message in messages], f"the chat template refuses them: {error}"
         ) from error
-    ids: list[int] = encoded["input_ids"]
-    return ids
 
 
 def _check_text(field: str, value: object, *, may_be_empty: bool = False) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_backbone, make_tiny_tokenizer
 
 from detox_guard.errors import PromptError
-from detox_guard.text import StopMatcher, TextStream, encode_prompt
+from detox_guard.text import ChatPrompt, StopMatcher, TextStream, encode_prompt
 
 TOKENIZER = make_tiny_tokenizer()
 TEXTS = [
@@ -147,3 +147,25 @@ def test_no_template_and_a_template_that_refuses_are_prompt_errors() -> None:
     bare = dataclasses.replace(backbone, has_chat_template=False)
     with pytest.raises(PromptError, match="no chat template"):
         encode_prompt(bare, [{"role": "user", "content": "hi"}])
+
+
+def test_a_template_without_a_system_role_has_the_user_say_it() -> None:
+    """Also what we say there ourselves: the tools, to a template that knows none."""
+    backbone = make_tiny_backbone("llama")
+    backbone.tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('user and assistant must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "So"},
+    ]
+    ids = encode_prompt(backbone, [{"role": "system", "content": "Be kind."}, *turns])
+    assert backbone.tokenizer.decode(ids) == "[user]Be kind.\n\nHi[assistant]Yes?[user]So"
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    said = backbone.tokenizer.decode(encode_prompt(backbone, ChatPrompt(turns, [tool])))
+    assert said.startswith("[user]You may call functions")
+    assert said.endswith("\n\nHi[assistant]Yes?[user]So")
+    with pytest.raises(PromptError, match="must alternate"):
+        encode_prompt(backbone, [{"role": "system", "content": "Be kind."}, turns[1]])
