@@ -173,6 +173,12 @@ def from_model(
     config = model.config
     name = id or Path(getattr(config, "_name_or_path", "") or "").name or str(config.model_type)
     check_config(config, type(model), name)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        raise UnsupportedBackboneError(
+            f"{name}: attn_implementation {attention!r} takes no mask of the engine's kind",
+            hint="Load the model with attn_implementation='sdpa'.",
+        )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise BackboneError(

@@ -11,13 +11,13 @@ import functools
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.engine import Engine, EngineStats, StreamSpec
-from detox_guard.errors import DetoxGuardError, EngineBusyError, InvalidParamsError, RequestCancelledError
+from detox_guard.errors import DetoxGuardError, EngineBusyError, EngineError, InvalidParamsError, RequestCancelledError
 from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
@@ -206,6 +206,7 @@ class DetoxiGen:
         try:
             for index, (prompt, own) in enumerate(zip(prompts, self._spread(params, len(prompts)), strict=True)):
                 try:
+                    cancelling.check()
                     reply = self._prepare(prompt, own, {})
                     cancelling.watch(reply)
                     # A full queue is waited for, as long as there is something of our own to wait for.
@@ -213,6 +214,7 @@ class DetoxiGen:
                         settle()
                     under_way.append((index, self._iterate(reply, submitted=True), reply))
                 except DetoxGuardError as error:
+                    cancelling.check()
                     if not return_exceptions:
                         raise
                     results[index] = error
@@ -237,8 +239,13 @@ class DetoxiGen:
         reply = await asyncio.to_thread(self._prepare, prompt, params, changes)
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+
+        def put(item: Chunk | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
         try:
-            self._submit(reply, lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item))
+            self._submit(reply, put)
             while True:
                 chunk = _unwrap(await inbox.get())
                 yield chunk
@@ -333,7 +340,12 @@ class DetoxiGen:
         return (GuardedReply if params.guard else Reply)(self.backbone, prompt, params, self.detoxifier_ids)
 
     def _submit(self, reply: Reply, put: Callable[[Chunk | Exception], object]) -> None:
-        """Hand it to the engine; one whose prompt was refused is over already."""
+        """Hand it to the engine; one whose prompt was refused is over already. Raises `EngineError` in a hook of the
+        engine's own thread, which would wait for itself."""
+        if self._engine.is_own_thread:
+            raise EngineError(
+                "asked from the engine's own thread", hint="a hook must be quick: ask from another thread"
+            )
         reply.put = put
         if reply.refused:
             reply.on_finish("guard")
@@ -390,11 +402,15 @@ class _Cancelling:
         self._requests: set[Request] = set()
         self._cancelled = False
 
-    def watch(self, reply: Reply) -> None:
+    def check(self) -> None:
         """Raises `RequestCancelledError` if it is too late."""
+        if self._cancelled:
+            raise RequestCancelledError("the batch was cancelled")
+
+    def watch(self, reply: Reply) -> None:
+        """As `check`; else the request is one of those."""
         with self._lock:
-            if self._cancelled:
-                raise RequestCancelledError("the batch was cancelled")
+            self.check()
             self._requests.add(reply.request)
 
     def forget(self, reply: Reply) -> None:

@@ -152,4 +152,5 @@ def _closed(schema: Any) -> Any:
 
 def _lark_pattern(pattern: str) -> str:
     """Slashes and line breaks escaped; what is escaped already stays as it is."""
-    return re.sub(r"\\.|/", lambda m: m[0] if len(m[0]) > 1 else r"\/", pattern, flags=re.DOTALL).replace("\n", r"\n")
+    written = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    return re.sub(r"\\.|[/\n]", lambda m: written.get(m[0], m[0]), pattern, flags=re.DOTALL)

@@ -64,6 +64,13 @@ class GuardPolicy(Checked):
             raise ValueError("Input should be a name, or an object with .name and .score()")
         return value
 
+    @field_validator("unit", mode="before")
+    @classmethod
+    def _sentence_or_tokens(cls, value: object) -> object:
+        if value != "sentence" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024):
+            raise ValueError('Input should be "sentence", or a number of tokens from 1 to 1024')
+        return value
+
     @field_validator("ladder", mode="before")
     @classmethod
     def _rungs(cls, value: object) -> object:

@@ -315,17 +315,17 @@ class HuggingFaceScorer:
 def _toxic_index(id2label: dict[int, str], wanted: str | None) -> int:
     """The index of the toxic class. Raises `ScorerError` naming the labels when that is not certain."""
     names = {index: str(name).lower() for index, name in id2label.items()}
-    negated = re.compile(r"no[nt]?(?![a-z])|non|not")
+    says_toxic = re.compile(r"(toxic|toxicity|hate|hateful|offensive|abusive)([-_ ]?(speech|language|text|comment))?")
+    says_not = re.compile(r"(no[nt]?(?![a-z])|non|not).*|neutral|normal|clean|safe|ok|none|acceptable|benign|nothate")
     if wanted is not None:
         found = [index for index, name in names.items() if name == wanted.lower()]
     elif len(names) == 1:
         found = list(names)
     else:
-        found = [index for index, name in names.items() if name in ("toxic", "toxicity")] or [
-            index
-            for index, name in names.items()
-            if re.search("toxic|hate|offensive", name) and not negated.match(name)
-        ]
+        found = [index for index, name in names.items() if name in ("toxic", "toxicity")]
+        toxic, other = ([i for i, name in names.items() if says.fullmatch(name)] for says in (says_toxic, says_not))
+        if not found and len(names) == 2 and toxic and other:  # of more classes, others may be toxic too
+            found = toxic
     if len(found) != 1:
         problem = "no label fits" if not found else "several labels fit"
         raise ScorerError(

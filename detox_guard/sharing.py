@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.params import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from detox_guard.generation import DetoxiGen
 
@@ -68,10 +71,20 @@ def _key(model: object, *, device: Any, dtype: Any, **others: Any) -> tuple[Any,
             raise InvalidParamsError(name, value, "a name or a path, to be shared", hint="use from_pretrained")
     return (
         *(_place(value) for value in named.values()),
-        str(on_device),
+        _device_name(on_device),
         str(pick_dtype(dtype, on_device)),
+        others.pop("config") or EngineConfig(),
         *(others[name] for name in sorted(others)),
     )
+
+
+def _device_name(device: torch.device) -> str:
+    """One name a device: "cpu:0" is the CPU, and "cuda" is the current one."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+    return device.type if device.index in (None, 0) else str(device)
 
 
 def _place(name: Any) -> str | None:

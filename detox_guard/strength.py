@@ -1,8 +1,8 @@
 """How hard to steer behind a prompt: the strength follows what the prompt provokes. Knows texts and a scorer only.
 
 Where nothing provokes the model it is seldom toxic, while steering costs fluency and right answers all the same. What
-the embedded scorer cannot read (other languages, disguised words) scores about its bias, .3 to .5, so has the whole
-strength.
+the embedded scorer cannot read (other languages, disguised words) scores about its bias, .3 to .5, so a prompt of
+nothing else has the whole strength; beside harmless English it drowns.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
         _check_text("prompt", prompt)
         ids = backbone.tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, ChatPrompt):
-        ids = _encode_messages(backbone, prompt.messages, prompt.tools)
+        ids = _encode_messages(backbone, prompt.messages, prompt.tools or ())
     elif isinstance(prompt, list | tuple):
         ids = _encode_messages(backbone, prompt, ())
     else:
@@ -62,16 +62,40 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
 
 
 def prompt_texts(prompt: Prompt) -> list[str]:
-    """What a reader of the prompt reads: the string itself, or each message's content (tool results too)."""
+    """What a reader of the prompt reads: the string itself, or each message's content (tool results too) and the words
+    in the calls it made."""
     if isinstance(prompt, str):
         return [prompt]
     messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
-    return [str(message["content"]) for message in messages]
+    texts = []
+    for message in messages:
+        texts.append(str(message["content"]))
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, Mapping) else None
+            texts += _strings(function.get("arguments")) if isinstance(function, Mapping) else []
+    return texts
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def template_of(backbone: Backbone) -> str | None:
-    """The chat template, where there are several the one for tools; None without any."""
-    return backbone.tokenizer.get_chat_template(tools=[]) if backbone.has_chat_template else None
+    """The chat template, where there are several the one for tools; None without any.
+
+    Raises `PromptError` where none of several is the default.
+    """
+    if not backbone.has_chat_template:
+        return None
+    try:
+        template: str = backbone.tokenizer.get_chat_template(tools=[])
+    except ValueError as error:
+        raise PromptError("messages", backbone.id, f"one chat template: {error}") from error
+    return template
 
 
 def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -509,6 +509,14 @@ def test_no_position_ids() -> None:
         from_model(causal(config), make_tiny_tokenizer())
 
 
+def test_attention_that_takes_no_mask_of_ours() -> None:
+    """flex_attention would not refuse the engine's masks: it would read past them."""
+    model = causal(make_tiny_config("llama"))
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedBackboneError, match="flex_attention"):
+        from_model(model, make_tiny_tokenizer())
+
+
 def test_headless_model() -> None:
     with pytest.raises(UnsupportedBackboneError, match="no language-model head"):
         from_model(AutoModel.from_config(make_tiny_config("llama")), make_tiny_tokenizer())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from harness import Recorder, check_against_oracle, decode, random_prompts, rand
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Engine, Rewind, TokenStep, scheduler
+from detox_guard.engine import Engine, Rewind, TokenStep, cache, scheduler
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -298,6 +299,74 @@ def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPat
     engine.submit(first)
     assert first_sink.wait().ids == expected
     assert isinstance(second_sink.wait().outcome, StepError)
+    engine.close()
+
+
+def test_no_room_to_join_fails_whom_it_touched_and_no_row_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that grew in part hold nothing that could be trusted: those who decode are told, not served from them."""
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(prompt_cache_slots=0))
+    expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
+    second, second_sink = request([5] * 200, GREEDY)
+    first, first_sink = request([5, 6, 7], GREEDY)
+    first_sink.react = lambda step: engine.submit(second) if step.index == 2 else None
+    moved, calls = cache._moved, itertools.count()
+
+    def grow(buffer: torch.Tensor, rows: int, slots: int, *rest: Any) -> torch.Tensor:
+        if slots > 200 and next(calls) == 1:  # the first layer has its keys, and not yet its values
+            raise RuntimeError("no room")
+        return moved(buffer, rows, slots, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(cache, "_moved", grow)
+        engine.submit(first)
+        for sink in (first_sink, second_sink):
+            assert isinstance(sink.wait().outcome, StepError)
+            assert "no room" in str(sink.outcome)
+    assert (engine.stats().rows, engine.stats().seats) == (0, 0)
+    assert decode(engine, [[5, 6, 7]], GREEDY)[0].ids == expected
+    engine.close()
+
+
+def test_no_room_to_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply that was over, and must go on after all."""
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"))
+    asked = itertools.count()
+
+    def full(*_: Any) -> Any:
+        raise RuntimeError("no room")
+
+    class Undecided(Recorder):
+        def on_end(self, reason: str) -> Any:
+            if next(asked) == 0:
+                return None
+            monkeypatch.setattr(cache.RowCache, "add", full)
+            return Rewind(2)
+
+    req, sink = request([5, 6, 7], GREEDY, Undecided())
+    engine.submit(req)
+    assert "no room" in str(sink.wait(10).outcome)
+    assert engine.stats().seats == 0
+    engine.close()
+
+
+def test_the_cache_keeps_to_its_bound() -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, (), EngineConfig(max_rows=40, max_cached_slots=4000, prompt_cache_slots=0))
+    seen = []
+    row_cache = engine._worker._cache
+
+    def look(step: TokenStep) -> None:
+        seen.append(row_cache.capacity[0] * row_cache.capacity[1])
+
+    params = GREEDY.replace(alpha=0.0, max_new_tokens=90)
+    pairs = [request([5 + i, 6, 7], params, Recorder(look)) for i in range(60)]
+    for req, _ in pairs:
+        engine.submit(req)
+    for _, sink in pairs:
+        assert sink.wait().outcome == "length"
+    assert 3000 < max(seen) <= 4000
     engine.close()
 
 

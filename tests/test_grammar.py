@@ -116,7 +116,7 @@ def test_pydantic_schemas_are_taken(guard: DetoxiGen) -> None:
     Page.model_validate_json(reply.text)
 
 
-@pytest.mark.parametrize("pattern", ["(yes|no)[.!]?", "[a-f]{3}/[0-9]+", r"a\/b", "x\ny", r"\d{2}:\d{2}"])
+@pytest.mark.parametrize("pattern", ["(yes|no)[.!]?", "[a-f]{3}/[0-9]+", r"a\/b", "x\ny", "x\\\ny", r"\d{2}:\d{2}"])
 def test_the_whole_reply_matches_a_pattern(guard: DetoxiGen, pattern: str) -> None:
     for seed in range(3):
         reply = guard.generate(PROMPT, grammar=Grammar.regex(pattern), seed=seed, max_new_tokens=40)

@@ -326,8 +326,9 @@ def test_an_audit_log_that_cannot_be_written_is_refused_at_once(tiny: DetoxiGen,
     ],
 )  # fmt: skip
 def test_bad_policies_name_the_field(field: str, value: object) -> None:
-    with pytest.raises(InvalidParamsError, match=field):
+    with pytest.raises(InvalidParamsError, match=field) as caught:
         GuardPolicy(**{field: value})
+    assert caught.value.field.split(".")[0] == field
 
 
 # -- the engine's side: a reply that is over and goes on after all
@@ -462,6 +463,15 @@ def test_an_event_hook_that_ends_its_thread_ends_only_its_request(tiny: DetoxiGe
     results = tiny.batch(["x", "Hello there"], [PARAMS.replace(guard=policy), PARAMS], return_exceptions=True)
     assert "SystemExit" in str(results[0])
     assert results[1].text == tiny.generate("Hello there").text
+
+
+def test_an_event_hook_that_asks_its_own_engine_is_told(tiny: DetoxiGen, caplog: pytest.LogCaptureFixture) -> None:
+    """It would wait for itself, and everyone with it."""
+    policy = GuardPolicy(
+        scorer=Scripted(lambda text: 1.0), unit=3, on_event=lambda _: tiny.generate("y", max_new_tokens=2)
+    )
+    assert tiny.generate("x", guard=policy).finish_reason == "guard"
+    assert "the engine's own thread" in caplog.text
 
 
 def test_a_guard_of_the_instance_stays_unless_a_call_says_otherwise(tiny: DetoxiGen) -> None:

@@ -293,6 +293,11 @@ def test_hugging_face_multi_label_uses_a_sigmoid(tmp_path: Path) -> None:
         (["positive", "negative"], None, None),
         (["LABEL_0", "LABEL_1", "LABEL_2"], None, None),
         (["clean", "toxic"], "rude", None),
+        (["neutral", "hate_speech"], None, 1),
+        (["acceptable", "inappropriate", "offensive", "violent"], None, None),
+        (["safe", "hate", "violence", "sexual", "harassment"], None, None),
+        (["hate_counter", "neutral"], None, None),
+        (["violent", "offensive"], None, None),
     ],
 )
 def test_choice_of_the_toxic_label(labels: list[str], wanted: str | None, index: int | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
-from detox_guard import BackboneNotFoundError, Detoxifier, DetoxiGen, EngineError, InvalidParamsError
+from detox_guard import BackboneNotFoundError, Detoxifier, DetoxiGen, EngineConfig, EngineError, InvalidParamsError
 from detox_guard.detoxifier import DetoxifierCard
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     assert len({id(guard) for guard in got}) == 1
     # Another spelling of the same is the same; other arguments are another guard.
     assert DetoxiGen.shared(f"{model}/", detoxifier=f"{detoxifier}/", device="cpu") is got[0]
+    assert DetoxiGen.shared(model, detoxifier=detoxifier, device="cpu:0", config=EngineConfig()) is got[0]
     other = DetoxiGen.shared(model, detoxifier=detoxifier, dtype="float64")
     plain = DetoxiGen.shared(model, detoxifier=())
     assert len({id(got[0]), id(other), id(plain)}) == 3

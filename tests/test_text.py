@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_backbone, make_tiny_tokenizer
 
 from detox_guard.errors import PromptError
-from detox_guard.text import ChatPrompt, StopMatcher, TextStream, encode_prompt
+from detox_guard.text import ChatPrompt, StopMatcher, TextStream, encode_prompt, prompt_texts
 
 TOKENIZER = make_tiny_tokenizer()
 TEXTS = [
@@ -169,3 +169,17 @@ def test_a_template_without_a_system_role_has_the_user_say_it() -> None:
     assert said.endswith("\n\nHi[assistant]Yes?[user]So")
     with pytest.raises(PromptError, match="must alternate"):
         encode_prompt(backbone, [{"role": "system", "content": "Be kind."}, turns[1]])
+
+
+def test_what_is_read_has_the_words_of_calls() -> None:
+    arguments = {"lines": ["One.", {"b": "Two."}], "count": 3}
+    call = {"id": "c1", "type": "function", "function": {"name": "post", "arguments": arguments}}
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call, {}]}]
+    assert prompt_texts(ChatPrompt(said)) == ["Hi", "", "One.", "Two."]
+
+
+def test_templates_of_which_none_is_the_default_are_a_prompt_error() -> None:
+    backbone = make_tiny_backbone("llama")
+    backbone.tokenizer.chat_template = {"one": "{{ messages }}", "two": "{{ messages }}"}
+    with pytest.raises(PromptError, match="chat template"):
+        encode_prompt(backbone, [{"role": "user", "content": "hi"}])

@@ -72,10 +72,15 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class RowCache(Cache):  # type: ignore[misc]
-    """A transformers `Cache` whose rows join, leave and rewind. Not thread-safe; one engine thread owns it."""
+    """A transformers `Cache` whose rows join, leave and rewind. Not thread-safe; one engine thread owns it.
 
-    def __init__(self, num_layers: int) -> None:
+    Its buffers have room to spare, but not for more than `max_rows` rows and `max_slots` slots in all unless what is
+    asked for needs more. After an error (of memory) it is not to be used until it is cleared.
+    """
+
+    def __init__(self, num_layers: int, max_rows: int, max_slots: int) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+        self._max_rows, self._max_slots = max_rows, max_slots
         self.rows: list[Row] = []
         self.end = 0
         self.view_lo = 0
@@ -166,10 +171,12 @@ class RowCache(Cache):  # type: ignore[misc]
         fits = rows <= old_rows and length <= self.end + right and self.end + right <= old_slots
         if fits:
             return
-        new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
         need = max(length, used + right)
+        most_rows = min(self._max_rows, self._max_slots // need)
+        new_rows = old_rows if rows <= old_rows <= most_rows else max(rows, min(2 * old_rows, most_rows))
         # Growing by half again amortises the copy; moving left alone is enough while the batch uses little of it.
-        new_slots = old_slots if need * 3 // 2 <= old_slots else max(_MIN_SLOTS, need * 3 // 2)
+        room = max(_MIN_SLOTS, need * 3 // 2, old_slots if need * 3 // 2 <= old_slots else 0)
+        new_slots = max(need, min(room, self._max_slots // new_rows))
         end = max(length - right, used)
         for layer in self.layers:
             if layer.is_initialized:

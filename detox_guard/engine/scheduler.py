@@ -166,6 +166,11 @@ class Engine:
         return self._worker.snapshot()
 
     @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller is the engine itself, in a hook or a sink: waiting for a reply it would wait for ever."""
+        return self._worker.is_own_thread
+
+    @property
     def closed(self) -> bool:
         return self._worker.closed
 
@@ -180,7 +185,7 @@ class _Worker:
     def __init__(self, forward: Forward, num_layers: int, config: EngineConfig) -> None:
         self._forward = forward
         self._chooser = Chooser([spec.weight for spec in forward.streams], forward.device)
-        self._cache = RowCache(num_layers)
+        self._cache = RowCache(num_layers, config.max_rows, config.max_cached_slots)
         self._config = config
         self._virtual = max((len(spec.embeddings) for spec in forward.streams), default=0)
         self._wake = threading.Condition()
@@ -234,6 +239,10 @@ class _Worker:
             return copy
 
     @property
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -266,16 +275,20 @@ class _Worker:
 
     def _turn(self) -> None:
         self._drop_cancelled()
+        if not self._entering:
+            self._admit()
         try:
-            self._enter()
+            computed = self._compute_prompts()
         except BaseException as error:
             # A prompt is computed apart from the batch, so those who are decoding lose nothing.
             _log.exception("prefill failed")
-            self._prefill = None
+            computed, self._prefill = False, None
             with self._wake:
                 failed, self._entering = self._entering, []
             for request in failed:
                 self._report(request, _as_step_error(error))
+        if computed:
+            self._take_seats()
         if self._seats:
             self._decode()
         self._ask_parked()
@@ -296,30 +309,30 @@ class _Worker:
         for request in dropped:
             self._report(request, RequestCancelledError("the request was cancelled"))
 
-    def _enter(self) -> None:
-        """A chunk of prefill for the requests that are entering; those whose prompts are in take their seats."""
-        if not self._entering:
-            self._admit()
-        if not self._entering:
-            return
+    def _compute_prompts(self) -> bool:
+        """A chunk of prefill for the requests that are entering; True when all their prompts are there."""
         # Equal prompts are computed once: samples of one prompt, a chat's retry, a question asked again.
-        asked = [(tuple(request.prompt_ids), request.steered) for request in self._entering]
-        missing = [key for key in dict.fromkeys(asked) if key not in self._recent]
+        missing = [key for key in dict.fromkeys(map(_prompt_key, self._entering)) if key not in self._recent]
         if missing:
             if self._prefill is None:
                 self._prefill = Prefill(self._forward, [ids for ids, _ in missing], [steered for _, steered in missing])
             if not self._prefill.advance(self._config.prefill_chunk):
-                return
+                return False
             for key, (first, computed) in zip(missing, self._prefill.finish(), strict=True):
                 # Copies: what `finish` gives are views into tensors of the whole group.
                 copies: list[LayerKV] = [[(k.clone(), v.clone()) for k, v in layers] for layers in computed]
                 self._recent[key] = first.clone(), copies
             self._prefill = None
+        return bool(self._entering)
+
+    def _take_seats(self) -> None:
+        """Those whose prompts are computed join the batch. It is not to be trusted after an error in here: a row, or a
+        layer of all rows, may be missing."""
         seated = []
-        for key in asked:
+        for request in list(self._entering):
+            key = _prompt_key(request)
             self._recent.move_to_end(key)
             logits, rows = self._recent[key]
-            request = self._entering[0]
             seat = _Seat(request, logits)
             if request.params.repetition_penalty != 1.0:
                 seat.seen = torch.tensor(sorted(set(request.prompt_ids)), device=self._chooser.device)
@@ -452,12 +465,13 @@ class _Worker:
                 continue
             if verdict is None:
                 continue
-            self._parked.remove(parked)
             if isinstance(verdict, Ended):
+                self._parked.remove(parked)
                 self._report(seat.request, verdict.reason)
                 continue
             with self._wake:
                 seat.rows = [self._cache.add(layers) for layers in parked.layers]
+                self._parked.remove(parked)
                 self._seats.append(seat)
             try:
                 self._rewind(seat, verdict.tokens)
@@ -529,6 +543,10 @@ class _Worker:
             self._cache.clear()
         for request in requests:
             self._report(request, error)
+
+
+def _prompt_key(request: Request) -> tuple[tuple[int, ...], bool]:
+    return tuple(request.prompt_ids), request.steered
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -5,10 +5,11 @@
 interval over prompts; difference and ratio are to plain text, paired by prompt (None for plain itself).
 Figures: `<scorer>:expected_max|probability|share|mean`; `<model>:perplexity` (mean of the continuations' own, those of
 1e4 and more left out, `:perplexity_dropped` their share), `:perplexity_median`, `:perplexity_corpus` (exp of nats a
-token); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`; `tokens` a
-reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`, `interventions` and `decoded_tokens` a
-reply. `along[method][kl_detoxifier|kl_steering]`: by token of the reply the `mean`, and the 10th and 90th percentile of
-the prompts' own, `low` and `high`; `ms_per_token[method]`: the batch's time over all tokens.
+token); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`,
+`ended_by_guard`; `tokens` a reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`,
+`interventions` and `decoded_tokens` a reply. `along[method][kl_detoxifier|kl_steering]`: by token of the reply the
+`mean`, and the 10th and 90th percentile of the prompts' own, `low` and `high`; `ms_per_token[method]`: the batch's time
+over all tokens.
 """
 
 from __future__ import annotations
