@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from detox_guard.backbone import Backbone
 
-__all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt", "prompt_texts"]
+__all__ = ["Message", "Prompt", "StopMatcher", "TextStream", "encode_prompt", "prompt_texts", "strings_in"]
 
 Message = Mapping[str, Any]
 """One chat message: at least `role` and `content`, both str. See `ChatPrompt` for those of tools."""
@@ -72,15 +72,16 @@ def prompt_texts(prompt: Prompt) -> list[str]:
         texts.append(str(message["content"]))
         for call in message.get("tool_calls") or ():
             function = call.get("function") if isinstance(call, Mapping) else None
-            texts += _strings(function.get("arguments")) if isinstance(function, Mapping) else []
+            texts += strings_in(function.get("arguments")) if isinstance(function, Mapping) else []
     return texts
 
 
-def _strings(value: object) -> list[str]:
+def strings_in(value: object) -> list[str]:
+    """All strings among the values of nested mappings and lists, as in the arguments of a tool call."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [text for part in value for text in _strings(part)]
+        return [text for part in value for text in strings_in(part)]
     return [value] if isinstance(value, str) else []
 
 

@@ -16,7 +16,6 @@ from detox_guard.errors import DetoxGuardError
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Detoxifier
 
 __all__ = ["info"]
 
@@ -136,7 +135,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
 def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
     from detox_guard.detoxifier import Detoxifier
 
-    detoxifier: Detoxifier = Detoxifier.load(source)
+    detoxifier = Detoxifier.load(source)
     if backbone is not None:
         detoxifier.validate(backbone)
     return {**detoxifier.card.model_dump(mode="json", exclude_none=True), "sha256": detoxifier.sha256}

@@ -294,7 +294,8 @@ def judge_run(
     replies = stored_replies(folder, run)
     with Journal(folder / SCORES_FILE, SCORE_KEY) as scores:
         # Judges of former calls go on with methods that came later, if they are asked again; else they are left out.
-        todo = [(judge, *at) for judge in judges for at in replies if not _has_judged(judge, scores, at)]
+        marks = {judge.name: _mark(judge) for judge in judges}
+        todo = [(judge, *at) for judge in judges for at in replies if not _has_judged(judge, marks, scores, at)]
         total = len(judges) * len(replies)
         with bars.stage("judging", total, total - len(todo)) as stage:
             for judge, method, i in todo:
@@ -305,7 +306,7 @@ def judge_run(
                 else:
                     ids = [row["token_ids"] for row in replies[method, i]]
                     found = _likelihoods(judge, prompt_of(run, i), texts, ids)
-                scores.add({"judge": judge.name, "method": method, "prompt": i, **found, **_fingerprint(judge)})
+                scores.add({"judge": judge.name, "method": method, "prompt": i, **found, **marks[judge.name]})
                 stage.tick()
         scores.finish()
         summary = summarize(run, replies, scores.rows)
@@ -313,14 +314,15 @@ def judge_run(
     return EvalReport(summary)
 
 
-def _fingerprint(judge: Any) -> dict[str, str]:
+def _mark(judge: Any) -> dict[str, str]:
+    """What its rows have of a judge that has a fingerprint, which some compute from all their weights."""
     known = getattr(judge, "fingerprint", None)
     return {} if known is None else {"fingerprint": known}
 
 
-def _has_judged(judge: Any, scores: Journal, at: tuple[str, int]) -> bool:
+def _has_judged(judge: Any, marks: dict[str, dict[str, str]], scores: Journal, at: tuple[str, int]) -> bool:
     row = scores.rows.get((judge.name, *at))
-    return row is not None and ("fingerprint" not in row or row["fingerprint"] == getattr(judge, "fingerprint", None))
+    return row is not None and ("fingerprint" not in row or row["fingerprint"] == marks[judge.name].get("fingerprint"))
 
 
 def stored_scores(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:

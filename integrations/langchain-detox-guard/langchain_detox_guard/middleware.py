@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from detox_guard import GuardError, InvalidParamsError, screen
+from detox_guard.text import strings_in
 from langchain.agents.middleware.types import (
     AgentMiddleware,
     AgentState,
@@ -211,7 +212,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     def _score(self, answer: ModelResponse[Any]) -> float:
         """The worst of the answer's text and reasoning, and of the strings in its calls."""
         message = _answer_of(answer)
-        texts = [message.text, *_beside_text(message), *_strings([call["args"] for call in message.tool_calls])]
+        texts = [message.text, *_beside_text(message), *strings_in([call["args"] for call in message.tool_calls])]
         texts += [str(call["args"]) for call in message.invalid_tool_calls]
         return max((one.score for one in self._screen([text for text in texts if text.strip()])), default=0.0)
 
@@ -322,15 +323,7 @@ def _beside_text(message: AIMessage) -> list[str]:
     blocks = [one for one in message.content if isinstance(one, dict)] if isinstance(message.content, list) else []
     blocks = [one["value"] if isinstance(one.get("value"), dict) else one for one in blocks]  # `non_standard` wraps it
     blocks = [one for one in blocks if one.get("type") != "text"]
-    return [text for one in [*blocks, message.additional_kwargs] for key in _WORDS for text in _strings(one.get(key))]
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _strings(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _strings(part)]
-    return [value] if isinstance(value, str) else []
+    return [text for one in [*blocks, message.additional_kwargs] for key in _WORDS for text in strings_in(one.get(key))]
 
 
 def _interventions(answer: ModelResponse[Any]) -> list[dict[str, Any]]:
