@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from detox_guard.errors import InvalidParamsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Checked"]
 
@@ -23,5 +26,15 @@ class Checked(BaseModel):
             raise InvalidParamsError.from_pydantic(error) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; checked, unlike pydantic's `model_copy`. What was not set stays so."""
+        """A copy with some fields changed; each change is checked. What was not set stays so."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """`replace`: a change is checked here too. Nothing inside can change, so a deep copy shares it."""
+        return self.replace(**(update or {}))
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self

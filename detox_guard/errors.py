@@ -20,12 +20,14 @@
     │   └── StepError                    the forward pass failed or gave numbers that cannot be trusted (fail closed)
     ├── GuardError                       the guard let nothing through, and its policy says to raise
     ├── ScorerError                      a toxicity scorer cannot be loaded, is too slow, or gave what is no score
+    ├── NotPicklableError (PicklingError) an object of one process (engine, scorer, hook) was to go to another
     └── DataError                        a training or evaluation file cannot be used
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pickle
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -44,6 +46,7 @@ __all__ = [
     "EngineError",
     "GuardError",
     "InvalidParamsError",
+    "NotPicklableError",
     "PromptError",
     "PromptTooLongError",
     "RequestCancelledError",
@@ -54,13 +57,20 @@ __all__ = [
 
 
 class DetoxGuardError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. Each can be pickled, so it crosses processes as itself."""
 
     retryable = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revived, (type(self), self.args, self.portable_state())
+
+    def portable_state(self) -> dict[str, Any]:
+        """The attributes; one that cannot be pickled (a hook given as a value, say) as the start of its repr."""
+        return {name: value if _can_pickle(value) else _short(value) for name, value in self.__dict__.items()}
 
 
 class _FieldError(DetoxGuardError):
@@ -153,10 +163,33 @@ class ScorerError(DetoxGuardError):
     """A toxicity scorer cannot be loaded, did not answer in time, or returned something that is no score."""
 
 
+class NotPicklableError(DetoxGuardError, pickle.PicklingError):
+    """An engine, a scorer object or a hook belongs to its process. A copy elsewhere would not guard alike."""
+
+
 class DataError(DetoxGuardError):
     """A data file cannot be used."""
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, or an object whose own repr fails
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _can_pickle(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
+
+
+def _revived(cls: type[DetoxGuardError], args: tuple[Any, ...], state: dict[str, Any]) -> DetoxGuardError:
+    """The error as it was, without a second run of its constructor."""
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error

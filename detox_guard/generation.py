@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.engine import Engine, EngineStats, StreamSpec
-from detox_guard.errors import DetoxGuardError, EngineBusyError, EngineError, InvalidParamsError, RequestCancelledError
+from detox_guard.errors import (
+    DetoxGuardError,
+    EngineBusyError,
+    EngineError,
+    InvalidParamsError,
+    NotPicklableError,
+    RequestCancelledError,
+)
 from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
@@ -322,6 +329,18 @@ class DetoxiGen:
     def close(self) -> None:
         """Stop the engine's thread; requests under way fail. Idempotent; also done when nobody holds this object."""
         self._engine.close()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Itself: a copied chain or index shares the engine."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        raise NotPicklableError(
+            f"the engine of {self.model_id!r} belongs to its process", hint="name the model, and load it over there"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from detox_guard.checked import Checked
+from detox_guard.errors import NotPicklableError
 
 __all__ = ["GuardPolicy", "Rule", "Rung"]
 
@@ -88,6 +90,21 @@ class GuardPolicy(Checked):
         if isinstance(value, bool):
             raise ValueError("Input should be a number, not a bool")
         return value
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Raises `NotPicklableError` for a scorer object, or a hook that pickle cannot find by its name."""
+        if not isinstance(self.scorer, str):
+            name = getattr(self.scorer, "name", type(self.scorer).__name__)
+            raise NotPicklableError(
+                f"guard.scorer: {name!r} is an object of this process", hint="name a scorer, or build it over there"
+            )
+        try:
+            pickle.dumps(self.on_event)
+        except Exception as error:
+            raise NotPicklableError(
+                f"guard.on_event: the hook cannot be pickled: {error}", hint="use a function of a module"
+            ) from error
+        return super().__getstate__()
 
     @property
     def most_alpha(self) -> float:
