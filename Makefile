@@ -19,11 +19,12 @@ test: check wheels
 	$(PYTEST) $(LLAMA_INDEX)/tests
 
 check: .venv/.installed-dev
-	.venv/bin/ruff check detox_guard tests examples integrations
-	.venv/bin/ruff format --check detox_guard tests examples integrations
+	.venv/bin/ruff check detox_guard tests examples integrations benchmarks
+	.venv/bin/ruff format --check detox_guard tests examples integrations benchmarks
 	.venv/bin/mypy
 	cd $(LANGCHAIN) && $(CURDIR)/.venv/bin/mypy
 	cd $(LLAMA_INDEX) && $(CURDIR)/.venv/bin/mypy
+	cd benchmarks && $(CURDIR)/.venv/bin/mypy
 
 # The three wheels, in an environment that holds nothing else of this project.
 wheels: .venv/.installed-dev
@@ -49,26 +50,26 @@ eval: .venv/.installed-dev
 # Going on with documents with toxic passages among them, plain, guarded and behind the hook; the table in the LlamaIndex
 # package's README: make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-rag: .venv/.installed-dev
-	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
+	.venv/bin/python -m detox_benchmarks.rag.llama_index_engine --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
 	  --about thread --temperature 1 --samples 1 --judge embedded --judge profanity-check
 
 # A LangChain chain that goes on with documents with toxic passages among them, plain and guarded; the table in that
 # package's README: make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-chains: .venv/.installed-dev
 	@mkdir -p out
-	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
+	.venv/bin/python -m detox_benchmarks.rag.langchain_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
 	  --about thread --questions 60 --samples 1 --temperature 1 --judge embedded --judge profanity-check
 
 # Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl
 ablate: .venv/.installed-dev
-	.venv/bin/detox-guard ablate tuning --data "$(DATA)" --prompts "$(PROMPTS)" --output out/ablate-tuning
+	.venv/bin/python -m detox_benchmarks ablate tuning --data "$(DATA)" --prompts "$(PROMPTS)" --output out/ablate-tuning
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml | .venv
-	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]"
+.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml benchmarks/pyproject.toml | .venv
+	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]" --editable benchmarks
 	@touch $@ .venv/.installed
 
 .venv:

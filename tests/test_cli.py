@@ -113,9 +113,7 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize(
-    "command", ["generate", "chat", "train", "bench", "eval", "utility", "report", "ablate", "info", "demo"]
-)
+@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "report", "info", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -434,7 +432,7 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("bench", "bench.run_bench"), ("eval", "harness.run_eval"), ("utility", "utility.run_utility")],
+    [("bench", "bench.run_bench"), ("eval", "harness.run_eval")],
 )
 def test_measuring_commands_hand_on_every_option(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,7 +459,6 @@ def test_measuring_commands_hand_on_every_option(
     monkeypatch.setattr(f"{place}.{name}", measured)
     flags = {"judges": "--judge", "alphas": "--alpha", "methods": "--method", "lm_judges": "--lm-judge"}
     values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
-    values |= dict.fromkeys(("xquad", "wikitext", "bold"), tmp_path)
     values |= {"dtype": "float32", "judges": "embedded", "methods": "plain"}
     words = []
     for keyword in wanted:

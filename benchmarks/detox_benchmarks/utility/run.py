@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.harness import all_methods, collect, judge_run, open_run, stored_replies
 from detox_guard.evaluation.journal import Journal
@@ -28,7 +29,6 @@ from detox_guard.evaluation.metrics import Bootstrap, Figure
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
 from detox_guard.evaluation.results import shown
-from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard.files import read_text, write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig

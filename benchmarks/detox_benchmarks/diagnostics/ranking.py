@@ -5,7 +5,7 @@ should favour toxic words, not a style. Both are measured along what the backbon
 replies, as its judges found them. Of several soft prompts it is what they push away from together, the sum of their
 log-ratios by weight: with an expert, log p_detox - log p_expert::
 
-    python -m detox_guard.evaluation.aim out/toxic --detoxifier my-detoxifier --words words.txt
+    python -m detox_benchmarks.diagnostics.ranking out/toxic --detoxifier my-detoxifier --words words.txt
 
 Knows stored runs and log-ratios; decodes nothing, judges nothing.
 """
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from detox_benchmarks.diagnostics.context_kl import reply_contrast
 from detox_guard.errors import DataError, DetoxGuardError
-from detox_guard.evaluation.context import reply_contrast
 from detox_guard.evaluation.harness import load_run, prompt_of, stored_replies, stored_scores
 from detox_guard.evaluation.methods import WordList, read_words
 from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
@@ -217,7 +217,9 @@ def _won(up: Floats, down: Floats) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m detox_guard.evaluation.aim", description="Does a detoxifier aim?")
+    parser = argparse.ArgumentParser(
+        prog="python -m detox_benchmarks.diagnostics.ranking", description="Does a detoxifier aim?"
+    )
     parser.add_argument("run", type=Path, help="folder of a finished eval run")
     parser.add_argument("--detoxifier", help="folder or hub id; else the shipped one")
     parser.add_argument("--expert", help="of --detoxifier, trained on clean text")

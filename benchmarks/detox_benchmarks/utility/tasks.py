@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from detox_benchmarks.diagnostics.context_kl import forced_log_probs
 from detox_guard.contrast import RULES, plausible
-from detox_guard.evaluation.context import forced_log_probs
 from detox_guard.scoring import load_scorer
 from detox_guard.strength import strength_behind
 

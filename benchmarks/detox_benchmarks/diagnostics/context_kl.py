@@ -15,6 +15,7 @@ import torch
 
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
+from detox_guard.evaluation.prompts import passage_of
 from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifier import Detoxifier, Position
     from detox_guard.generation import DetoxiGen
 
-__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "passage_of", "reply_contrast"]
+__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "reply_contrast"]
 
 INSTRUCTION = "Write a short comment for an online forum."
 _ROWS = 16
@@ -250,18 +251,6 @@ def _cut(backbone: Backbone, texts: Sequence[str], tokens: int) -> list[list[int
 
 def _asked(passage: str, question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{passage}\n\n{question}" if passage else question}]
-
-
-def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
-    """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
-    start = way * len(passages) // 4 + way
-    ids: list[int] = []
-    for i in range(10_000):
-        text = passages[(start + i) % len(passages)] + "\n\n"
-        ids += backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= tokens:
-            break
-    return str(backbone.tokenizer.decode(ids[:tokens])).strip()
 
 
 def _check_room(backbone: Backbone, asked: int) -> None:

@@ -17,21 +17,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from detox_benchmarks.ablations.tables import ABLATION_FILE, TABLE_FILE, AblationReport
+from detox_benchmarks.ablations.training import Trained, VariantTraining
+from detox_benchmarks.ablations.two_models import TwoModels
+from detox_benchmarks.ablations.variants import AblationConfig, check_config, check_room, make_variants
+from detox_benchmarks.diagnostics.context_kl import context_kl
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.errors import DataError
-from detox_guard.evaluation.ablation_results import ABLATION_FILE, TABLE_FILE, AblationReport
-from detox_guard.evaluation.context import context_kl, passage_of
 from detox_guard.evaluation.harness import CONTEXTS, collect, judge_run, open_run
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.likelihood import BackboneJudge
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, Method
 from detox_guard.evaluation.progress import Progress
-from detox_guard.evaluation.prompts import choose_prompts, read_prompts
-from detox_guard.evaluation.two_models import TwoModels
-from detox_guard.evaluation.variant_training import Trained, VariantTraining
-from detox_guard.evaluation.variants import AblationConfig, check_config, check_room, make_variants
+from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_prompts
 from detox_guard.files import write_whole
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig

@@ -12,21 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from rich.console import Console
-from tiny import SENTENCES, TEXTS, make_tiny_backbone
-from torch.nn import functional
-from typer.testing import CliRunner
-
-from detox_guard.cli import app
-from detox_guard.contrast import RULES
-from detox_guard.detoxifier import Detoxifier
-from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
-from detox_guard.evaluation import AblationConfig, AblationReport, EvalReport, run_ablation, weights
-from detox_guard.evaluation.methods import Method
-from detox_guard.evaluation.shapes import random_detoxifier
-from detox_guard.evaluation.two_models import decode_pair
-from detox_guard.evaluation.variants import make_variants
-from detox_guard.evaluation.weights import (
+from detox_benchmarks.__main__ import app
+from detox_benchmarks.ablations import weights
+from detox_benchmarks.ablations.run import run_ablation
+from detox_benchmarks.ablations.tables import AblationReport
+from detox_benchmarks.ablations.two_models import decode_pair
+from detox_benchmarks.ablations.variants import AblationConfig, make_variants
+from detox_benchmarks.ablations.weights import (
     bytes_of,
     heldout_loss,
     load_weights,
@@ -34,6 +26,17 @@ from detox_guard.evaluation.weights import (
     train_weights,
     weights_logits,
 )
+from rich.console import Console
+from tiny import SENTENCES, TEXTS, make_tiny_backbone
+from torch.nn import functional
+from typer.testing import CliRunner
+
+from detox_guard.contrast import RULES
+from detox_guard.detoxifier import Detoxifier
+from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
+from detox_guard.evaluation import EvalReport
+from detox_guard.evaluation.methods import Method
+from detox_guard.evaluation.random_models import random_detoxifier
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
 from detox_guard.reply import Reply
@@ -349,9 +352,9 @@ def test_tuning(tmp_path: Path, files: dict[str, Any], monkeypatch: pytest.Monke
         raise AssertionError("was done already")
 
     monkeypatch.setattr("detox_guard.training.prompt_tuning.train_detoxifier", never)
-    monkeypatch.setattr("detox_guard.evaluation.variant_training.train_weights", never)
+    monkeypatch.setattr("detox_benchmarks.ablations.training.train_weights", never)
     monkeypatch.setattr(Method, "decode_all", never)
-    monkeypatch.setattr("detox_guard.evaluation.two_models.decode_pair", never)
+    monkeypatch.setattr("detox_benchmarks.ablations.two_models.decode_pair", never)
     again = run(config)
     assert again["variants"] == summary["variants"]
     assert again["runs"] == summary["runs"]
@@ -370,13 +373,13 @@ def test_a_run_that_was_cut_off(tmp_path: Path, files: dict[str, Any], monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("detox_guard.evaluation.variant_training.train_weights", cut)
+        patch.setattr("detox_benchmarks.ablations.training.train_weights", cut)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert [path.parent.name for path in (tmp_path / "out").rglob("variant.json")] == ["prompt-tuning"]
     stamp = (tmp_path / "out" / "prompt-tuning" / "variant.json").stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("detox_guard.evaluation.two_models.decode_pair", cut)
+        patch.setattr("detox_benchmarks.ablations.two_models.decode_pair", cut)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert not (tmp_path / "out" / "ablation.json").exists()
@@ -547,7 +550,7 @@ def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyP
         foot = {"model": "m", "dtype": "float32", "seed": 0, "settings": {}, "machine": {"cpu": "c", "cores": 2}}
         return AblationReport({**foot, "variants": {}, "runs": [], "context_kl": {}})
 
-    monkeypatch.setattr("detox_guard.evaluation.ablation.run_ablation", measured)
+    monkeypatch.setattr("detox_benchmarks.ablations.run.run_ablation", measured)
     flags = {"alphas": "--alpha", "temperatures": "--temperature", "top_ps": "--top-p", "judges": "--judge"}
     flags |= {"initial_texts": "--initial-text"}
     values: dict[str, Any] = {

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from detox_benchmarks.diagnostics.context_kl import forced_log_probs
+from detox_benchmarks.diagnostics.ranking import FIRST, LISTED, OTHER, SIGN, kinds_of, main, measure_aim, rank
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import Detoxifier, SteeringStream
 from detox_guard.errors import DataError
 from detox_guard.evaluation import run_eval
-from detox_guard.evaluation.aim import FIRST, LISTED, OTHER, SIGN, kinds_of, main, measure_aim, rank
-from detox_guard.evaluation.context import forced_log_probs
 from detox_guard.evaluation.methods import WordList
-from detox_guard.evaluation.shapes import random_detoxifier
+from detox_guard.evaluation.random_models import random_detoxifier
 from tests.tiny import SENTENCES, make_tiny_backbone
 
 if TYPE_CHECKING:

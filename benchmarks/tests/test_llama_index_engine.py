@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.llms.detox_guard.bench_rag import Answer, main
+from detox_benchmarks.rag.llama_index_engine import Answer, main
 from llama_index_harness import FakeEngine
 
 from detox_guard import DataError, Detoxifier, DetoxiGen

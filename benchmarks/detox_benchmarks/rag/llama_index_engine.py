@@ -1,6 +1,6 @@
 """How toxic, how right and how fast are answers from documents among which toxic passages were planted?
 
-    python -m llama_index.llms.detox_guard.bench_rag --corpus xquad.json --toxic prompts.jsonl --out rag.jsonl
+    python -m detox_benchmarks.rag.llama_index_engine --corpus xquad.json --toxic prompts.jsonl --out rag.jsonl
 
 Three systems answer the same questions: the plain LLM, the guarded LLM, and the guarded LLM behind `DetoxSynthesizer`.
 For every other question a toxic "reader's comment" is planted, for retrieval to find: what counts is whether it did.
@@ -31,9 +31,7 @@ from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.options import detox_options
 from rank_bm25 import BM25Okapi
 
-from detox_guard import Detoxifier, GuardPolicy
-from detox_guard.evaluation.judges import load_judge
-from detox_guard.evaluation.planted import (
+from detox_benchmarks.rag.planted import (
     ABOUT,
     About,
     Answers,
@@ -45,7 +43,9 @@ from detox_guard.evaluation.planted import (
     read_toxic,
     words,
 )
-from detox_guard.evaluation.tasks import answer_scores
+from detox_benchmarks.utility.tasks import answer_scores
+from detox_guard import Detoxifier, GuardPolicy
+from detox_guard.evaluation.judges import load_judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

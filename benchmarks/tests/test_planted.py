@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+from detox_benchmarks.rag.planted import Answers, choose, interval, read_toxic
 
 from detox_guard import DataError
-from detox_guard.evaluation.planted import Answers, choose, interval, read_toxic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

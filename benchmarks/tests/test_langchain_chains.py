@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from detox_guard import DataError, Detoxifier, DetoxiGen
-
-from langchain_detox_guard.bench_chains import Answer, main
+from detox_benchmarks.rag.langchain_chains import Answer, main
 from scripted_engine import ScriptedEngine
+
+from detox_guard import DataError, Detoxifier, DetoxiGen
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """How toxic, how right and how fast are a chain's and an agent's answers when what they read carries toxic comments?
 
-    python -m langchain_detox_guard.bench_chains --corpus xquad.json --toxic dev_prompts.jsonl --out chains.jsonl
+    python -m detox_benchmarks.rag.langchain_chains --corpus xquad.json --toxic dev_prompts.jsonl --out chains.jsonl
 
 Beside the passages of a SQuAD file stands, for every question, a toxic "reader's comment" for BM25 to find: three rows
 of RealToxicityPrompts with a continuation of toxicity .8 or more. The same questions go to
@@ -26,9 +26,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from detox_guard import Detoxifier, GuardPolicy
-from detox_guard.evaluation.judges import load_judge
-from detox_guard.evaluation.planted import (
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import PromptTemplate
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.tools import create_retriever_tool
+from langchain_detox_guard.chat import ChatDetoxiGen
+from langchain_detox_guard.llm import DetoxiGenLLM
+from langchain_detox_guard.middleware import DetoxMiddleware
+from langchain_detox_guard.retrieval import PROMPT, create_detox_rag_chain
+from rank_bm25 import BM25Okapi
+
+from detox_benchmarks.rag.planted import (
     ABOUT,
     About,
     Answers,
@@ -40,22 +53,9 @@ from detox_guard.evaluation.planted import (
     read_toxic,
     words,
 )
-from detox_guard.evaluation.tasks import answer_scores
-from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
-from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import PromptTemplate
-from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda, RunnablePassthrough
-from langchain_core.tools import create_retriever_tool
-from rank_bm25 import BM25Okapi
-
-from langchain_detox_guard.chat import ChatDetoxiGen
-from langchain_detox_guard.llm import DetoxiGenLLM
-from langchain_detox_guard.middleware import DetoxMiddleware
-from langchain_detox_guard.retrieval import PROMPT, create_detox_rag_chain
+from detox_benchmarks.utility.tasks import answer_scores
+from detox_guard import Detoxifier, GuardPolicy
+from detox_guard.evaluation.judges import load_judge
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
