@@ -1,7 +1,7 @@
-"""`detox-guard ablate`: detoxifiers that differ in one thing, trained alike and measured by the harness side by side.
+"""`python -m detox_benchmarks ablate`: detoxifiers that differ in one thing, trained alike and measured side by side.
 
 Brings variants, their training and the harness together. Knows the folder of a run; which variants there are is
-`variants`' business, training `variant_training`'s, decoding and figures the harness's, tables `ablation_results`'.
+`variants`' business, training `training`'s, decoding and figures the harness's, tables `tables`'.
 
 A run is a folder: one for each variant (what was trained, and `variant.json` once it is whole), one for each harness
 run, and at the end `ablation.json` and `table.md`. The same call takes up a run that was cut off.
