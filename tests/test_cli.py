@@ -18,7 +18,7 @@ from rich.console import Console
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from typer.testing import CliRunner, Result
 
-from detox_guard.cli import EXIT_CODES, app, options
+from detox_guard.cli import EXIT_CODES, app
 from detox_guard.cli.compare import BETTER, Pair, summary
 from detox_guard.cli.console import tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
@@ -120,9 +120,20 @@ def test_every_command_has_help(command: str) -> None:
     assert "Exit codes" in result.stdout
 
 
-def test_every_field_has_an_option() -> None:
-    assert set(options._DECODING) | {"trace", "guard", "grammar"} == set(DecodingParams.model_fields)
-    assert set(options._TRAINING) == set(TrainingConfig.model_fields)
+@pytest.mark.parametrize(
+    ("command", "source", "left"),
+    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set())],
+)
+def test_every_field_has_an_option_that_says_what_the_field_says(
+    command: str, source: Any, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    said = re.sub(r"[\s│]+", "", run(command, "--help").stdout)
+    for name, field in source.model_fields.items():
+        assert field.description, name
+        if name not in left:
+            assert "--" + name.replace("_", "-").removesuffix("s") in said, name
+            assert re.sub(r"\s+", "", field.description.split(".")[0]).split("(`")[0] in said, name
 
 
 def test_version() -> None:

@@ -6,6 +6,7 @@ Bounds are the fields' own: what a user typed goes to the pydantic class as it i
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from types import NoneType, UnionType
@@ -115,11 +116,8 @@ def _with_options(command: Command, source: type[Checked], panel: str | None, le
     for name, field in source.model_fields.items():
         if name in leave:
             continue
-        kind, words, default = (
-            _typed(name, field.annotation),
-            " ".join((field.description or "").split()),
-            field.default,
-        )
+        kind, default = _typed(name, field.annotation), field.default
+        words = re.sub(r" \(`[^`]*`\)", "", " ".join((field.description or "").split()))  # modules: for editors
         required = default is PydanticUndefined
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if kind is bool and default is True:
