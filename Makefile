@@ -8,7 +8,7 @@ LLAMA_INDEX = integrations/llama-index-llms-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test check wheels bench bench-rag bench-chains ablate eval clean
+.PHONY: demo test check wheels docs bench bench-rag bench-chains ablate eval clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -22,6 +22,7 @@ check: .venv/.installed-dev
 	.venv/bin/ruff check detox_guard tests examples integrations benchmarks
 	.venv/bin/ruff format --check detox_guard tests examples integrations benchmarks
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
 	cd $(LANGCHAIN) && $(CURDIR)/.venv/bin/mypy
 	cd $(LLAMA_INDEX) && $(CURDIR)/.venv/bin/mypy
 	cd benchmarks && $(CURDIR)/.venv/bin/mypy
@@ -34,6 +35,10 @@ wheels: .venv/.installed-dev
 	build/clean/bin/python -m pip install --quiet --no-deps --no-index build/wheels/*.whl
 	.venv/bin/python -c "import site; print(site.getsitepackages()[0])" > build/clean/others.txt
 	cd build/clean && PYTHONPATH="$$(cat others.txt)" bin/python $(CURDIR)/tests/wheel_smoke.py
+
+# The site, in build/site.
+docs: .venv/.installed-dev
+	.venv/bin/mkdocs build --strict --quiet
 
 # Speed against plain generate, on the default backbone: the table in the README.
 bench: .venv/.installed

@@ -29,7 +29,7 @@ def demo(
     dtype: options.Dtype = None,
 ) -> None:
     """Eight provoking beginnings, continued plain, steered and guarded side by side, with toxicity scores."""
-    from detox_guard.demo import run_demo
+    from detox_guard.cli.demo import run_demo
     from detox_guard.params import DecodingParams
     from detox_guard.policy import GuardPolicy
 
