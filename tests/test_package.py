@@ -73,7 +73,12 @@ def test_the_readme_is_one_page() -> None:
 
 
 def test_links_between_files_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").rglob("*.md"), *ROOT.glob("integrations/*/*.md")]:
+    for page in [
+        *PAGES,
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "benchmarks").rglob("*.md"),
+        *ROOT.glob("integrations/*/*.md"),
+    ]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
 

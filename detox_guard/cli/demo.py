@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from detox_guard.cli.compare import make_pairs, score_pairs, show_pairs, summary, trace_sections, worst_of
 from detox_guard.cli.session import run_all
 from detox_guard.files import write_whole
+from detox_guard.html import trace_page
 from detox_guard.scoring import load_scorer
-from detox_guard.trace import render_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,5 +59,5 @@ def run_demo(guard: DetoxiGen, params: DecodingParams, output: Path, console: Co
     words = f"Each column shows the most toxic of {SAMPLES} replies. {tokens} tokens in {wall_s:.0f} s; "
     console.print(words + "scored by the embedded scorer.", style="dim")
     sections: Any = trace_sections(shown)
-    write_whole(output, render_page("detox-guard demo", sections))
+    write_whole(output, trace_page("detox-guard demo", sections))
     console.print(f"Every token's figures: {output}", markup=False, soft_wrap=True)

@@ -251,12 +251,12 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
 
 
 def _write_page(path: Path, pairs: Sequence[Pair], compare: bool) -> None:
-    from detox_guard.trace import render_page
+    from detox_guard.html import trace_page
 
     whole = [pair for pair in pairs if pair.guarded.generation is not None]
     if whole:
         sections: Any = [s for s in trace_sections(whole) if compare or s[1].startswith("guarded")]
-        write_whole(path, render_page("detox-guard trace", sections))
+        write_whole(path, trace_page("detox-guard trace", sections))
 
 
 def _finish(pairs: Sequence[Pair], compare: bool) -> None:
