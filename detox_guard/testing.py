@@ -1,7 +1,7 @@
-"""For tests of programs that use detox-guard: a scripted model and a scripted scorer. Knows no weights and no tokenizer.
+"""For tests of programs that use detox-guard: a scripted model and a scripted scorer. Knows no weights, no tokenizer.
 
-`ScriptedDetoxiGen` has the surface of `DetoxiGen`, so it goes wherever one goes: `ChatDetoxiGen(engine=…)` in LangChain,
-`DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to, word by word, and keeps what it was asked::
+`ScriptedDetoxiGen` has the surface of `DetoxiGen`, so it goes wherever one goes: `ChatDetoxiGen(engine=…)` in
+LangChain, `DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to, word by word, and keeps what it was asked::
 
     from detox_guard.testing import ScriptedDetoxiGen
 
@@ -9,7 +9,7 @@
     assert model.generate("Hi").text == "Hello, dear reader."
     assert model.calls[0].prompt == "Hi"
 
-A guard works as on the real one, but that nothing can be decoded again: what is flagged is replaced, stopped or raised.
+A guard works as on the real one, but that nothing can be decoded again: a flagged sentence ends the reply at once.
 """
 
 from __future__ import annotations
@@ -200,8 +200,14 @@ class ScriptedDetoxiGen:
         if params.guard is not None:
             from detox_guard.hold import guard_text
 
-            pieces = list(guard_text(pieces, params.guard, taken.append))
+            pieces, held = [], guard_text(pieces, params.guard, taken.append)
+            for piece in held:
+                over = len(taken) > len(self._interventions)
+                pieces.append(piece.rstrip() if over else piece)
+                if over:
+                    break
         done = len(taken) > len(self._interventions)
+        judge = None if params.guard is None else params.guard.scorer
         steering = Steering(params.alpha, params.rule, self.detoxifier_ids if params.alpha else (), 0.5, 0.25, 0, 0)
         whole = Generation(
             text="".join(pieces),
@@ -211,7 +217,7 @@ class ScriptedDetoxiGen:
             trace=None,
             steering=steering,
             interventions=tuple(taken),
-            guard=params.guard and getattr(params.guard.scorer, "name", params.guard.scorer),
+            guard=None if judge is None else str(getattr(judge, "name", judge)),
         )
         return [*map(Chunk, pieces), Chunk("", whole)], None
 

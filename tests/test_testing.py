@@ -68,7 +68,7 @@ def test_a_guard_works_on_it() -> None:
     policy = GuardPolicy(scorer=ScriptedScorer("rotten"))
     model = ScriptedDetoxiGen(["All is well. What a rotten day. Good night."])
     reply = model.generate("Hi", guard=policy)
-    assert reply.text == "All is well. [removed] Good night."
+    assert reply.text == "All is well. [removed]"
     assert (reply.finish_reason, reply.guard, len(reply.interventions)) == ("guard", "scripted", 1)
     with pytest.raises(GuardError):
         model.generate("Hi", guard=policy.replace(on_exhausted="raise"))
