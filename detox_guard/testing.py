@@ -1,7 +1,7 @@
 """For tests of programs that use detox-guard: a scripted model and a scripted scorer. Knows no weights, no tokenizer.
 
 `ScriptedDetoxiGen` has the surface of `DetoxiGen`, so it goes wherever one goes: `ChatDetoxiGen(engine=…)` in
-LangChain, `DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to, word by word, and keeps what it was asked::
+LangChain, `DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to and keeps what it was asked::
 
     from detox_guard.testing import ScriptedDetoxiGen
 
