@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from detox_guard.errors import InvalidParamsError, StepError
+from detox_guard.forking import in_children
 from detox_guard.text import template_of
 from detox_guard.tools import tool_format
 
@@ -25,6 +26,15 @@ _CLOSERS = '}],"0123456789n.'
 
 _tokenizers: WeakKeyDictionary[Backbone, Any] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def _unlock() -> None:
+    """In a forked child, whoever held it is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+in_children(_unlock)
 
 
 def compile_grammar(grammar: Grammar, backbone: Backbone, max_new_tokens: int) -> GrammarConstraint:
