@@ -53,8 +53,14 @@ def compile_grammar(grammar: Grammar, backbone: Backbone, max_new_tokens: int) -
     lark = grammar.lark(tool_format(template_of(backbone)))
     source = json.dumps({"grammars": [{"lark_grammar": lark}]})
     tokenizer = _tokenizer(backbone)
-    matcher = LLMatcher(tokenizer, source, log_level=0)
-    if matcher.is_error() or not _mask(matcher, backbone.vocab_size).any():
+    try:
+        matcher = LLMatcher(tokenizer, source, log_level=0)
+        empty = matcher.is_error() or not _mask(matcher, backbone.vocab_size).any()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in native code is no `Exception`
+        raise InvalidParamsError("grammar", grammar.body, f"llguidance cannot enforce it: {error}") from error
+    if empty:
         reason = " ".join(matcher.get_error().split()) or "no text is of this language"
         raise InvalidParamsError("grammar", grammar.body, f"llguidance cannot enforce it: {reason}")
     return GrammarConstraint(matcher, tokenizer, backbone.vocab_size, max_new_tokens)
