@@ -26,12 +26,12 @@ class DecodingParams(Checked):
     lowered where a token would move by more than .4 alpha nats. `calm_share` is the share of alpha that is used behind
     a prompt in which the embedded scorer sees nothing toxic (`detox_guard.strength`); 1 = alpha behind every prompt.
     `plausibility` is β of Li et al. 2023: only tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
-    Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
-    et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
-    `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
-    (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply itself, so `stop`,
-    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step. `guard` checks text
-    before it is released and decodes what fails again; None is steering alone.
+    Sampling: `temperature` 0 is greedy, and one under 1e-6 counts as 1e-6; the nucleus is `top_p`, then `top_k` (0 =
+    off). `repetition_penalty` is Keskar et al. 2019, on prompt and reply, applied to the logits of every stream alike.
+    `seed` None draws a fresh one. `stop` strings end the reply and are never part of it; so are `stop_token_ids`,
+    besides the model's own end tokens (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply
+    itself, so `stop`, `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step.
+    `guard` checks text before it is released and decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -42,7 +42,7 @@ class DecodingParams(Checked):
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[tuple[StopString, ...], Field(max_length=64)] = ()
