@@ -107,9 +107,17 @@ class Reply:
     guard: str | None = None
 
     def __init__(
-        self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        params: DecodingParams,
+        detoxifiers: Sequence[str] = (),
+        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
     ) -> None:
+        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored."""
         prompt_ids = encode_prompt(backbone, prompt)
+        if check_fits is not None:
+            check_fits(prompt_ids, params)
         params = params.replace(alpha=strength_behind(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
