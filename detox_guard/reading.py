@@ -200,7 +200,7 @@ class Reading:
         if self.level == 0:
             after, shown = after._without_calls(piece, final)
             texts += shown
-        return [text for text in dict.fromkeys(texts) if text.strip()], replace(
+        return [text for text in dict.fromkeys(texts) if text == piece or text.strip()], replace(
             after,
             tail=(self.tail + piece)[-self.context :] if self.context else "",
             run=(self.run + piece)[-_RUN_CHARS:] if short else "",
