@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import sys
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from detox_guard.errors import InvalidParamsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import TextIOWrapper
 
     from detox_guard.policy import GuardPolicy
     from detox_guard.trace import Intervention
@@ -35,7 +37,9 @@ def report(policy: GuardPolicy, event: Intervention, seed: int | None) -> None:
         call_hook(policy.on_event, event)
     if policy.audit_log is not None:
         # Everything but ASCII is escaped: no text of a model's begins a line, however a reader splits lines.
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "seed": seed, **event.to_dict()})
+        line = json.dumps(
+            {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "seed": seed, **event.to_dict()}
+        )
         try:
             audit_log(policy.audit_log).handle(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
         except Exception as error:
@@ -58,10 +62,21 @@ class AuditLog(RotatingFileHandler):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, maxBytes=_MAX_BYTES, backupCount=_KEPT_FILES, encoding="utf-8", delay=True)
+        self._failed: BaseException | None = None
+        self._size = 0
+        """Bytes of the file before the line."""
+
+    def check(self) -> None:
+        """Raises `OSError` where it cannot be written."""
+        self.acquire()
+        try:
+            self._open().close()
+        finally:
+            self.release()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append the line, or tell that it could not be: on a full disk, say."""
-        self._failed: Exception | None = None
+        """Append the line whole, or tell that it could not be: on a full disk, say."""
+        self._failed = None
         super().emit(record)
         stream, self.stream = self.stream, None
         try:
@@ -70,14 +85,22 @@ class AuditLog(RotatingFileHandler):
         except OSError as error:
             self._failed = self._failed or error
         if self._failed is not None:
+            with suppress(OSError):  # half a line would spoil the next one
+                os.truncate(self.baseFilename, self._size)
             _tell(self.baseFilename, self._failed, record.getMessage())
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+    def handleError(self, record: logging.LogRecord) -> None:
         """Called where a line could not be written."""
-        import sys
+        self._failed = sys.exception()
 
-        error = sys.exception()
-        self._failed = error if isinstance(error, Exception) else None
+    def _open(self) -> TextIOWrapper:
+        with suppress(FileNotFoundError):
+            kind = Path(self.baseFilename).stat().st_mode
+            if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):  # opening it would wait for a reader
+                raise OSError("it is a pipe")
+        stream = super()._open()
+        self._size = os.fstat(stream.fileno()).st_size
+        return stream
 
 
 _logs: dict[str, AuditLog] = {}
@@ -98,18 +121,12 @@ def audit_log(path: str) -> AuditLog:
 def check_log(path: str) -> None:
     """Raises `InvalidParamsError` where it cannot be written."""
     try:
-        with suppress(FileNotFoundError):
-            kind = Path(path).expanduser().stat().st_mode
-            if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):  # opening it would wait for a reader
-                raise OSError("it is a pipe")
-        log = audit_log(path)
-        with log.lock or suppress():
-            log._open().close()
+        audit_log(path).check()
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidParamsError("audit_log", path, f"a file that can be written: {error}") from error
 
 
-def _tell(path: str, error: Exception, line: str) -> None:
+def _tell(path: str, error: BaseException, line: str) -> None:
     """The line that the log did not take goes to Python's logging instead."""
     _log.error("audit log %r cannot be written (%s: %s): %s", path, type(error).__name__, error, line)
 

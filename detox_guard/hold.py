@@ -73,7 +73,10 @@ def aguard_text(
 
 
 async def _aguarded(chunks: AsyncIterable[str | Chunk | None], held: _Held) -> AsyncGenerator[str, None]:
-    await asyncio.to_thread(held.load)
+    try:
+        await asyncio.to_thread(held.load)
+    except RuntimeError:  # no thread to be had
+        held.load()
     async for chunk in chunks:
         for unit in held.push(chunk):
             for text in held.judged(unit, await held.ascore(unit)):
@@ -130,10 +133,20 @@ class _Held:
             )
         self._chunks += 1
         self._text += chunk or ""
-        while end := closed_length(self._text, self.policy, self._code, len(self._text) // _CHARS_PER_TOKEN):
+        while end := self._closed_length():
             unit, self._text = self._text[:end], self._text[end:]
             self._code = in_code(unit, self._code)
             yield unit
+
+    def _closed_length(self) -> int:
+        """As if the text came a token at a time, however long its chunks are."""
+        longest = self.policy.max_unit_tokens if self.policy.unit == "sentence" else self.policy.unit
+        for tokens in range(longest, 2 * longest + 1):
+            text = self._text[: tokens * _CHARS_PER_TOKEN]
+            end = closed_length(text, self.policy, self._code, len(text) // _CHARS_PER_TOKEN)
+            if end or len(text) == len(self._text):
+                return end
+        return 0
 
     def rest(self) -> Iterator[str]:
         """The last unit, which nothing ended."""

@@ -32,7 +32,9 @@ _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _LETTER = re.compile(r"[^\W\d_]")
 # Behind these a clause ends: marks of a sentence or list, brackets, dashes between words, tags, line breaks.
-_BREAK = re.compile(r"[,;:.!?…]+[\"'”’»)]*(?=\s)|[，、；：。！？]|\s[-–—]+\s|[–—]|--|[()\[\]{}|]|</?\w[^<>]*>|\n")
+_BREAK = re.compile(
+    r"(?<![,;:.!?…])[,;:.!?…]++[\"'”’»)]*+(?=\s)|[，、；：。！？]|\s[-–—]+\s|[–—]|--|[()\[\]{}|]|</?\w[^<>]*>|\n"
+)
 _CONJUNCTION = re.compile(
     r"\s(?=(?:and|but|or|so|yet|because|since|while|whereas|though|although|if|unless|when|then|which|who|that)\s)",
     re.IGNORECASE,
