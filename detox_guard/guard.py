@@ -16,7 +16,7 @@ from detox_guard.audit import check_log, report
 from detox_guard.engine import Ended, Finish, Rewind, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.judge import judge_for
-from detox_guard.reading import Reading, texts_of
+from detox_guard.reading import Asked, Reading, read_whole
 from detox_guard.reply import Chunk, Reply
 from detox_guard.text import prompt_texts
 from detox_guard.trace import Intervention
@@ -47,6 +47,15 @@ class _Place:
     whole: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Score:
+    """A score that the judge was asked for."""
+
+    asked: Asked
+    scores: Future[list[float]]
+    deadline: float
+
+
 @dataclass(eq=False)
 class _Unit:
     """A unit under way or waiting for its verdict."""
@@ -65,19 +74,18 @@ class _Unit:
     rewinds: int = 0
     banned: dict[int, frozenset[int]] = field(default_factory=dict)
     """Ids that may not be chosen, by place in the reply."""
-    scores: Future[list[float]] | None = None
-    deadline: float = 0.0
+    score: _Score | None = None
     low: int = 0
     high: int = 0
     """Once it was flagged: the places between which it came to be, closing in on the first."""
-    probe: Future[list[float]] | None = None
-    """Scores of its beginning up to the place in the middle."""
+    probe: _Score | None = None
+    """Of its beginning up to the place in the middle."""
 
     def drop(self) -> None:
         """Nobody waits for its scores any more."""
-        for future in (self.scores, self.probe):
-            if future is not None:
-                future.cancel()
+        for score in (self.score, self.probe):
+            if score is not None:
+                score.scores.cancel()
 
 
 class GuardedReply(Reply):
@@ -168,9 +176,9 @@ class GuardedReply(Reply):
         rest, later = unit.text[chars:], unit.places[tokens:]
         held = unit.places[tokens - 1].held if tokens else unit.held
         unit.text, unit.places = unit.text[:chars], unit.places[:tokens]
-        texts, reading = unit.reading.read(unit.text, final=final)
+        asked, reading = unit.reading.read(unit.text, final=final)
         if unit.text:
-            unit.scores, unit.deadline = self._judge.submit(texts), self._deadline()
+            unit.score = self._ask(asked)
             self._pending.append(unit)
         self._open = _Unit(unit.index + 1, reading, unit.start + tokens, held, in_code(unit.text, unit.code), rest)
         self._open.places = [replace(place, chars=place.chars - chars) for place in later]
@@ -179,10 +187,9 @@ class GuardedReply(Reply):
         """Release what was found fit, in order; deal with the first unit that was not."""
         while self._pending:
             unit = self._pending[0]
-            scores = self._scores(unit, unit.scores)
-            if scores is None:
+            score = self._answer(unit.score)
+            if score is None:
                 return None
-            score = max(scores, default=0.0)
             if score <= self.policy.threshold:
                 self._emit(unit.text)
                 self._pending.popleft()
@@ -199,27 +206,26 @@ class GuardedReply(Reply):
         while unit.low < unit.high:
             middle = (unit.low + unit.high) // 2
             if unit.probe is None:
-                texts, _ = unit.reading.read(unit.text[: unit.places[middle].chars])
-                unit.probe, unit.deadline = self._judge.submit(texts), self._deadline()
-            scores = self._scores(unit, unit.probe)
-            if scores is None:
+                unit.probe = self._ask(unit.reading.read(unit.text[: unit.places[middle].chars])[0])
+            score = self._answer(unit.probe)
+            if score is None:
                 return False
-            over = max(scores, default=0.0) > self.policy.threshold
+            over = score > self.policy.threshold
             unit.low, unit.high = (unit.low, middle) if over else (middle + 1, unit.high)
             unit.probe = None
         return True
 
-    def _scores(self, unit: _Unit, scores: Future[list[float]] | None) -> list[float] | None:
+    def _ask(self, asked: Asked) -> _Score:
+        return _Score(asked, self._judge.submit(asked.texts), time.monotonic() + self.policy.scorer_timeout_s)
+
+    def _answer(self, score: _Score | None) -> float | None:
         """The judge's answer, None while it is out. Raises `ScorerError`."""
-        assert scores is not None
-        if scores.done():
-            return scores.result()
-        if time.monotonic() > unit.deadline:
+        assert score is not None
+        if score.scores.done():
+            return score.asked.worst(score.scores.result(), self.policy.threshold)
+        if time.monotonic() > score.deadline:
             raise late(self._judge, self.policy)
         return None
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self.policy.scorer_timeout_s
 
     # -- what happens to a flagged unit
 
@@ -233,7 +239,7 @@ class GuardedReply(Reply):
         unit.banned[at] = unit.banned.get(at, frozenset()) | {step.token_id}
         self._book(unit, score, "rewind", alpha, self._alpha(unit), text)
         tokens = self._forget(unit)
-        unit.text, unit.places, unit.scores, unit.probe = "", [], None, None
+        unit.text, unit.places, unit.score, unit.probe = "", [], None, None
         self._open = unit
         return Rewind(tokens)
 
@@ -341,22 +347,26 @@ def closed_length(text: str, policy: GuardPolicy, code: bool, tokens: int) -> in
 
 
 def scan(texts: Sequence[str], policy: GuardPolicy) -> float:
-    """The highest score of `texts`, each judged as a whole and by its sentences (`texts_of`), waited for.
+    """The highest score of `texts`, each judged as a whole and sentence by sentence (`read_whole`), waited for.
 
     Raises `ScorerError`; a long text has `scorer_timeout_s` for every few dozen of its sentences.
     """
     judge = judge_for(policy.scorer)
-    asked = list(dict.fromkeys(part for text in texts if text for part in texts_of(text)))
-    worst = 0.0
-    for at in range(0, len(asked), _SCAN_TEXTS):
-        scores = judge.submit(asked[at : at + _SCAN_TEXTS])
+    read = [read_whole(text) for text in texts if text]
+    asked = Asked.of(
+        [one for each in read for one in each.whole],
+        [one for each in read for one in each.clauses],
+    )
+    found: list[float] = []
+    for at in range(0, len(asked.texts), _SCAN_TEXTS):
+        scores = judge.submit(asked.texts[at : at + _SCAN_TEXTS])
         try:
-            worst = max(worst, *scores.result(policy.scorer_timeout_s))
+            found += scores.result(policy.scorer_timeout_s)
         except TimeoutError:
             raise late(judge, policy) from None
         finally:
             scores.cancel()
-    return worst
+    return asked.worst(found, policy.threshold)
 
 
 def late(judge: Judge, policy: GuardPolicy) -> ScorerError:

@@ -20,9 +20,10 @@ from detox_guard.trace import Intervention
 from detox_guard.units import in_code
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
     from detox_guard.judge import Judge
+    from detox_guard.reading import Asked
 
 __all__ = ["aguard_text", "guard_text"]
 
@@ -156,9 +157,10 @@ class _Held:
 
     def score(self, unit: str) -> float:
         """Raises `ScorerError`."""
-        scores = self.judge.submit(self._texts(unit))
+        asked = self._asked(unit)
+        scores = self.judge.submit(asked.texts)
         try:
-            return max(scores.result(self.policy.scorer_timeout_s), default=0.0)
+            return asked.worst(scores.result(self.policy.scorer_timeout_s), self.policy.threshold)
         except TimeoutError:
             raise late(self.judge, self.policy) from None
         finally:
@@ -166,15 +168,17 @@ class _Held:
 
     async def ascore(self, unit: str) -> float:
         """Raises `ScorerError`."""
-        scores = asyncio.wrap_future(self.judge.submit(self._texts(unit)))
+        asked = self._asked(unit)
+        scores = asyncio.wrap_future(self.judge.submit(asked.texts))
         try:
-            return max(await asyncio.wait_for(scores, self.policy.scorer_timeout_s), default=0.0)
+            found = await asyncio.wait_for(scores, self.policy.scorer_timeout_s)
+            return asked.worst(found, self.policy.threshold)
         except TimeoutError:
             raise late(self.judge, self.policy) from None
 
-    def _texts(self, unit: str) -> Sequence[str]:
-        texts, self._after = self._reading.read(unit, final=self._final)
-        return texts
+    def _asked(self, unit: str) -> Asked:
+        asked, self._after = self._reading.read(unit, final=self._final)
+        return asked
 
     def judged(self, unit: str, score: float) -> Iterator[str]:
         """What goes out for this unit. Raises `GuardError`."""

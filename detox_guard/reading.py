@@ -11,15 +11,19 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from detox_guard.tools import ToolCall, ToolCallStream
 from detox_guard.units import sentences
 
-__all__ = ["Reading", "clauses", "sentence_texts", "texts_of", "unescaped"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["Asked", "Reading", "clauses", "read_sentences", "read_whole", "unescaped"]
 
 _LONG_WORDS = 12
 """A piece of more words than this is judged clause by clause too."""
-_SHORT_WORDS, _BACK_WORDS = 3, 5
+_SHORT_WORDS, _BACK_WORDS = 3, 6
 """A clause of fewer words than the first goes with the next one; the last of all goes back to so many words."""
 _RUN_CHARS = 80
 """Lines of a few words each are judged together as well, the last so many characters of them."""
@@ -39,6 +43,29 @@ _CONJUNCTION = re.compile(
     r"\s(?=(?:and|but|or|so|yet|because|since|while|whereas|though|although|if|unless|when|then|which|who|that)\s)",
     re.IGNORECASE,
 )
+
+
+class Asked(NamedTuple):
+    """The texts to score for something, none twice."""
+
+    whole: tuple[str, ...]
+    clauses: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, whole: Iterable[str], parts: Iterable[str] = ()) -> Asked:
+        found = dict.fromkeys(whole)
+        return cls(tuple(found), tuple(part for part in dict.fromkeys(parts) if part not in found))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.whole + self.clauses
+
+    def worst(self, scores: Sequence[float], threshold: float) -> float:
+        """The highest of the scores of `texts` that count. A clause out of its sentence says less, so it must be surer:
+        its score counts from half-way between the threshold and 1 on."""
+        count = len(self.whole)
+        sure = (1 + threshold) / 2
+        return max([*scores[:count], *(score for score in scores[count:] if score > sure)], default=0.0)
 
 
 def clauses(text: str, since: int = 0) -> list[str]:
@@ -174,35 +201,41 @@ class Reading:
     content: str = ""
     """The end of the content, without the calls in it."""
 
-    def read(self, piece: str, *, final: bool = False) -> tuple[list[str], Reading]:
-        """The texts to score for this piece, none twice, and the reading of what comes behind it.
+    def read(self, piece: str, *, final: bool = False) -> tuple[Asked, Reading]:
+        """What to score for this piece, and the reading of what comes behind it.
 
-        The first is the piece itself, the second the piece with what stands before it; of a short one in prose there
-        are no more. `final`: nothing comes behind it.
+        The first text is the piece itself, the second the piece with what stands before it; of a short one in prose
+        there are no more. `final`: nothing comes behind it.
         """
         if not piece and not (final and self.string is not None):
-            return [], self
-        texts = [piece, self.tail + piece]
+            return Asked(()), self
+        texts, parts = [piece, self.tail + piece], []
         strings, outside, after = self._parse(piece, final)
         if strings:
             outside = _LITERAL.sub("", outside)
             if _LETTER.search(outside):
-                texts += [outside, *clauses(outside)]
+                texts.append(outside)
+                parts += clauses(outside)
         else:
-            texts += clauses(self.tail + piece, len(self.tail))
-        texts += strings
+            parts += clauses(self.tail + piece, len(self.tail))
+        for string in strings:
+            texts += string.whole
+            parts += string.clauses
         for _ in range(2):  # outside of strings: single quotes, say, or an escape in plain text
             if "\\" not in outside:
                 break
             outside = unescaped(outside)
-            texts += [outside, *clauses(outside)]
+            texts.append(outside)
+            parts += clauses(outside)
         short = len(_WORD.findall(piece)) <= _SHORT_WORDS
         if self.context and short and not strings:
             texts.append(self.run + piece)
         if self.level == 0:
             after, shown = after._without_calls(piece, final)
-            texts += shown
-        return [text for text in dict.fromkeys(texts) if text == piece or text.strip()], replace(
+            texts += shown.whole
+            parts += shown.clauses
+        seen = [text for text in texts if text == piece or text.strip()]  # blank as it may be, the piece is scored
+        return Asked.of(seen, parts), replace(
             after,
             tail=(self.tail + piece)[-self.context :] if self.context else "",
             run=(self.run + piece)[-_RUN_CHARS:] if short else "",
@@ -215,11 +248,11 @@ class Reading:
         tail = (self.tail + instead)[-self.context :] if self.context else ""
         return replace(after, tail=tail, run="", content=self._end(self.content + instead), string=string, whole="")
 
-    def _parse(self, piece: str, final: bool) -> tuple[list[str], str, Reading]:
-        """The texts of the strings of JSON in this piece; what stands outside of them; the reading behind it."""
+    def _parse(self, piece: str, final: bool) -> tuple[list[Asked], str, Reading]:
+        """What to score of the strings of JSON in this piece; what stands outside of them; the reading behind it."""
         text, at = self.cut + piece, 0
         depth, string, whole, begun, cut = self.depth, self.string, self.whole, self.begun, ""
-        texts: list[str] = []
+        asked: list[Asked] = []
         outside: list[str] = []
         while at < len(text):
             if string is None:
@@ -243,28 +276,28 @@ class Reading:
                 cut, raw = raw[-held:], raw[:-held]
             decoded = unescaped(raw)
             own, string = string.read(decoded, final=closed or final)
-            texts += own
+            asked.append(own)
             whole += decoded
             if closed:
-                texts.append(whole)
+                asked.append(Asked((whole,)))
                 string, whole = None, ""
                 outside.append('"')
         if string is None and not final and (held := _cut_escape(text)):
             cut = text[-held:]
         after = replace(self, depth=depth, string=string, whole=whole, begun=begun, cut=cut)
-        return texts, "".join(outside), after
+        return asked, "".join(outside), after
 
-    def _without_calls(self, piece: str, final: bool) -> tuple[Reading, list[str]]:
-        """The reading behind this piece, and the texts of the content that a call parted, joined as a reader has it."""
+    def _without_calls(self, piece: str, final: bool) -> tuple[Reading, Asked]:
+        """The reading behind this piece, and content that a call parted, joined as a reader has it."""
         calls = copy.deepcopy(self.calls)
         parts = calls.push(piece) + (calls.flush() if final else [])
         shown = "".join(part for part in parts if isinstance(part, str))
         called = self.called or bool(calls.invalid) or any(isinstance(part, ToolCall) for part in parts)
         joined = self.content + shown
-        texts = []
+        asked = Asked(())
         if called and shown and joined not in self.tail + piece:
-            texts = [shown, joined, *clauses(joined, len(self.content))]
-        return replace(self, calls=calls, called=called, content=self._end(joined)), texts
+            asked = Asked.of((shown, joined), clauses(joined, len(self.content)))
+        return replace(self, calls=calls, called=called, content=self._end(joined)), asked
 
     def _end(self, content: str) -> str:
         return content[-max(self.context, _WHOLE_CHARS) :]
@@ -273,17 +306,20 @@ class Reading:
 # --- whole texts -----------------------------------------------------------------------------------------------------
 
 
-def sentence_texts(text: str) -> list[tuple[str, list[str]]]:
-    """The sentences of a whole text, which joined are the text, each with the texts to score for it."""
+def read_sentences(text: str) -> list[tuple[str, Asked]]:
+    """The sentences of a whole text, which joined are the text, each with what to score for it."""
     reading = Reading()
     found = []
     parts = sentences(text)
     for i, part in enumerate(parts):
-        texts, reading = reading.read(part, final=i == len(parts) - 1)
-        found.append((part, texts))
+        asked, reading = reading.read(part, final=i == len(parts) - 1)
+        found.append((part, asked))
     return found
 
 
-def texts_of(text: str) -> list[str]:
-    """All texts to score for a whole text, none twice: itself, its sentences, and what stands in those."""
-    return list(dict.fromkeys([text, *(one for _, texts in sentence_texts(text) for one in texts)]))
+def read_whole(text: str) -> Asked:
+    """What to score for a whole text: itself, and all that is scored for its sentences."""
+    each = [asked for _, asked in read_sentences(text)]
+    return Asked.of(
+        [text, *(one for asked in each for one in asked.whole)], [one for asked in each for one in asked.clauses]
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
-from detox_guard.reading import sentence_texts
+from detox_guard.reading import Asked, read_sentences
 from detox_guard.scoring import checked_scores, load_scorer
 
 if TYPE_CHECKING:
@@ -56,22 +56,28 @@ def screen(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidParamsError(f"texts[{i}]", text, "a string")
-    parts = [sentence_texts(text) for text in texts]
-    asked = [[text, *(one for _, own in each for one in own)] for text, each in zip(texts, parts, strict=True)]
-    distinct = [list(dict.fromkeys(own)) for own in asked]
-    scores = iter(checked_scores(load_scorer(scorer), [one for own in distinct for one in own]))
+    scorer = load_scorer(scorer)
+    read = [read_sentences(text) for text in texts]
+    asked = [
+        list(dict.fromkeys([text, *(one for _, own in each for one in own.texts)]))
+        for text, each in zip(texts, read, strict=True)
+    ]
+    scores = iter(checked_scores(scorer, [one for own in asked for one in own]))
     screened = []
-    for text, each, own in zip(texts, parts, distinct, strict=True):
+    for text, each, own in zip(texts, read, asked, strict=True):
         score_of = {one: next(scores) for one in own}
-        worst = max(score_of.values())
-        flagged = worst > threshold
+
+        def worst_of(asked: Asked, score_of: dict[str, float] = score_of) -> float:
+            return asked.worst([score_of[one] for one in asked.texts], threshold)
+
+        found = [worst_of(asked) for _, asked in each]
+        worst = max([score_of[text], *found])
         passed: str | None = text
-        if flagged and action == "drop":
+        if worst > threshold and action == "drop":
             passed = None
-        elif flagged and action == "mask":
-            toxic = [any(score_of[one] > threshold for one in within) for _, within in each]
-            passed = _masked([sentence for sentence, _ in each], toxic)
-        screened.append(Screened(passed, worst, flagged))
+        elif worst > threshold and action == "mask":
+            passed = _masked([sentence for sentence, _ in each], [one > threshold for one in found])
+        screened.append(Screened(passed, worst, worst > threshold))
     return screened
 
 
