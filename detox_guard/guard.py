@@ -178,7 +178,8 @@ class GuardedReply(Reply):
         unit.text, unit.places = unit.text[:chars], unit.places[:tokens]
         asked, reading = unit.reading.read(unit.text, final=final)
         if unit.text:
-            unit.score = self._ask(asked)
+            if not (self._pending and self._pending[0].probe):  # else it is thrown away, whatever it scores
+                unit.score = self._ask(asked)
             self._pending.append(unit)
         self._open = _Unit(unit.index + 1, reading, unit.start + tokens, held, in_code(unit.text, unit.code), rest)
         self._open.places = [replace(place, chars=place.chars - chars) for place in later]
@@ -203,6 +204,9 @@ class GuardedReply(Reply):
         """Whether it is known at which place a flagged unit left the safe path: by halving, one beginning at a time."""
         if unit.probe is None:
             unit.low, unit.high = 0, len(unit.places) - 1
+            for behind in self._pending:
+                if behind is not unit:
+                    behind.drop()
         while unit.low < unit.high:
             middle = (unit.low + unit.high) // 2
             if unit.probe is None:

@@ -9,6 +9,7 @@ of these. Pure: reading a piece gives its texts and the reading of what comes be
 from __future__ import annotations
 
 import copy
+import html
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -225,6 +226,9 @@ class Reading:
             if "\\" not in outside:
                 break
             outside = unescaped(outside)
+            texts.append(outside)
+            parts += clauses(outside)
+        if "&" in outside and (outside := html.unescape(outside)) not in texts:
             texts.append(outside)
             parts += clauses(outside)
         short = len(_WORD.findall(piece)) <= _SHORT_WORDS
