@@ -25,7 +25,8 @@ __all__ = ["Asked", "Reading", "clauses", "read_sentences", "read_whole", "unesc
 _LONG_WORDS = 12
 """A piece of more words than this is judged clause by clause too."""
 _SHORT_WORDS, _BACK_WORDS = 3, 6
-"""A clause of fewer words than the first goes with the next one; the last of all goes back to so many words."""
+"""A clause of fewer words than the first goes with the next one; where that is long, or there is none, with so many
+words before it."""
 _RUN_CHARS = 80
 """Lines of a few words each are judged together as well, the last so many characters of them."""
 _WHOLE_CHARS = 40
@@ -72,7 +73,8 @@ class Asked(NamedTuple):
 def clauses(text: str, since: int = 0) -> list[str]:
     """The clauses of `text` that end behind character `since`; none if what stands there is short and begins a clause.
 
-    They cover the text. Clauses of one or two words are joined; of a long one there are overlapping windows.
+    They cover the text. A clause of one or two words goes with a neighbour; of a long one there are overlapping
+    windows.
     """
     words = [match.span() for match in _WORD.finditer(text)]
     ends = {len(words)}
@@ -81,17 +83,19 @@ def clauses(text: str, since: int = 0) -> list[str]:
     first = _words_before(words, since)
     if len(words) - first <= _LONG_WORDS and (first == 0 or first in ends):
         return []
-    found: list[str] = []
-    begin = 0
-    last = max(ends)
+    spans: list[tuple[int, int]] = []
+    begin = short = 0  # short: where a clause ends that is too short to stand alone
     for end in sorted(ends - {0}):
-        if end - begin < _SHORT_WORDS and end != last:
-            continue
         if end - begin < _SHORT_WORDS:
-            begin = max(0, end - _BACK_WORDS)
-        if end > first:
-            found += [text[words[a][0] : words[b - 1][1]] for a, b in _windows(text, words, begin, end) if b > first]
+            short = end
+            continue
+        if short > begin and end - begin > _BACK_WORDS:  # it would drown in the next one
+            spans.append((max(0, short - _BACK_WORDS), short))
+        spans += _windows(text, words, begin, end)
         begin = end
+    if begin < len(words):
+        spans.append((max(0, len(words) - _BACK_WORDS), len(words)))
+    found = [text[words[a][0] : words[b - 1][1]] for a, b in spans if b > first]
     return [clause for clause in dict.fromkeys(found) if clause != text.strip()]
 
 
