@@ -201,6 +201,10 @@ class Reading:
     """All of the open string that came in earlier pieces."""
     cut: str = ""
     """The beginning of an escape, to be read with what comes."""
+    plain: str = ""
+    """The end of what stood outside of such strings, with its escapes read."""
+    spelt: bool = False
+    """There were some in the last piece."""
     calls: ToolCallStream = field(default_factory=ToolCallStream)
     called: bool = False
     content: str = ""
@@ -226,15 +230,12 @@ class Reading:
         for string in strings:
             texts += string.whole
             parts += string.clauses
-        for _ in range(2):  # outside of strings: single quotes, say, or an escape in plain text
-            if "\\" not in outside:
-                break
-            outside = unescaped(outside)
-            texts.append(outside)
-            parts += clauses(outside)
-        if "&" in outside and (outside := html.unescape(outside)) not in texts:
-            texts.append(outside)
-            parts += clauses(outside)
+        plain = html.unescape(unescaped(outside))  # single quotes, say, or an escape or entity in plain text
+        if plain != outside or self.spelt:
+            texts += [plain, self.plain + plain]
+            parts += clauses(self.plain + plain, len(self.plain))
+            if "\\" in plain:
+                texts.append(unescaped(plain))
         short = len(_WORD.findall(piece)) <= _SHORT_WORDS
         if self.context and short and not strings:
             texts.append(self.run + piece)
@@ -245,6 +246,8 @@ class Reading:
         seen = [text for text in texts if text == piece or text.strip()]  # blank as it may be, the piece is scored
         return Asked.of(seen, parts), replace(
             after,
+            spelt=plain != outside,
+            plain=self._end(self.plain + plain),
             tail=(self.tail + piece)[-self.context :] if self.context else "",
             run=(self.run + piece)[-_RUN_CHARS:] if short else "",
         )
@@ -254,7 +257,9 @@ class Reading:
         _, after = self.read(piece)
         string = replace(after.string, tail="", run="") if after.string else None
         tail = (self.tail + instead)[-self.context :] if self.context else ""
-        return replace(after, tail=tail, run="", content=self._end(self.content + instead), string=string, whole="")
+        return replace(
+            after, tail=tail, run="", plain="", content=self._end(self.content + instead), string=string, whole=""
+        )
 
     def _parse(self, piece: str, final: bool) -> tuple[list[Asked], str, Reading]:
         """What to score of the strings of JSON in this piece; what stands outside of them; the reading behind it."""
@@ -292,6 +297,7 @@ class Reading:
                 outside.append('"')
         if string is None and not final and (held := _cut_escape(text)):
             cut = text[-held:]
+            outside[-1] = outside[-1][:-held]
         after = replace(self, depth=depth, string=string, whole=whole, begun=begun, cut=cut)
         return asked, "".join(outside), after
 
