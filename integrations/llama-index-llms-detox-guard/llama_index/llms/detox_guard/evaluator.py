@@ -24,7 +24,7 @@ class ToxicityEvaluator(BaseEvaluator):
     """
 
     def __init__(self, scorer: Any = "embedded", *, threshold: float = 0.5) -> None:
-        self._scorer = scorer
+        self._scorer = detox_guard.GuardPolicy(scorer=scorer).scorer
         self._threshold = threshold
 
     async def aevaluate(
