@@ -126,7 +126,7 @@ def test_chat_engines_keep_the_guard_of_their_llm(index: VectorStoreIndex, mode:
 
 @pytest.mark.parametrize("bad", [{"context": "hide"}, {"context_threshold": 1.5}])
 def test_a_bad_option_of_a_chat_engine_is_named(index: VectorStoreIndex, bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"action|threshold"):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         guard_chat_engine(chat_engine("context", index, ForeignLLM()), **bad)
 
 

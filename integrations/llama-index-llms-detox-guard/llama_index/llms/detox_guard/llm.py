@@ -84,7 +84,8 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         description="Offer tools to the model; None asks its chat template. True works without one, by a plain prompt.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description='Variables of the chat template, such as {"enable_thinking": False}; a call\'s own win.'
+        default=None,
+        description='Variables of the chat template, such as {"enable_thinking": False}; a call\'s own win.',
     )
     engine: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
     pydantic_program_mode: PydanticProgramMode = Field(
@@ -153,7 +154,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         return self.load().params.replace(**{**self.decoding, **current_scope().options})
 
     def to_payload(self) -> dict[str, Any]:
-        """What events say about this LLM, as JSON. Loads nothing: they fire before the first call, on the event loop."""
+        """What events say about this LLM, as JSON. Loads nothing: they fire before the first call, on the loop."""
         return self.to_dict()
 
     def encode(self, text: str) -> list[int]:
@@ -285,7 +286,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
-        """Ever fuller instances; the last one is whole, or it raises `IncompleteAnswerError` or what validation says."""
+        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
         options = self._bound(output_cls, llm_kwargs)
         answers = super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
 
@@ -305,7 +306,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
-        """Ever fuller instances; the last one is whole, or it raises `IncompleteAnswerError` or what validation says."""
+        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
         options = self._bound(output_cls, llm_kwargs)
         answers = await super().astream_structured_predict(output_cls, prompt, options, **prompt_args)
 
@@ -394,7 +395,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel, whole=whole)
         if isinstance(prompt, str):
             if kwargs.get("chat_template_kwargs"):
-                raise InvalidParamsError("chat_template_kwargs", variables, "messages: a plain text goes through no template")
+                raise InvalidParamsError(
+                    "chat_template_kwargs", variables, "messages: a plain text goes through no template"
+                )
             return reply, prompt, params
         if engine.has_chat_template:
             laid_out: dict[str, Any] = {"chat_template_kwargs": variables} if variables else {}

@@ -92,7 +92,7 @@ def _text(index: int, message: ChatMessage) -> str:
 
 
 def _calls_of(message: ChatMessage) -> list[dict[str, Any]]:
-    """The calls in its blocks; or else those that other LLMs keep beside them, as providers or LlamaIndex write them."""
+    """The calls in its blocks; or else those that other LLMs keep beside them, as whoever wrote them lays them out."""
     blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
     if blocks:
         return [_call(block.tool_call_id, block.tool_name, block.tool_kwargs) for block in blocks]

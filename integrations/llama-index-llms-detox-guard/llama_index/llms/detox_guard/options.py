@@ -72,7 +72,7 @@ def current_scope() -> Scope:
     return own or Scope()
 
 
-class entered:  # noqa: N801 - reads as a statement
+class entered:
     """Put a scope in force for the block. Leaving it never raises, in whatever context."""
 
     def __init__(self, scope: Scope) -> None:
@@ -100,7 +100,7 @@ class entered:  # noqa: N801 - reads as a statement
         return scope
 
 
-class detox_options(entered):  # noqa: N801 - reads as a statement
+class detox_options(entered):
     """Options (fields of `DecodingParams`) of every `DetoxiGenLLM` call made inside the block, in this thread or task.
 
     An answer that is streamed belongs to the block in which it was asked for, whenever, wherever and in whatever

@@ -9,6 +9,7 @@ import pickle
 import sys
 import uuid
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llama_index.core.bridge.pydantic import (
@@ -21,11 +22,10 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseComponent
 
-import detox_guard
 from detox_guard import InvalidParamsError, NotPicklableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Portable", "as_json", "refuse_stand_ins"]
 
@@ -124,8 +124,9 @@ def as_json(value: object) -> Any:
 
 def _stand_in(value: Any) -> dict[str, Any]:
     """What stands for an object: its name, and what makes its outputs what they are."""
-    if isinstance(value, detox_guard.DetoxiGen):
-        about = {**value.backbone.identity, "detoxifiers": list(value.detoxifier_ids), "params": as_json(value.params)}
+    identity = getattr(getattr(value, "backbone", None), "identity", None)
+    if isinstance(identity, dict):  # an engine
+        about = {**identity, "detoxifiers": list(value.detoxifier_ids), "params": as_json(value.params)}
         return {_OBJECT: _path(type(value)), **about}
     if _is_importable(value):
         return {_OBJECT: _path(value)}
@@ -181,16 +182,22 @@ def _is_upstreams(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).startswith("llama_index.core.") and _is_importable(value)
 
 
-_ids: dict[int, tuple[Any, str]] = {}
+_ids: dict[int, tuple[Callable[[], object], str]] = {}
 
 
 def _id_of(value: object) -> str:
     """Another one for every object, as long as there is one: an address may be used again."""
     known = _ids.get(id(value))
     if known is None or known[0]() is not value:
+        address = id(value)
+        there: Callable[[], object]
         try:
-            there: Any = weakref.ref(value, lambda _, address=id(value): _ids.pop(address, None))
+            there = weakref.ref(value, lambda _: _ids.pop(address, None))
         except TypeError:  # kept for ever, so that nothing else gets its address
-            there = lambda: value  # noqa: E731
+            there = partial(_itself, value)
         known = _ids[id(value)] = (there, uuid.uuid4().hex[:12])
     return known[1]
+
+
+def _itself(value: object) -> object:
+    return value
