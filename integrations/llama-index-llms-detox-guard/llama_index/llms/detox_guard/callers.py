@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from detox_guard import DetoxGuardError, InvalidParamsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["IncompleteAnswerError", "RefusedCallError", "asked_by_a_program", "refusals"]
 
@@ -55,18 +55,25 @@ class RefusedCallError(DetoxGuardError):
 
     def __init__(self, cause: InvalidParamsError) -> None:
         super().__init__(str(cause), hint=cause.hint)
-        self.field, self.value, self.bound = cause.field, cause.value, cause.bound
+        self.field = cause.field
+        self.value = cause.value
+        self.bound = cause.bound
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns an `InvalidParamsError` into a `RefusedCallError` where a caller would swallow it."""
+def refusals(collectors: Sequence[list[DetoxGuardError]] = ()) -> Iterator[None]:
+    """Turns an `InvalidParamsError` into a `RefusedCallError` where a caller would swallow it; collects our errors."""
     try:
         yield
-    except InvalidParamsError as error:
-        if not any(name.startswith(_SWALLOW) for name in _callers()):
+    except DetoxGuardError as error:
+        told: DetoxGuardError = error
+        if isinstance(error, InvalidParamsError) and any(name.startswith(_SWALLOW) for name in _callers()):
+            told = RefusedCallError(error)
+        for collector in collectors:
+            collector.append(told)
+        if told is error:
             raise
-        raise RefusedCallError(error) from error
+        raise told from error
 
 
 def asked_by_a_program() -> bool:

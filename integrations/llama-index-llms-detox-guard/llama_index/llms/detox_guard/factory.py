@@ -134,7 +134,8 @@ class _Turns:
         """What is in force while a question is written, its policy, and whether the LLM may read the turn at all."""
         policy, outer = policy_in_force(llm, self.policy), current_scope()
         if is_ours(llm):
-            return Scope({**outer.options, "guard": policy}, (*outer.collectors, []), outer), policy, True
+            options = {**outer.options, "guard": policy}
+            return Scope(options, (*outer.collectors, []), outer, None, outer.failures), policy, True
         from detox_guard.guard import scan  # which loads torch
 
         may = not policy.scan_input or scan(texts, policy) <= policy.threshold

@@ -32,17 +32,26 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index.llms.detox_guard.callers import IncompleteAnswerError, asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
-from llama_index.llms.detox_guard.options import aheld, current_scope, held, made_here, read_options
+from llama_index.llms.detox_guard.options import (
+    Scope,
+    aheld,
+    current_scope,
+    entered,
+    held,
+    made_here,
+    read_options,
+)
 from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
 from llama_index.llms.detox_guard.reply import Reply
 
 import detox_guard
-from detox_guard import DecodingParams, InvalidParamsError, PromptError
+from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 
     from llama_index.core.bridge.pydantic import BaseModel
+    from llama_index.core.chat_engine.types import AgentChatResponse
     from llama_index.core.prompts import PromptTemplate
     from llama_index.core.tools.types import BaseTool
 
@@ -253,6 +262,20 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise ValueError(f"the model called no tool; it wrote {wrote[:80]!r}")
         return calls
 
+    def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
+        failed: list[DetoxGuardError] = []
+        with entered(_collecting(failed)):
+            response = super().predict_and_call(tools, *args, **kwargs)
+        return _unless(failed, response)
+
+    async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
+        failed: list[DetoxGuardError] = []
+        with entered(_collecting(failed)):
+            response = await super().apredict_and_call(tools, *args, **kwargs)
+        return _unless(failed, response)
+
     # -- structured answers: upstream's text program, decoded under the schema's grammar, so that it always parses
 
     def structured_predict(
@@ -335,14 +358,15 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     def _run(
         self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> Generator[Shown, None, None]:
-        with refusals():
+        failures = current_scope().failures
+        with refusals(failures):
             engine = self.load()
             reply, *request = self._request(engine, prompt, kwargs)
             # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
             chunks = engine.stream(*request)
 
         def responses() -> Generator[Shown, None, None]:
-            with refusals(), closing(chunks) as running:
+            with refusals(failures), closing(chunks) as running:
                 for chunk in running:
                     if reply.push(chunk):
                         yield show(reply)
@@ -352,12 +376,13 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     async def _arun(
         self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> AsyncGenerator[Shown, None]:
-        with refusals():
+        failures = current_scope().failures
+        with refusals(failures):
             engine = await asyncio.to_thread(self.load)
             reply, *request = self._request(engine, prompt, kwargs)
 
         async def responses() -> AsyncGenerator[Shown, None]:
-            with refusals():
+            with refusals(failures):
                 async with aclosing(engine.astream(*request)) as chunks:
                     async for chunk in chunks:
                         if reply.push(chunk):
@@ -424,6 +449,17 @@ class _DetoxStructuredLLM(Portable, StructuredLLM):
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         return aheld(current_scope(), await super().astream_chat(messages, **kwargs))
+
+
+def _collecting(failed: list[DetoxGuardError]) -> Scope:
+    outer = current_scope()
+    return Scope(outer.options, outer.collectors, outer, None, (*outer.failures, failed))
+
+
+def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> AgentChatResponse:
+    if failed and not response.sources:
+        raise failed[-1]
+    return response
 
 
 def _check_last(output_cls: type[BaseModel], last: Any) -> None:

@@ -21,7 +21,7 @@ from llama_index.core.instrumentation.events.query import QueryEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index_instrumentation import get_dispatcher
 
-from detox_guard import DecodingParams, Grammar, GuardPolicy, InvalidParamsError
+from detox_guard import DecodingParams, DetoxGuardError, Grammar, GuardPolicy, InvalidParamsError
 from detox_guard.policy import Rung
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Scope:
     outer: Scope | None = None
     home: tuple[int, int] | None = None
     """Thread and task that entered it."""
+    failures: tuple[list[DetoxGuardError], ...] = ()
+    """Collect what calls under it raised, for a caller of LlamaIndex's that tells of errors as of an answer."""
     left: bool = False
     """It was left in another context than it was entered in, which could not take it out of force there."""
 
@@ -53,7 +55,7 @@ class Scope:
         return self is other or (self.outer is not None and self.outer.within(other))
 
     def __bool__(self) -> bool:
-        return bool(self.options or self.collectors)
+        return bool(self.options or self.collectors or self.failures)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("detox_guard_llama_index_scope", default=None)
@@ -125,7 +127,7 @@ class detox_options(entered):
         _hold_streams()
         outer, replies = current_scope(), []  # type: ignore[var-annotated]
         options, collectors = {**outer.options, **self._scope.options}, (*outer.collectors, replies)
-        self._enter(Scope(options, collectors, outer, _home()), sys._getframe(1))
+        self._enter(Scope(options, collectors, outer, _home(), outer.failures), sys._getframe(1))
         return replies
 
 
