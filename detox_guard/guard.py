@@ -22,7 +22,7 @@ from detox_guard.trace import Intervention
 from detox_guard.units import in_code, last_space, sentence_end
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from detox_guard.backbone import Backbone
@@ -70,7 +70,12 @@ class GuardedReply(Reply):
     """A reply under a `GuardPolicy`. Its text goes out unit by unit, each after its verdict."""
 
     def __init__(
-        self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        params: DecodingParams,
+        detoxifiers: Sequence[str] = (),
+        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
@@ -78,7 +83,7 @@ class GuardedReply(Reply):
         self.guard = self._judge.scorer.name
         if self.policy.audit_log is not None:
             audit_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers)
+        super().__init__(backbone, prompt, params, detoxifiers, check_fits)
         if detoxifiers and self.policy.most_alpha > 0:
             self.request.steered = True
             self._detoxifiers = tuple(detoxifiers)
