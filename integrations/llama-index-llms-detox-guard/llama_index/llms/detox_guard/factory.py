@@ -135,7 +135,7 @@ class _Turns:
         policy, outer = policy_in_force(llm, self.policy), current_scope()
         if is_ours(llm):
             options = {**outer.options, "guard": policy}
-            return Scope(options, (*outer.collectors, []), outer, None, outer.failures), policy, True
+            return Scope(options, (*outer.collectors, []), outer, outer.failures), policy, True
         from detox_guard.guard import scan  # which loads torch
 
         may = not policy.scan_input or scan(texts, policy) <= policy.threshold

@@ -350,7 +350,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return llm_kwargs or {}
         with refusals():
-            grammar = detox_guard.Grammar.json_schema(output_cls.model_json_schema())
+            grammar = detox_guard.Grammar.json_schema(output_cls.model_json_schema(), lenient=True)
         return {"grammar": grammar, **(llm_kwargs or {})}
 
     # -- the one way they all take
@@ -453,7 +453,7 @@ class _DetoxStructuredLLM(Portable, StructuredLLM):
 
 def _collecting(failed: list[DetoxGuardError]) -> Scope:
     outer = current_scope()
-    return Scope(outer.options, outer.collectors, outer, None, (*outer.failures, failed))
+    return Scope(outer.options, outer.collectors, outer, (*outer.failures, failed))
 
 
 def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> AgentChatResponse:

@@ -5,11 +5,9 @@ Knows blocks, the frames and contexts they are in, and streams that are read beh
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -44,12 +42,10 @@ class Scope:
     options: Mapping[str, Any] = field(default_factory=dict)
     collectors: tuple[list[Generation], ...] = ()
     outer: Scope | None = None
-    home: tuple[int, int] | None = None
-    """Thread and task that entered it."""
     failures: tuple[list[DetoxGuardError], ...] = ()
     """Collect what calls under it raised, for a caller of LlamaIndex's that tells of errors as of an answer."""
     left: bool = False
-    """It was left in another context than it was entered in, which could not take it out of force there."""
+    """It was left in another context than it was entered in, where it could not be taken out of force."""
 
     def within(self, other: Scope) -> bool:
         return self is other or (self.outer is not None and self.outer.within(other))
@@ -65,8 +61,8 @@ _blocks: dict[FrameType, list[Scope]] = {}
 
 def current_scope() -> Scope:
     """That of the innermost block around the caller: on the stack, or in the context that its task or thread copied."""
-    own, here = _scope.get(), _home()
-    while own is not None and own.left and own.home == here:
+    own = _scope.get()
+    while own is not None and own.left:
         own = own.outer
     block = _block_around(sys._getframe(1))
     if block is not None and not (own is not None and own.within(block)):
@@ -127,7 +123,7 @@ class detox_options(entered):
         _hold_streams()
         outer, replies = current_scope(), []  # type: ignore[var-annotated]
         options, collectors = {**outer.options, **self._scope.options}, (*outer.collectors, replies)
-        self._enter(Scope(options, collectors, outer, _home(), outer.failures), sys._getframe(1))
+        self._enter(Scope(options, collectors, outer, outer.failures), sys._getframe(1))
         return replies
 
 
@@ -237,10 +233,3 @@ def _block_around(frame: FrameType | None) -> Scope | None:
         frame = frame.f_back
     return None
 
-
-def _home() -> tuple[int, int]:
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return threading.get_ident(), id(task)

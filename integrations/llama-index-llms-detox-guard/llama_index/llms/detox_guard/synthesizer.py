@@ -232,7 +232,7 @@ class DetoxSynthesizer(BaseSynthesizer):
                 options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
                 options["calm_share"] = 1.0  # what the model reads may have nothing toxic left
         report["guard"] = "decode" if ours and _only_asks(self._inner) else "hold"
-        scope = Scope({**outer.options, **options}, (*outer.collectors, replies), outer, None, outer.failures)
+        scope = Scope({**outer.options, **options}, (*outer.collectors, replies), outer, outer.failures)
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
         readable = [node.readable for node in screened if node.readable is not None]
         return _Call(scope, policy, report, sources, replies), readable
