@@ -6,7 +6,8 @@ import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator
+from pydantic_core import PydanticSerializationError
 
 from detox_guard.checked import Checked
 from detox_guard.errors import NotPicklableError
@@ -94,6 +95,15 @@ class GuardPolicy(Checked):
         if isinstance(value, bool):
             raise ValueError("Input should be a number, not a bool")
         return value
+
+    @field_serializer("scorer", "on_event", mode="wrap", when_used="json")
+    def _by_name(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        """In JSON, as in a trace, an object stands there by its name; no policy is made of that again."""
+        try:
+            return handler(value)
+        except PydanticSerializationError:
+            name = getattr(value, "name", None) or getattr(value, "__qualname__", type(value).__qualname__)
+            return {"object": str(name)}
 
     def __getstate__(self) -> dict[Any, Any]:
         """Raises `NotPicklableError` for a scorer object, or a hook that pickle cannot find by its name."""
