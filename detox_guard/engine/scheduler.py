@@ -35,7 +35,7 @@ from detox_guard.errors import (
     RequestCancelledError,
     StepError,
 )
-from detox_guard.forking import in_children_of
+from detox_guard.forking import around_forks_of, in_children_of
 from detox_guard.params import EngineConfig
 from detox_guard.threads import start_thread
 
@@ -57,6 +57,8 @@ __all__ = ["Engine", "EngineStats"]
 _log = logging.getLogger("detox_guard.engine")
 _POLL_S = 0.002
 """How often parked requests are asked again while nobody decodes."""
+_FORK_WAIT_S = 5.0
+"""The longest that a fork waits for the turn under way."""
 _CHUNK_S = 0.2
 """What a chunk of prefill may take where others wait for it."""
 _MIN_CHUNK, _FIRST_CHUNK = 16, 64
@@ -295,13 +297,29 @@ class _Worker:
         self._pace = 0.0
         self._oldest_next = True
         self._make_locks()
+        around_forks_of(self, _Worker._hold, _Worker._release)
         in_children_of(self, _Worker._fork)
 
     def _make_locks(self) -> None:
         self._wake = threading.Condition()
+        self._computing = False
+        self._holders = 0
+        """Threads that are about to fork: nothing is computed until they have."""
         self.places = Places(self._config.max_queue)
         self._queue: deque[Request] = deque()
         """Each of them has a place."""
+
+    def _hold(self) -> None:
+        """Wait until nothing is computed, and keep it so; but not for ever, and a fork by the engine itself goes on."""
+        with self._wake:
+            self._holders += 1
+            if not self.is_own_thread:
+                self._wake.wait_for(lambda: not self._computing, _FORK_WAIT_S)
+
+    def _release(self) -> None:
+        with self._wake:
+            self._holders -= 1
+            self._wake.notify_all()
 
     def _fork(self) -> None:
         """In a child there is no engine thread, and its locks may be held for ever. An engine that has not worked yet
@@ -322,7 +340,7 @@ class _Worker:
                 self._thread = start_thread(self._run, "detox-guard-engine")
             self._queue.append(request)
             self._stats.submitted += 1
-            self._wake.notify()
+            self._wake.notify_all()
 
     def check_open(self) -> None:
         if self._closed:
@@ -370,7 +388,7 @@ class _Worker:
         with self._wake:
             self._closed = True
             self.places.close(self._closed_error)
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -378,14 +396,7 @@ class _Worker:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while True:
-                with self._wake:
-                    if self._parked and not (self._queue or self._seats or self._groups or self._closed):
-                        self._wake.wait(_POLL_S)
-                    while not (self._queue or self._seats or self._parked or self._groups or self._closed):
-                        self._wake.wait()
-                    if self._closed:
-                        break
+            while self._wait_for_work():
                 try:
                     self._turn()
                 except BaseException as error:
@@ -393,6 +404,20 @@ class _Worker:
                     _log.exception("engine step failed")
                     self._fail_all(_as_step_error(error))
         self._fail_all(EngineClosedError("the engine was closed"))
+
+    def _wait_for_work(self) -> bool:
+        """Between two turns: whether there is another."""
+        with self._wake:
+            self._computing = False
+            self._wake.notify_all()
+            if self._parked and not (self._queue or self._seats or self._groups or self._closed):
+                self._wake.wait(_POLL_S)
+            while not self._closed and (
+                self._holders or not (self._queue or self._seats or self._parked or self._groups)
+            ):
+                self._wake.wait()
+            self._computing = not self._closed
+            return self._computing
 
     def _turn(self) -> None:
         self._drop_cancelled()
