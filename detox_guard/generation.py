@@ -29,12 +29,12 @@ from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
 from detox_guard.sharing import shared_guard
-from detox_guard.text import Prompt, encode_prompt, template_of
+from detox_guard.text import Prompt, encode_prompt, template_of, with_template_kwargs
 from detox_guard.threads import run_aside
 from detox_guard.tools import knows_tools
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -56,7 +56,8 @@ class DetoxiGen:
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
     `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
     `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
-    `guard.generate("Hi", alpha=4.0)`.
+    `guard.generate("Hi", alpha=4.0)`. `chat_template_kwargs` are variables of the chat template, as in `ChatPrompt`:
+    `guard.generate(messages, chat_template_kwargs={"enable_thinking": False})`.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation]: ...
 
     @overload
@@ -173,6 +175,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation | DetoxGuardError]: ...
 
     def batch(
@@ -181,19 +184,21 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """All replies, in order, decoded together. One `DecodingParams` for all, or one each.
 
         With `return_exceptions`, a request that fails gives its error in its place; otherwise the first error is
         raised and the rest is cancelled.
         """
-        return self._batch(prompts, params, return_exceptions, _Cancelling())
+        return self._batch(prompts, params, return_exceptions, chat_template_kwargs, _Cancelling())
 
     def _batch(
         self,
         prompts: Sequence[Prompt],
         params: DecodingParams | Sequence[DecodingParams] | None,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
         cancelling: _Cancelling,
     ) -> list[Any]:
         results: list[Generation | DetoxGuardError | None] = [None] * len(prompts)
@@ -214,7 +219,7 @@ class DetoxiGen:
             for index, (prompt, own) in enumerate(zip(prompts, self._spread(params, len(prompts)), strict=True)):
                 try:
                     cancelling.check()
-                    reply = self._prepare(prompt, own, {})
+                    reply = self._prepare(prompt, own, {"chat_template_kwargs": chat_template_kwargs})
                     cancelling.watch(reply)
                     # A full queue is waited for, as long as there is something of our own to wait for.
                     while not self._try_submit(reply, last=not under_way):
@@ -267,13 +272,16 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """`batch` without blocking the event loop; cancelling the task frees its seats."""
         cancelling = _Cancelling()
         # A thread of its own: the loop's pool is small, and others wait for it.
         pool = ThreadPoolExecutor(1, "detox-guard-batch")
         try:
-            work = functools.partial(self._batch, prompts, params, return_exceptions, cancelling)
+            work = functools.partial(
+                self._batch, prompts, params, return_exceptions, chat_template_kwargs, cancelling
+            )
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         finally:
             cancelling.cancel()
@@ -308,9 +316,9 @@ class DetoxiGen:
         ids: list[int] = self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
         """How many prompt tokens the backbone would read."""
-        return len(encode_prompt(self.backbone, prompt))
+        return len(encode_prompt(self.backbone, with_template_kwargs(prompt, chat_template_kwargs)))
 
     @property
     def supports_tools(self) -> bool:
@@ -355,6 +363,8 @@ class DetoxiGen:
             params = self.params
         elif self.params.guard is not None and "guard" not in params.model_fields_set:
             params = params.replace(guard=self.params.guard)
+        changes = dict(changes)
+        prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
         return (GuardedReply if params.guard else Reply)(self.backbone, prompt, params, self.detoxifier_ids)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import PromptError
@@ -34,9 +34,29 @@ class ChatPrompt:
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `{"enable_thinking": False}`."""
 
 
 Prompt = str | Sequence[Message] | ChatPrompt
+
+def with_template_kwargs(prompt: Prompt, kwargs: Mapping[str, Any] | None) -> Prompt:
+    """The prompt with these variables of the chat template, beside its own and before them.
+
+    Raises `PromptError` for a plain string, which goes through no template.
+    """
+    if not kwargs:
+        return prompt
+    if not isinstance(kwargs, Mapping):
+        raise PromptError("chat_template_kwargs", kwargs, "a mapping of names to values")
+    if isinstance(prompt, str):
+        raise PromptError(
+            "chat_template_kwargs", dict(kwargs), "for chat messages only: a plain string goes through no template"
+        )
+    if not isinstance(prompt, ChatPrompt):
+        return ChatPrompt(prompt, chat_template_kwargs=kwargs)
+    return replace(prompt, chat_template_kwargs={**prompt.chat_template_kwargs, **kwargs})
+
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
@@ -51,9 +71,9 @@ def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:
         _check_text("prompt", prompt)
         ids = backbone.tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, ChatPrompt):
-        ids = _encode_messages(backbone, prompt.messages, prompt.tools or ())
+        ids = _encode_messages(backbone, prompt.messages, prompt.tools or (), prompt.chat_template_kwargs or {})
     elif isinstance(prompt, list | tuple):
-        ids = _encode_messages(backbone, prompt, ())
+        ids = _encode_messages(backbone, prompt, (), {})
     else:
         raise PromptError("prompt", prompt, "a string or a list of chat messages")
     if not ids:
@@ -99,7 +119,12 @@ def template_of(backbone: Backbone) -> str | None:
     return template
 
 
-def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+def _encode_messages(
+    backbone: Backbone,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    kwargs: Mapping[str, Any],
+) -> list[int]:
     if not isinstance(messages, list | tuple) or not messages:
         raise PromptError("messages", messages, "at least one message")
     for i, tool in enumerate(tools):
@@ -124,6 +149,7 @@ def _encode_messages(backbone: Backbone, messages: Sequence[Message], tools: Seq
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
+            **kwargs,
         )
         ids: list[int] = encoded["input_ids"]
         return ids
