@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from detox_guard.errors import InvalidParamsError, StepError
-from detox_guard.text import template_of
+from detox_guard.template import template_of
 from detox_guard.tools import tool_format
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
 from detox_guard.sharing import shared_guard
-from detox_guard.text import Prompt, encode_prompt, template_of, with_template_kwargs
+from detox_guard.template import template_of
+from detox_guard.text import Prompt, encode_prompt, with_template_kwargs
 from detox_guard.threads import run_aside
 from detox_guard.tools import knows_tools
 
@@ -279,9 +280,7 @@ class DetoxiGen:
         # A thread of its own: the loop's pool is small, and others wait for it.
         pool = ThreadPoolExecutor(1, "detox-guard-batch")
         try:
-            work = functools.partial(
-                self._batch, prompts, params, return_exceptions, chat_template_kwargs, cancelling
-            )
+            work = functools.partial(self._batch, prompts, params, return_exceptions, chat_template_kwargs, cancelling)
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         finally:
             cancelling.cancel()
