@@ -12,7 +12,7 @@ import torch
 
 from detox_guard.errors import InvalidParamsError, StepError
 from detox_guard.forking import in_children
-from detox_guard.text import template_of
+from detox_guard.template import template_of
 from detox_guard.tools import tool_format
 
 if TYPE_CHECKING:

@@ -30,12 +30,13 @@ from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
 from detox_guard.sharing import shared_guard
-from detox_guard.text import Prompt, encode_prompt, template_of
+from detox_guard.template import template_of
+from detox_guard.text import Prompt, encode_prompt, with_template_kwargs
 from detox_guard.threads import run_aside, run_off_loop
 from detox_guard.tools import knows_tools
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -60,7 +61,8 @@ class DetoxiGen:
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
     `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
     `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
-    `guard.generate("Hi", alpha=4.0)`.
+    `guard.generate("Hi", alpha=4.0)`. `chat_template_kwargs` are variables of the chat template, as in `ChatPrompt`:
+    `guard.generate(messages, chat_template_kwargs={"enable_thinking": False})`.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation]: ...
 
     @overload
@@ -184,6 +187,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation | DetoxGuardError]: ...
 
     def batch(
@@ -192,19 +196,21 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """All replies, in order, decoded together. One `DecodingParams` for all, or one each.
 
         With `return_exceptions`, a request that fails gives its error in its place; otherwise the first error is
         raised and the rest is cancelled.
         """
-        return self._batch(prompts, params, return_exceptions, _Cancelling())
+        return self._batch(prompts, params, return_exceptions, chat_template_kwargs, _Cancelling())
 
     def _batch(
         self,
         prompts: Sequence[Prompt],
         params: DecodingParams | Sequence[DecodingParams] | None,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
         cancelling: _Cancelling,
     ) -> list[Any]:
         many = _listed(prompts)
@@ -242,7 +248,7 @@ class DetoxiGen:
                     cancelling.check()
                     take_place()
                     with self._placed():
-                        reply = self._prepare(prompt, own, {})
+                        reply = self._prepare(prompt, own, {"chat_template_kwargs": chat_template_kwargs})
                         cancelling.watch(reply)
                     inbox = _Inbox()
                     self._submit(reply, inbox.put)
@@ -299,13 +305,16 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """`batch` without blocking the event loop; cancelling the task frees its seats."""
         cancelling = _Cancelling(asyncio.get_running_loop().is_closed)
         # A thread of its own: the loop's pool is small, and others wait for it.
         pool = ThreadPoolExecutor(1, "detox-guard-batch")
         try:
-            return await run_off_loop(self._batch, prompts, params, return_exceptions, cancelling, pool=pool)
+            return await run_off_loop(
+                self._batch, prompts, params, return_exceptions, chat_template_kwargs, cancelling, pool=pool
+            )
         finally:
             cancelling.cancel()
             pool.shutdown(wait=False)
@@ -344,9 +353,9 @@ class DetoxiGen:
             raise PromptError("text", text, f"text that can be written as UTF-8: {error}") from None
         return ids
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
         """How many prompt tokens the backbone would read."""
-        return len(encode_prompt(self.backbone, prompt))
+        return len(encode_prompt(self.backbone, with_template_kwargs(prompt, chat_template_kwargs)))
 
     @property
     def supports_tools(self) -> bool:
@@ -394,6 +403,8 @@ class DetoxiGen:
             params = self.params
         elif self.params.guard is not None and "guard" not in params.model_fields_set:
             params = params.replace(guard=self.params.guard)
+        changes = dict(changes)
+        prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
         kind = GuardedReply if params.guard else Reply
         return kind(self.backbone, prompt, params, self.detoxifier_ids, self._check_fits)
