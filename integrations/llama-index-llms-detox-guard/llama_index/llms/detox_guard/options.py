@@ -232,4 +232,3 @@ def _block_around(frame: FrameType | None) -> Scope | None:
             return scopes[-1]
         frame = frame.f_back
     return None
-
