@@ -44,7 +44,8 @@ class FakeEngine:
     """Answers from a script, a word at a time, and keeps what it was asked.
 
     `script`: replies in turn (the last one for ever after), or a function of the prompt; an exception is raised after
-    the first word, and so is one that a function returns. `delay_s` between words. `finish` is why they end. `seats` are requests under way, `peak` the most there were.
+    the first word. `delay_s` between words. `finish` is why they end. `seats` are requests under way, `peak` the most
+    there were.
     """
 
     def __init__(

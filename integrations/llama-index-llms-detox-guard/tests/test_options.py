@@ -202,6 +202,29 @@ async def test_coroutines_made_in_a_block_and_awaited_behind_it() -> None:
     held_by(engine)
 
 
+async def test_coroutines_of_engines_made_in_a_block_and_awaited_behind_it() -> None:
+    engine = FakeEngine()
+    index = index_of(engine)
+    query_engine = index.as_query_engine(streaming=True)
+
+    def ask() -> Any:
+        with detox_options(guard=POLICY, seed=7):
+            return query_engine.aquery(QUERY)
+
+    response = await ask()
+    assert "".join([piece async for piece in response.async_response_gen()]) == CLEAN
+    for mode in ("context", "condense_plus_context", "condense_question", "simple"):
+        chat = index.as_chat_engine(chat_mode=mode, memory=memory())
+        with detox_options(guard=POLICY, seed=7):
+            whole, streamed = chat.achat(QUERY), chat.astream_chat(QUERY)
+        assert str(await whole) == CLEAN
+        pieces = [piece async for piece in (await streamed).async_response_gen()]
+        assert "".join(pieces) == CLEAN
+    held_by(engine)
+    assert len(engine.asked) >= 9
+    await query_engine.aquery(QUERY)
+
+
 async def test_a_task_made_in_a_block_is_in_it() -> None:
     engine = FakeEngine()
     query_engine = index_of(engine).as_query_engine(streaming=True)

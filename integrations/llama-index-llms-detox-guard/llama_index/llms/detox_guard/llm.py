@@ -402,8 +402,12 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         scope = current_scope()
         options = {**self.decoding, **scope.options, **kwargs}
         tools = options.pop("tools", None) or []
+        if not isinstance(tools, list | tuple):
+            raise InvalidParamsError("tools", tools, "a list of tools")
         choice = choice_of(options.pop("tool_choice", None) or "auto", tools)
         parallel = options.pop("allow_parallel_tool_calls", True)
+        if not isinstance(parallel, bool):
+            raise InvalidParamsError("allow_parallel_tool_calls", parallel, "True or False")
         variables = self._variables(options.pop("chat_template_kwargs", None))
         options = read_options(options)
         tools = [] if choice == "none" else tools

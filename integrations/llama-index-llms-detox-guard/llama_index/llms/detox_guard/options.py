@@ -13,10 +13,18 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.query import QueryEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index_instrumentation import get_dispatcher
 
 from detox_guard import DecodingParams, DetoxGuardError, Grammar, GuardPolicy, InvalidParamsError
@@ -102,9 +110,9 @@ class detox_options(entered):
     """Options (fields of `DecodingParams`) of every `DetoxiGenLLM` call made inside the block, in this thread or task.
 
     An answer that is streamed belongs to the block in which it was asked for, whenever, wherever and in whatever
-    context it is read; so does a coroutine of `DetoxiGenLLM` or `DetoxSynthesizer` made there. LlamaIndex's own
-    coroutines begin when they are awaited: await them in the block, or make a task of them there. A thread that you
-    start yourself needs `contextvars.copy_context().run`.
+    context it is read; so does a coroutine of an LLM, a synthesizer, a query or a chat engine that was made there. (For
+    that, the first block puts a wrapper around these methods of LlamaIndex's base classes; without options in force it
+    does nothing.) A thread that you start yourself needs `contextvars.copy_context().run`.
 
     Yields a list that receives each reply once it is complete. Inner blocks win over outer ones, and what a call
     passes itself wins over both::
@@ -121,6 +129,7 @@ class detox_options(entered):
 
     def __enter__(self) -> list[Generation]:
         _hold_streams()
+        _hold_coroutines()
         outer, replies = current_scope(), []  # type: ignore[var-annotated]
         options, collectors = {**outer.options, **self._scope.options}, (*outer.collectors, replies)
         self._enter(Scope(options, collectors, outer, outer.failures), sys._getframe(1))
@@ -225,6 +234,19 @@ def _hold_streams() -> None:
         handlers.append(_streams_hold)
 
 
+@functools.cache
+def _hold_coroutines() -> None:
+    """A coroutine of LlamaIndex's begins when it is awaited, which may be behind the block that it was made in."""
+    chats = (SimpleChatEngine, ContextChatEngine, CondensePlusContextChatEngine, CondenseQuestionChatEngine)
+    for cls, names in (
+        (BaseQueryEngine, ("aquery", "asynthesize")),
+        (BaseSynthesizer, ("asynthesize",)),
+        *((chat, ("achat", "astream_chat")) for chat in chats),
+    ):
+        for name in names:
+            setattr(cls, name, made_here(inspect.getattr_static(cls, name)))
+
+
 def _block_around(frame: FrameType | None) -> Scope | None:
     """The innermost block that is open in a caller. A task has its own callers: what runs its loop is none of them."""
     while frame is not None and frame.f_globals.get("__name__") != "asyncio.events":
@@ -232,4 +254,3 @@ def _block_around(frame: FrameType | None) -> Scope | None:
             return scopes[-1]
         frame = frame.f_back
     return None
-
