@@ -33,6 +33,7 @@ from detox_guard import (
 from detox_guard.engine import Ended, Engine, Rewind, TokenStep
 from detox_guard.guard import GuardedReply, closed_length, scan
 from detox_guard.judge import judge_for
+from detox_guard.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -562,7 +563,9 @@ def test_strings_are_judged_decoded(text: str, longest: int, insult: str) -> Non
 @pytest.mark.parametrize("longest", [4, 48, 1024])
 def test_content_is_judged_without_the_call_in_it(longest: int) -> None:
     call = '<tool_call>\n{"name": "post", "arguments": {"text": "x"}}\n</tool_call>'
-    policy = GuardPolicy(scorer=Scripted(lambda text: float("idiot" in text)), max_rewinds=0, max_unit_tokens=longest)
+    content, _, _ = parse_tool_calls(f"You are an id{call}iot, friend.")
+    word = content[content.index("id") : content.index("iot") + 3]  # as a reader has it, with a break or without
+    policy = GuardPolicy(scorer=Scripted(lambda text: float(word in text)), max_rewinds=0, max_unit_tokens=longest)
     assert dictated(policy, f"You are an id{call}iot, friend.").finish_reason == "guard"
     assert dictated(policy, f"You are an id{call}ol, friend.").finish_reason == "stop"
 
