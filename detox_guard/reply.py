@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import secrets
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,8 +127,7 @@ class Reply:
             constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
         self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
         self.params = params
-        self.inbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
-        self.put: Callable[[Chunk | Exception], object] = self.inbox.put
+        self.put: Callable[[Chunk | Exception], object] = lambda item: None
         self._tokenizer = backbone.tokenizer
         self._detokenizer = TextStream(backbone.tokenizer, prompt_ids)
         self._matcher = StopMatcher(params.stop)

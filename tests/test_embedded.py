@@ -77,7 +77,12 @@ def no_network(*_: Any, **__: Any) -> Any:
 def test_made_once_then_reused(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = default_backbone_dir(progress=False)
     assert folder == cache / FOLDER
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "manifest.json",
+        "checked.json",
+    }
     assert left_in(cache) == {FOLDER}
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir()), "readable by other users"
     monkeypatch.setattr(embedded, "_make", no_network)
