@@ -16,6 +16,7 @@ from detox_guard.judge import judge_for
 from detox_guard.policy import GuardPolicy
 from detox_guard.reading import Reading
 from detox_guard.reply import Chunk
+from detox_guard.threads import run_off_loop
 from detox_guard.trace import Intervention
 from detox_guard.units import in_code
 
@@ -74,10 +75,7 @@ def aguard_text(
 
 
 async def _aguarded(chunks: AsyncIterable[str | Chunk | None], held: _Held) -> AsyncGenerator[str, None]:
-    try:
-        await asyncio.to_thread(held.load)
-    except RuntimeError:  # no thread to be had
-        held.load()
+    await run_off_loop(held.load)
     async for chunk in chunks:
         for unit in held.push(chunk):
             for text in held.judged(unit, await held.ascore(unit)):

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from detox_guard.errors import ScorerError
+from detox_guard.errors import EngineError, ScorerError
 from detox_guard.scoring import HuggingFaceScorer, ToxicityScorer, checked_scores, load_scorer
-from detox_guard.threads import run_aside
+from detox_guard.threads import run_aside, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,12 +69,11 @@ class Judge:
                 _fail(future, ScorerError(f"{_MOST_WAITING} texts wait for scorer {self.scorer.name!r} already"))
                 return future
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="detox-guard-judge", daemon=True)
+                self._thread = None
                 try:
-                    self._thread.start()
-                except RuntimeError as error:  # no more threads
-                    self._thread = None
-                    _fail(future, ScorerError(f"no thread for scorer {self.scorer.name!r}: {error}"))
+                    self._thread = start_thread(self._run, "detox-guard-judge")
+                except EngineError as error:
+                    _fail(future, ScorerError(f"no thread for scorer {self.scorer.name!r}: {error}", hint=error.hint))
                     return future
             self._waiting[future] = _Job(tuple(texts), future)
             self._wake.notify()
@@ -153,10 +152,7 @@ def judge_for(scorer: str | ToxicityScorer) -> Judge:
         judge = _judges.get(id(scorer))
     if judge is None:
         if isinstance(scorer, HuggingFaceScorer):
-            try:
-                run_aside(scorer.load)
-            except RuntimeError as error:  # no more threads
-                raise ScorerError(f"scorer {scorer.name!r} cannot be loaded: {error}") from error
+            run_aside(scorer.load)
         with _judges_lock:
             judge = _judges.get(id(scorer)) or Judge(scorer)
             _judges[id(scorer)] = judge

@@ -303,7 +303,7 @@ class Reading:
 
     def _without_calls(self, piece: str, final: bool) -> tuple[Reading, Asked]:
         """The reading behind this piece, and content that a call parted, joined as a reader has it."""
-        calls = copy.deepcopy(self.calls)
+        calls = _copied(self.calls)
         parts = calls.push(piece) + (calls.flush() if final else [])
         shown = "".join(part for part in parts if isinstance(part, str))
         called = self.called or bool(calls.invalid) or any(isinstance(part, ToolCall) for part in parts)
@@ -315,6 +315,15 @@ class Reading:
 
     def _end(self, content: str) -> str:
         return content[-max(self.context, _WHOLE_CHARS) :]
+
+
+def _copied(calls: ToolCallStream) -> ToolCallStream:
+    """What it reads from here on the other does not see. (A deep copy would take the formats apart as well.)"""
+    other = copy.copy(calls)
+    for name, value in vars(other).items():
+        if isinstance(value, list | dict | set):
+            setattr(other, name, copy.copy(value))
+    return other
 
 
 # --- whole texts -----------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from detox_guard import (
 from detox_guard.engine import Ended, Engine, Rewind, TokenStep
 from detox_guard.guard import GuardedReply, closed_length, scan
 from detox_guard.judge import judge_for
+from detox_guard.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -506,6 +507,8 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
     """The reply of a model that says the first text, and after each rewind the next (the last one repeats)."""
     backbone = make_tiny_backbone("llama")
     reply = GuardedReply(backbone, "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024))
+    chunks: list[Any] = []
+    reply.put = chunks.append
     said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in attempts]
     (instead,) = backbone.tokenizer("*", add_special_tokens=False)["input_ids"]
     emitted: list[int] = []
@@ -529,9 +532,9 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
         elif isinstance(verdict, Ended):
             reply.on_finish(verdict.reason)
             break
-    while not (chunk := reply.inbox.get(timeout=60)).generation:  # type: ignore[union-attr]
-        pass
-    return chunk.generation  # type: ignore[union-attr]
+    generation = chunks[-1].generation
+    assert "".join(chunk.text for chunk in chunks) == generation.text
+    return generation  # type: ignore[no-any-return]
 
 
 def spelt_out(text: str) -> str:
@@ -562,7 +565,9 @@ def test_strings_are_judged_decoded(text: str, longest: int, insult: str) -> Non
 @pytest.mark.parametrize("longest", [4, 48, 1024])
 def test_content_is_judged_without_the_call_in_it(longest: int) -> None:
     call = '<tool_call>\n{"name": "post", "arguments": {"text": "x"}}\n</tool_call>'
-    policy = GuardPolicy(scorer=Scripted(lambda text: float("idiot" in text)), max_rewinds=0, max_unit_tokens=longest)
+    content, _, _ = parse_tool_calls(f"You are an id{call}iot, friend.")
+    word = content[content.index("id") : content.index("iot") + 3]  # as a reader has it, with a break or without
+    policy = GuardPolicy(scorer=Scripted(lambda text: float(word in text)), max_rewinds=0, max_unit_tokens=longest)
     assert dictated(policy, f"You are an id{call}iot, friend.").finish_reason == "guard"
     assert dictated(policy, f"You are an id{call}ol, friend.").finish_reason == "stop"
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from detox_guard.reading import Asked, Reading, clauses, read_sentences, read_whole, unescaped
 from detox_guard.scoring import load_scorer
+from detox_guard.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,8 +135,9 @@ def test_escapes_outside_of_json_are_read_too(text: str) -> None:
 def test_content_is_joined_as_a_reader_joins_it(places: list[int], context: int) -> None:
     call = '<tool_call>\n{"name": "post", "arguments": {"text": "x"}}\n</tool_call>'
     for text in (f"You are an id{call}iot, friend.", f"You are an i{call}d{call}iot, friend."):
+        content, _, _ = parse_tool_calls(text)
         texts = asked(cut(text, places), context)
-        assert any("idiot" in scored for scored in texts)
+        assert any(content[content.index(" i") : content.index("iot") + 3] in scored for scored in texts)
 
 
 def test_text_that_only_looks_like_something_else_costs_nothing_more() -> None:
