@@ -343,3 +343,14 @@ def test_a_guard_as_a_dict_is_read_everywhere_alike(bad: dict[str, Any]) -> None
             ask()
     with pytest.raises(InvalidParamsError, match=field), detox_options(**bad):
         pytest.fail("entered")
+
+
+def test_json_of_a_policy_names_its_objects_and_is_no_policy_again() -> None:
+    policy = GuardPolicy(scorer=Locked("mine"), on_event=print)
+    shown = json.loads(policy.model_dump_json())
+    assert shown["scorer"] == {"object": "mine"}
+    assert "print" in json.dumps(shown["on_event"])
+    assert json.loads(NAMED.model_dump_json())["scorer"] == "embedded"
+    assert policy.model_dump(mode="json", fallback=lambda value: "told")["scorer"] == "told"
+    with pytest.raises(InvalidParamsError, match="scorer"):
+        GuardPolicy(scorer=shown["scorer"])
