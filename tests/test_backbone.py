@@ -553,6 +553,7 @@ def test_weights_left_on_the_meta_device() -> None:
 # --- adapters and odd folders
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_lora_adapter_says_that_it_must_be_merged(tmp_path: Path) -> None:
     import peft
 
