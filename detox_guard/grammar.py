@@ -202,12 +202,12 @@ def _names_as_properties(schema: dict[str, Any], root: dict[str, Any]) -> dict[s
     """`propertyNames` in the keywords that llguidance has, where that says the same; else as it is."""
     rule = _resolved(schema["propertyNames"], root)
     out = {key: value for key, value in schema.items() if key != "propertyNames"}
-    if rule is None:
+    if rule is None or rule.get("type", "string") != "string" or rule.keys() & (_NARROWING | _LISTS):
         return schema
     asserted = {key: rule[key] for key in rule if key in _NAME_KEYWORDS}
-    if not asserted and not (rule.keys() & _NARROWING) and rule.get("type", "string") == "string":
+    if not asserted:
         return out
-    if "properties" in schema or "patternProperties" in schema or rule.get("type", "string") != "string":
+    if "properties" in schema or "patternProperties" in schema:
         return schema
     value = schema.get("additionalProperties", {})
     names = [asserted["const"]] if "const" in asserted else asserted.get("enum")
