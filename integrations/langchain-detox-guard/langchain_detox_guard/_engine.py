@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Iterator  # noqa: TC003  (LangChain reads the annotations of public methods)
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -17,7 +18,8 @@ from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, __versi
 from detox_guard.errors import NotPicklableError
 from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented  # noqa: TC002
+from langchain_core.runnables import Runnable, RunnableConfig  # noqa: TC002
 from langchain_core.runnables.base import RunnableBinding
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
@@ -27,12 +29,10 @@ from langchain_detox_guard._settings import Settings
 from langchain_detox_guard._threads import AT_ONCE, each
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Sequence
 
     from detox_guard import DetoxiGen, Generation
     from langchain_core.language_models.base import LangSmithParams
-    from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-    from langchain_core.runnables import RunnableConfig
 
 _T = TypeVar("_T")
 PROVIDER = "detox_guard"
@@ -158,11 +158,11 @@ class EngineFields(Settings):
 
     # -- what LangChain wraps around a model
 
-    def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
+    def bind(self, **kwargs: Any) -> Any:
         """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
         return self._bound()(bound=self).bind(**kwargs)
 
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Runnable[Any, Any]:
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """LangChain's; what is bound to the result keeps the config."""
         return self._bound()(bound=self, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
 
@@ -263,7 +263,7 @@ class EngineFields(Settings):
         return super().__getstate__()
 
 
-class Bound(RunnableBinding[Any, Any]):
+class Bound(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
     """A model with keywords and a config around it. What is bound to it keeps both; serialized, it is LangChain's."""
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:

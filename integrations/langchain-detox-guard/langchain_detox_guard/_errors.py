@@ -63,7 +63,7 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
     for ours, name in _THEIRS:
         theirs = getattr(exceptions, name, None)  # some came late in 1.x
         if isinstance(error, ours) and theirs is not None and not isinstance(error, theirs):
-            return _copied(error, _both(type(error), theirs))
+            return _copied(error, _both(type(error), theirs))  # type: ignore[arg-type]
     return error
 
 
@@ -77,7 +77,7 @@ def _both(ours: type[Any], theirs: type[Any]) -> Any:
 
 
 def _copied(error: DetoxGuardError, kind: type[Any]) -> DetoxGuardError:
-    twin: DetoxGuardError = kind.__new__(kind)
+    twin: DetoxGuardError = kind.__new__(kind)  # type: ignore[call-overload]
     twin.args = error.args
     twin.__dict__.update(error.__dict__)
     return twin

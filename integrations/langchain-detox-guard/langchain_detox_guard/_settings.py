@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping  # noqa: TC003
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from detox_guard import InvalidParamsError
 from detox_guard.errors import NotPicklableError
 from langchain_core.load.serializable import Serializable
 from pydantic import ValidationError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class Settings(Serializable):

@@ -1,4 +1,4 @@
-"""Batches of threads that can be interrupted. Knows engines, threads and one event loop; knows no prompt, no message."""
+"""Batches of threads that can be interrupted. Knows engines, threads and an event loop; knows no message."""
 
 from __future__ import annotations
 
@@ -26,18 +26,25 @@ AT_ONCE = 256
 
 def stream(engine: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
     """`engine.stream`; in a thread of a batch, one that the batch can cancel."""
-    batch = _batch.get()
-    return engine.stream(prompt, params) if batch is None or batch.over else batch.stream(engine, prompt, params)
+    own = _batch.get()
+    return engine.stream(prompt, params) if own is None or own.over else own.stream(engine, prompt, params)
 
 
 def generate(engine: DetoxiGen, prompt: Any, params: DecodingParams) -> Generation:
     """`engine.generate`; in a thread of a batch, one that the batch can cancel."""
-    batch = _batch.get()
-    if batch is None or batch.over:
+    own = _batch.get()
+    if own is None or own.over:
         return engine.generate(prompt, params)
-    reply = [chunk.generation for chunk in batch.stream(engine, prompt, params)][-1]
+    reply = [chunk.generation for chunk in own.stream(engine, prompt, params)][-1]
     assert reply is not None, "a stream ends with its generation, or raises"
     return reply
+
+
+def batch(engine: DetoxiGen, prompts: Sequence[Any], params: DecodingParams) -> list[Generation]:
+    """`engine.batch`; in a thread of a batch, one that the batch can cancel."""
+    if _batch.get() is None:
+        return engine.batch(prompts, params)
+    return [generate(engine, prompt, params) for prompt in prompts]
 
 
 def each(
@@ -113,7 +120,8 @@ class _Requests:
         """Cancel what is under way, and wait until it has left its seats."""
         with self._lock:
             self._closed = True
-            assert self._loop is not None and self._end is not None
+            assert self._loop is not None
+            assert self._end is not None
             self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
         self.over = kind is None

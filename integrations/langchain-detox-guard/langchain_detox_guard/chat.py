@@ -3,21 +3,21 @@ to the core."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence  # noqa: TC003
 from contextlib import aclosing, closing
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from detox_guard import ChatPrompt, InvalidParamsError, PromptError
-from langchain_core.language_models.base import LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
-from langchain_core.tools import BaseTool
+from langchain_core.tools import BaseTool  # noqa: TC002
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import field_validator
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models.base import LangSmithParams
     from langchain_core.language_models.model_profile import ModelProfile
-    from langchain_core.messages import BaseMessage
-    from langchain_core.outputs import LLMResult
 
 _KEYWORDS = {"tools", "tool_choice", "parallel_tool_calls", "response_format", "unfinished"}
 _WITHOUT_EFFECT = {"stream", "strict"}
@@ -91,7 +89,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         With `parallel_tool_calls=False` the first call of a reply is its only one.
         """
         shown = [convert_to_openai_tool(tool) for tool in tools]
-        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)
+        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)  # type: ignore[no-any-return]
 
     def with_structured_output(
         self,
@@ -279,8 +277,8 @@ def _structured(
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     parser: Any
     if method == "function_calling":
-        name = convert_to_openai_tool(schema)["function"]["name"]  # type: ignore[arg-type]
-        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}  # type: ignore[arg-type]
+        name = convert_to_openai_tool(schema)["function"]["name"]
+        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)
             if is_class
@@ -299,7 +297,9 @@ def _structured(
     llm = model.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
     if not include_raw:
         return llm | parser  # type: ignore[no-any-return]
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | RunnableLambda(_finished) | parser, parsing_error=lambda _: None)
+    parsed = RunnablePassthrough.assign(
+        parsed=itemgetter("raw") | RunnableLambda(_finished) | parser, parsing_error=lambda _: None
+    )
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
@@ -312,7 +312,7 @@ def _finished(message: AIMessage) -> AIMessage:
     return message
 
 
-class BoundChat(Bound):
+class BoundChat(Bound):  # type: ignore[no-redef]
     """A chat model with keywords and a config around it, that tools and schemas come on top of."""
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:

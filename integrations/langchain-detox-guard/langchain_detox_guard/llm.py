@@ -7,14 +7,14 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from detox_guard import InvalidParamsError
-from langchain_core.language_models.base import LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from langchain_detox_guard._engine import EngineFields, gather, generation_info
 from langchain_detox_guard._errors import langchain_errors
-from langchain_detox_guard._threads import generate, stream, wide
+from langchain_detox_guard._threads import batch, stream, wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -108,10 +108,8 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
             engine = llm._engine()
             if llm.streaming and len(prompts) == 1:
                 replies = [_whole(list(llm._tokens(engine, prompts[0], params, run_manager)))]
-            elif len(prompts) == 1:
-                replies = [generate(engine, prompts[0], params)]
             else:
-                replies = engine.batch(prompts, params)
+                replies = batch(engine, prompts, params)
         return _result(engine, replies)
 
     async def _agenerate(
