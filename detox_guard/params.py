@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -31,12 +31,12 @@ class DecodingParams(Checked):
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """β of Li et al. 2023: only tokens with at least this share of the best token's probability. 0 is off."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Divides the logits of every view. 0 is greedy."""
+    """Divides the logits of every view. 0 is greedy; one under 1e-6 counts as 1e-6."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Nucleus of the generator: the smallest set of tokens with this much probability. It comes before `top_k`."""
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
     """Only the so many most probable tokens of the nucleus. 0 is off."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Keskar et al. 2019, on prompt and reply, for every view alike. 1 is off."""
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
     """Longest reply, in tokens."""
@@ -89,14 +89,18 @@ class EngineConfig(Checked):
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
     """Rows in the running batch. A plain request takes one; a steered one takes one more for each detoxifier."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    """Requests waiting for a seat, past which there is `EngineBusyError`."""
+    """Requests that are prepared and wait for a seat."""
+    when_full: Literal["wait", "refuse"] = "wait"
+    """Who finds the queue full waits for a place, in the order of arrival; or gets `EngineBusyError` at once, as a
+    server may want."""
     max_slots: Annotated[int, Field(ge=16)] | None = None
     """K/V slots a row may hold. None is the backbone's own limit."""
     max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
     """Rows times the longest row, which is what the shared cache takes. A request that would exceed it waits for others
     to leave, so one long prompt cannot fill the memory."""
     prefill_chunk: Annotated[int, Field(ge=16)] = 512
-    """Prompt tokens computed between two decoding steps, so that a long prompt does not hold up running streams."""
+    """The most prompt tokens computed between two decoding steps. Where others wait, a chunk takes about a fifth of a
+    second at most, so that a long prompt holds up neither running streams nor short prompts."""
     prompt_cache_slots: Annotated[int, Field(ge=0)] = 4096
     """K/V slots kept of prompts that were computed lately, so that the same prompt again costs nothing. 0 is none."""
     pack_weights: bool = True

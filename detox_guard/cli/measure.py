@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from detox_guard.cli import options, session
-from detox_guard.cli.console import stdout_console
+from detox_guard.cli.console import print_json, stdout_console
 from detox_guard.errors import InvalidParamsError
 from detox_guard.files import prepare_file
 
@@ -72,7 +72,7 @@ def bench(
         )
     show(result, as_json)
     if not as_json:
-        print(result.to_json())
+        print_json(result.to_json())
 
 
 def evaluate(
@@ -190,6 +190,6 @@ def quiet_libraries() -> None:
 def show(result: Any, as_json: bool) -> None:
     """A report as one line of JSON, or as a table."""
     if as_json:
-        print(result.to_json())
+        print_json(result.to_json())
     else:
         stdout_console().print(result.table())
