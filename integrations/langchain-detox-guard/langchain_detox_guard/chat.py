@@ -16,7 +16,16 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import (
+    ConfigurableField,
+    Runnable,
+    RunnableConfig,
+    RunnableLambda,
+    RunnableMap,
+    RunnableSerializable,
+)
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
+from langchain_core.runnables.utils import AnyConfigurableField  # noqa: TC002
 from langchain_core.tools import BaseTool  # noqa: TC002
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
@@ -108,6 +117,20 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         its end; with `include_raw` that is the `parsing_error`.
         """
         return _structured(self, schema, method, include_raw, strict, kwargs)
+
+    def configurable_fields(
+        self, **kwargs: AnyConfigurableField
+    ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
+        """LangChain's; tools and schemas on top of it stay configurable."""
+        made: Any = super().configurable_fields(**kwargs)
+        return ConfigurableChat(default=made.default, fields=made.fields)
+
+    def configurable_alternatives(
+        self, which: ConfigurableField, **kwargs: Any
+    ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
+        """LangChain's; tools and schemas on top of it are bound to each alternative."""
+        made: Any = super().configurable_alternatives(which, **kwargs)
+        return AlternativeChats(**dict(made))
 
     # -- what users call, where LangChain's own would not do
 
@@ -286,8 +309,8 @@ def _structured(
         )
     elif method in ("json_schema", "json_mode"):
         own = None if schema is None else schema_of(schema)
-        told = {"type": "json_schema", "json_schema": {"schema": own}}
-        bound = {"response_format": told if method == "json_schema" else {"type": "json_object", "schema": own}}
+        asked = {"type": "json_schema", "json_schema": {"schema": own}}
+        bound = {"response_format": asked if method == "json_schema" else {"type": "json_object", "schema": own}}
         parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
     else:
         raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
@@ -297,11 +320,21 @@ def _structured(
     llm = model.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
     if not include_raw:
         return llm | parser  # type: ignore[no-any-return]
-    parsed = RunnablePassthrough.assign(
-        parsed=itemgetter("raw") | RunnableLambda(_finished) | parser, parsing_error=lambda _: None
-    )
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    parse = RunnableLambda(_finished) | parser
+
+    def told(values: dict[str, Any], config: RunnableConfig) -> dict[str, Any]:
+        try:
+            return {**values, "parsed": parse.invoke(values["raw"], config), "parsing_error": None}
+        except Exception as error:
+            return {**values, "parsed": None, "parsing_error": error}
+
+    async def atold(values: dict[str, Any], config: RunnableConfig) -> dict[str, Any]:
+        try:
+            return {**values, "parsed": await parse.ainvoke(values["raw"], config), "parsing_error": None}
+        except Exception as error:
+            return {**values, "parsed": None, "parsing_error": error}
+
+    return RunnableMap(raw=llm) | RunnableLambda(told, atold, name="parse")
 
 
 def _finished(message: AIMessage) -> AIMessage:
@@ -312,13 +345,13 @@ def _finished(message: AIMessage) -> AIMessage:
     return message
 
 
-class BoundChat(Bound):  # type: ignore[no-redef]
-    """A chat model with keywords and a config around it, that tools and schemas come on top of."""
+class _Wrapped:
+    """Tools and schemas on top of what LangChain put around a model: nothing that is around it is lost."""
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """As `ChatDetoxiGen.bind_tools`."""
-        model: Any = self.bound
-        return self.bind(**model.bind_tools(tools, **kwargs).kwargs)
+        this: Any = self
+        return this.bind(**this._model.bind_tools(tools, **kwargs).kwargs)  # type: ignore[no-any-return]
 
     def with_structured_output(
         self,
@@ -330,7 +363,53 @@ class BoundChat(Bound):  # type: ignore[no-redef]
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
         """As `ChatDetoxiGen.with_structured_output`."""
-        return _structured(self, schema, method, include_raw, strict, kwargs)
+        return _structured(cast("Any", self), schema, method, include_raw, strict, kwargs)
+
+
+class BoundChat(_Wrapped, Bound):  # type: ignore[no-redef]
+    """A chat model with keywords and a config around it."""
+
+    @property
+    def _model(self) -> Any:
+        return self.bound
+
+
+class ConfigurableChat(_Wrapped, RunnableConfigurableFields):  # type: ignore[type-arg]
+    """A chat model with fields that a config sets. Serialized, it is LangChain's."""
+
+    @property
+    def _model(self) -> Any:
+        return self.default
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return RunnableConfigurableFields.lc_id()
+
+
+class AlternativeChats(RunnableConfigurableAlternatives):  # type: ignore[type-arg]
+    """Chat models of which a config chooses. Serialized, it is LangChain's."""
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Each binds them in its own way."""
+        return self._each("bind_tools", tools, **kwargs)
+
+    def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Each does so in its own way."""
+        return self._each("with_structured_output", schema, **kwargs)
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> AlternativeChats:
+        def on(model: Any) -> Any:
+            return getattr(model, method)(*args, **kwargs)
+
+        others = {
+            name: on(one) if isinstance(one, Runnable) else lambda make=one: on(make())
+            for name, one in self.alternatives.items()
+        }
+        return self.model_copy(update={"default": on(self.default), "alternatives": others})
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return RunnableConfigurableAlternatives.lc_id()
 
 
 class _Turn:

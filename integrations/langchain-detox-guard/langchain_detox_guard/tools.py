@@ -6,6 +6,7 @@ Knows the forms that `bind_tools` and `with_structured_output` accept; knows no 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from langchain_core.messages import (
     AIMessage,
     BaseMessage,
     ChatMessage,
+    FunctionMessage,
     HumanMessage,
     SystemMessage,
     ToolMessage,
@@ -35,6 +37,14 @@ Choice = Literal["auto", "none", "any"] | dict[str, Any]
 """A `tool_choice` in its one normal form; the dict names a single tool, as OpenAI writes it."""
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
+_CHAT_ROLES: dict[str, type[BaseMessage]] = {
+    "system": SystemMessage, "developer": SystemMessage, "user": HumanMessage, "human": HumanMessage,
+    "assistant": AIMessage, "ai": AIMessage, "model": AIMessage,
+}  # fmt: skip
+"""Roles of a `ChatMessage` that LangChain has a class for."""
+_TEXTS = ("text", "input_text", "output_text", "text-plain")
+_DATA = ("json", "non_standard")
+"""Blocks of a tool's result that are read as JSON."""
 _IGNORED_IN_REPLIES = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "input_json_delta", "reasoning",
     "thinking", "redacted_thinking", "refusal", "server_tool_call", "server_tool_result", "server_tool_use",
@@ -156,16 +166,96 @@ def schema_of(schema: Any) -> dict[str, Any]:
 
 
 def as_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """The core's messages. Runs of one role become one: many templates insist on turns. Raises `PromptError`."""
-    if not messages:
+    """The core's messages, of a history that any provider's model may have written. Runs of one role become one: many
+    templates insist on turns. Raises `PromptError`.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
         raise PromptError("messages", messages, "at least one message")
+    normal = _paired([one for i, message in enumerate(messages) for one in _normal(i, message)])
     # LangChain's merging trips over neighbouring `ChatMessage`s of different roles.
-    runs = [merge_message_runs(list(run)) for _, run in groupby(messages, key=lambda one: getattr(one, "role", None))]
+    runs = [merge_message_runs(list(run)) for _, run in groupby(normal, key=lambda one: getattr(one, "role", None))]
     return [_as_message(i, message) for i, message in enumerate(chain.from_iterable(runs))]
 
 
+def _normal(i: int, message: BaseMessage) -> list[BaseMessage]:
+    """One message in LangChain's own forms: by class, its text alone, calls and results where they belong."""
+    if not isinstance(message, BaseMessage):
+        raise PromptError(f"messages[{i}]", type(message).__name__, "a LangChain message")
+    if isinstance(message, ChatMessage) and message.role.lower() in _CHAT_ROLES:
+        kind = _CHAT_ROLES[message.role.lower()]
+        return _normal(i, kind(message.content, additional_kwargs=message.additional_kwargs))
+    if isinstance(message, FunctionMessage | ToolMessage):
+        named = message.name or None
+        answered = message.tool_call_id if isinstance(message, ToolMessage) else ""
+        return [ToolMessage(_text_of(i, message), tool_call_id=answered, name=named)]
+    if isinstance(message, AIMessage):
+        invalid = [call for call in message.invalid_tool_calls if call["id"] is not None]
+        calls = message.tool_calls or _calls_of(message)
+        return [AIMessage(_text_of(i, message), tool_calls=calls, invalid_tool_calls=invalid)]
+    results = [block for block in _blocks(message) if block.get("type") == "tool_result"]
+    if not results:
+        return [message.model_copy(update={"content": _text_of(i, message)})]
+    out: list[BaseMessage] = [
+        ToolMessage(_text(i, one.get("content"), ToolMessage), tool_call_id=str(one.get("tool_use_id") or ""))
+        for one in results
+    ]
+    rest = [one for one in message.content if one not in results]
+    return [*out, message.model_copy(update={"content": _text(i, rest, type(message))})] if rest else out
+
+
+def _calls_of(message: AIMessage) -> list[Any]:
+    """Calls that stand elsewhere than in `tool_calls`: blocks of content, and OpenAI's old `function_call`."""
+    found = [
+        (one.get("id"), one.get("name"), one.get("input", one.get("args", {})))
+        for one in _blocks(message)
+        if one.get("type") in ("tool_use", "tool_call")
+    ]
+    old = message.additional_kwargs.get("function_call")
+    if not found and isinstance(old, dict):
+        found = [(None, old.get("name"), old.get("arguments", {}))]
+    calls = []
+    for call_id, name, args in found:
+        with suppress(ValueError, RecursionError):
+            read = json.loads(args or "{}") if isinstance(args, str) else args
+            if isinstance(name, str) and isinstance(read, dict):
+                calls.append(tool_call(name=name, args=read, id=call_id))
+    return calls
+
+
+def _paired(messages: list[BaseMessage]) -> list[BaseMessage]:
+    """Every call has an id, every result that of its call; an unreadable call that was answered is one."""
+    answered = {message.tool_call_id for message in messages if isinstance(message, ToolMessage)}
+    out: list[BaseMessage] = []
+    open_calls: list[Any] = []
+    made = 0
+    for message in messages:
+        if isinstance(message, AIMessage):
+            broken = [one for one in message.invalid_tool_calls if one["id"] in answered]
+            calls = [
+                *message.tool_calls,
+                *(tool_call(name=c["name"] or "unknown", args={}, id=c["id"]) for c in broken),
+            ]
+            named = []
+            for call in calls:
+                named.append({**call, "id": call["id"] or f"call{made:05d}"})
+                made += call["id"] is None or not call["id"]
+            open_calls = named or open_calls
+            out.append(AIMessage(message.content, tool_calls=named))
+        elif isinstance(message, ToolMessage):
+            mine = [call for call in open_calls if call["id"] == message.tool_call_id]
+            if not mine and not message.tool_call_id:  # by name, as OpenAI's old functions; else in order
+                mine = [call for call in open_calls if message.name in (None, call["name"])][:1]
+            for call in mine:
+                open_calls = [one for one in open_calls if one is not call]
+                message = message.model_copy(update={"tool_call_id": call["id"], "name": message.name or call["name"]})
+            out.append(message)
+        else:
+            out.append(message)
+    return out
+
+
 def _as_message(i: int, message: BaseMessage) -> dict[str, Any]:
-    out: dict[str, Any] = {"content": _text_of(i, message)}
+    out: dict[str, Any] = {"content": str(message.content)}
     if isinstance(message, ToolMessage):
         named = {"name": message.name} if message.name else {}
         return {"role": "tool", **out, "tool_call_id": message.tool_call_id, **named}
@@ -180,15 +270,34 @@ def _as_message(i: int, message: BaseMessage) -> dict[str, Any]:
                     for c in message.tool_calls
                 ]
             return out
-    raise PromptError(f"messages[{i}]", message.type, "a system, human, ai, tool or chat message")
+    raise PromptError(f"messages[{i}]", message.type, "a system, human, ai, tool, function or chat message")
+
+
+def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
+    return [one for one in message.content if isinstance(one, dict)] if isinstance(message.content, list) else []
 
 
 def _text_of(i: int, message: BaseMessage) -> str:
-    for block in message.content if isinstance(message.content, list) else ():
-        kind = "text" if isinstance(block, str) else block.get("type")
-        if kind != "text" and not (isinstance(message, AIMessage) and kind in _IGNORED_IN_REPLIES):
-            raise PromptError(f"messages[{i}].content", kind, "text: this model reads nothing else")
-    return str(message.text)
+    return _text(i, message.content, type(message))
+
+
+def _text(i: int, content: object, kind: type[BaseMessage]) -> str:
+    """The text of a message's content, which may be null or blocks. Raises `PromptError` for what is no text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for block in content if isinstance(content, list | tuple) else [content]:
+        if isinstance(block, str):
+            texts.append(block)
+            continue
+        named = block.get("type", "text") if isinstance(block, dict) else type(block).__name__
+        if isinstance(block, dict) and named in _TEXTS:
+            texts.append(str(block.get("text") or ""))
+        elif isinstance(block, dict) and issubclass(kind, ToolMessage | FunctionMessage) and named in _DATA:
+            texts.append(json.dumps(block.get("json", block.get("value", block.get("data"))), ensure_ascii=False))
+        elif not (issubclass(kind, AIMessage) and named in _IGNORED_IN_REPLIES):
+            raise PromptError(f"messages[{i}].content", named, "text: this model reads nothing else")
+    return "".join(texts)
 
 
 # -- back from the core
