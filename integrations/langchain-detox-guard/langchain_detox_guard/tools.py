@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from detox_guard import Grammar, InvalidParamsError, PromptError, ToolCall, ToolCallStream, parse_tool_calls
-from detox_guard.tools import function_of
+from detox_guard import (
+    Grammar,
+    InvalidParamsError,
+    PromptError,
+    ToolCall,
+    ToolCallStream,
+    function_of,
+    parse_tool_calls,
+)
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
