@@ -31,6 +31,9 @@ _MARKED = re.compile(r"<[|｜].*[|｜]>")
 """What a control token mostly looks like. Phi-4's template makes some from pieces, so that it does not show them."""
 
 
+_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
+
+
 def template_of(backbone: Backbone) -> str | None:
     """The chat template, where there are several the one for tools; None without any.
 
@@ -61,6 +64,8 @@ def encode_messages(
             "messages", f"{len(said)} messages", f"{backbone.id} has no chat template", hint="pass a plain string"
         )
     template = template_of(backbone) or ""
+    if "reasoning_content" in template:
+        said = [_with_reasoning(message) for message in said]
     rendering = _Rendering(backbone.tokenizer, template, variables)
     refusal: PromptError | None = None
     for layout in layouts(said, tools, native=knows_tools(template)):
@@ -87,6 +92,14 @@ def _variables(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) ->
             raise PromptError(f"chat_template_kwargs.{name}", kwargs[name], fault)
     plain: dict[str, Any] = as_plain(kwargs)
     return plain
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A reply as it was decoded, thoughts and all, for a template that wants those apart."""
+    thought = _THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+    if thought is None or "reasoning_content" in message:
+        return message
+    return {**message, "reasoning_content": thought[1], "content": message["content"][thought.end() :]}
 
 
 def _at(layout: Layout, field: str) -> object:

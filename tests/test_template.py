@@ -386,6 +386,28 @@ def test_variables_reach_the_template_by_the_prompt_and_by_the_call() -> None:
         assert caught.value.field == "chat_template_kwargs"
 
 
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set said = m.content %}{% set thought = '' %}"
+    "{% if m.role == 'assistant' %}{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
+    "{% elif '</think>' in said %}{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if thought and loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{{ said + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_reply_with_its_thoughts_goes_back_as_the_template_wants_it() -> None:
+    made = backbone(THINKS)
+    made.tokenizer.add_tokens(["<think>", "</think>"])
+    replies = [message("user", "Hi"), message("assistant", "<think>\nWell.\n</think>\n\nYes.")]
+    for history in (replies, [*replies, message("user", "So?")]):
+        own = made.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(made, history) == own
+    spelt = [message("user", "</think> Hi <think>"), *replies[1:]]
+    ids = encode_prompt(made, spelt)
+    assert [ids.count(made.tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+
+
 def test_tokenizers_are_not_changed() -> None:
     made = backbone(CHATML)
     encode_prompt(made, [message("user", ATTACK)])
