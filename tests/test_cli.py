@@ -227,6 +227,28 @@ def test_system_makes_a_chat(loaded: tuple[str, ...]) -> None:
     assert [m["role"] for m in record["messages"]] == ["system", "user"]
 
 
+def test_variables_of_the_template_are_given_as_json(tmp_path: Path) -> None:
+    folder = tmp_path / "thinks"
+    make_tiny_model(make_tiny_config("llama", num_hidden_layers=1)).save_pretrained(folder)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    tokenizer.save_pretrained(folder)
+    plain = ("generate", "--chat", "Hi", "--alpha", "0", "--max-new-tokens", "1", "--json", "--model", folder, *DEVICE)
+    used = []
+    for words in ((), ("--template-kwarg", "enable_thinking=true"), ("--template-kwarg", "enable_thinking=false")):
+        result = run(*plain, *words)
+        assert result.exit_code == 0
+        record = json.loads(result.stdout)
+        assert record["messages"] == [{"role": "user", "content": "Hi"}]
+        used.append(record["usage"]["prompt_tokens"])
+    assert used[0] == used[1] < used[2]
+    for words in (("Hi",), ("--chat", "Hi")):  # a plain prompt goes through no template
+        wrong = run(
+            "generate", *words, "--template-kwarg", "thinking" if "--chat" in words else "a=1", "--model", folder
+        )
+        assert wrong.exit_code != 0
+
+
 def test_plain_decoding_needs_no_detoxifier(model: Path) -> None:
     words = ("generate", PROMPT, "--model", model, *DEVICE, "--max-new-tokens", "4")
     assert run(*words, "--alpha", "0").exit_code == 0

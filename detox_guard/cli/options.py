@@ -6,8 +6,9 @@ Bounds are the fields' own: what a user typed goes to the pydantic class as it i
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from pydantic_core import PydanticUndefined
 
+from detox_guard.errors import InvalidParamsError
 from detox_guard.params import DecodingParams
 from detox_guard.policy import GuardPolicy
 from detox_guard.training.config import TrainingConfig
@@ -34,10 +36,12 @@ __all__ = [
     "Json",
     "Model",
     "Revision",
+    "TemplateKwargs",
     "TrustRemoteCode",
     "decoding_options",
     "given",
     "guard_policy",
+    "template_kwargs",
     "training_options",
 ]
 
@@ -63,6 +67,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.", rich_help_panel=_LOADING)
 ]
+TemplateKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-kwarg",
+        metavar="NAME=JSON",
+        help="Variable of the chat template, such as enable_thinking=false; repeat for several.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
 _FLAGS = {"stop_token_ids": "--stop-token-id"}
@@ -82,6 +94,20 @@ AuditLog = Annotated[
     Path | None,
     typer.Option(help="Append what the guard did as JSON lines; implies --guard.", rich_help_panel=_GUARDING),
 ]
+
+
+def template_kwargs(written: Sequence[str] | None) -> dict[str, Any]:
+    """Variables of the chat template from `NAME=JSON`; what is no JSON is text. Raises `InvalidParamsError`."""
+    kwargs: dict[str, Any] = {}
+    for one in written or ():
+        name, equals, value = one.partition("=")
+        if not equals or not name:
+            raise InvalidParamsError("template-kwarg", one, "NAME=JSON, such as enable_thinking=false")
+        try:
+            kwargs[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            kwargs[name] = value
+    return kwargs
 
 
 def guard_policy(guard: bool, threshold: float | None, audit_log: Path | None, **fields: Any) -> GuardPolicy | None:
