@@ -89,11 +89,12 @@ _SHORTEST, _LONGEST = 4, 16
 """Letters of a word that is looked for among letters which stand apart."""
 
 
-def undisguised(text: str, rude: Callable[[Sequence[str]], Sequence[bool]]) -> str:
+def undisguised(text: str, rude: Callable[[Sequence[str]], Sequence[float]]) -> str:
     """A normalised text with the rude words that its spelling hides: digits and signs for letters, letters set apart or
     repeated, marks or tags inside a word, a word broken over lines. The text itself where none is found.
 
-    `rude` says of each word whether it is one. Linear in the length.
+    `rude` says of each word how rude it is, 0 where it is not; of words that overlap the rudest counts. Linear in the
+    length.
     """
     bare = _TAGS.sub("", text) if "<" in text or "](" in text else text
     spans: list[tuple[int, int, list[str]]] = []
@@ -111,13 +112,9 @@ def undisguised(text: str, rude: Callable[[Sequence[str]], Sequence[bool]]) -> s
         spans += [(*match.span(), [match[0]]) for match in re.finditer(r"[a-z]{3,32}", bare)]
     if not spans:
         return text
-    answers = iter(rude([word for *_, words in spans for word in words]))
-    found = [
-        (start, stop, word)
-        for start, stop, words in spans
-        for word, is_rude in zip(words, answers, strict=False)
-        if is_rude
-    ]
+    guesses = [(start, stop, word) for start, stop, words in spans for word in words]
+    answers = rude([word for *_, word in guesses])
+    found = [(rudeness, *guess) for rudeness, guess in zip(answers, guesses, strict=True) if rudeness > 0]
     return _replaced(bare, found) if found else text
 
 
@@ -141,7 +138,7 @@ def _spelt(match: re.Match[str]) -> Iterator[tuple[int, int, list[str]]]:
     if token.isalpha():
         return
     core = token.strip(_EDGES).rstrip("!|+")
-    if core.isalpha() or sum(map(str.isalpha, core)) < 2:
+    if core.isalpha() or sum(map(str.isalpha, core)) < (2 if len(core) < 4 else 1):
         return
     start = match.start() + token.index(core)
     words = {
@@ -167,11 +164,11 @@ def _shorter(word: str) -> list[str]:
     return shorter
 
 
-def _replaced(text: str, found: list[tuple[int, int, str]]) -> str:
-    """The text with the words found in place of their spans, the longest first where they overlap."""
+def _replaced(text: str, found: list[tuple[float, int, int, str]]) -> str:
+    """The text with the words found in place of their spans, the rudest where they overlap."""
     kept: list[tuple[int, int, str]] = []
     taken = bytearray(len(text))
-    for start, stop, word in sorted(found, key=lambda item: (-len(item[2]), item[0])):
+    for _, start, stop, word in sorted(found, key=lambda item: (-item[0], item[1])):
         if not any(taken[start:stop]):
             taken[start:stop] = b"\1" * (stop - start)
             kept.append((start, stop, word))

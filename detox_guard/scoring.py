@@ -90,12 +90,16 @@ def _number(score: Any) -> float:
 def _named(name: str) -> ToxicityScorer:
     if name == "embedded":
         return EmbeddedScorer.load()
+    if name == "minilm":
+        from detox_guard.minilm import MiniLMScorer
+
+        return MiniLMScorer()
     model_id, _, label = name.partition("#")
     return HuggingFaceScorer(model_id, label=label or None)
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the embedded scorer. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
+    """None or "embedded": the embedded scorer. "minilm": the small transformer (`detox_guard.minilm`), fetched once. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
     where its toxic label has to be named. A scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
@@ -258,10 +262,16 @@ class EmbeddedScorer:
         bare = undisguised(plain, self._rude)
         return [plain] if bare is plain else [plain, bare]
 
-    def _rude(self, words: Sequence[str]) -> list[bool]:
-        """Whether the weight of each word, alone, is that of a rude one."""
+    def _rude(self, words: Sequence[str]) -> list[float]:
+        """How much each word alone weighs beyond what makes it rude; 0 if it does not."""
         buckets = word_buckets(words)
-        return (self._weight[buckets] * self._idf[buckets] > RUDE_WORD).tolist()
+        return np.maximum(self._weight[buckets] * self._idf[buckets] - RUDE_WORD, 0.0).tolist()
+
+    def raw_logit(self, text: str) -> float:
+        """The logit of a normalised text before calibration, of its worst window."""
+        stretch, shift = (self.card["calibration"][name] for name in ("stretch", "shift"))
+        score = min(max(self._score(text), 1e-9), 1 - 1e-9)
+        return float((math.log(score / (1 - score)) - shift) / stretch)
 
     def _score(self, text: str) -> float:
         return max(map(self._score_window, text_windows(text)), default=0.0)

@@ -58,11 +58,12 @@ FLOORS = (15.0, 30.0)
 """Least norms of the two blocks: about those of a sentence of six words."""
 HARMLESS, RUDE, MARGIN = -1.0, 1.3, 2.0
 """Logits, before calibration: harmless texts stay below, mild insults above, a rude sentence so far above its rewriting."""
-SIDE_WEIGHT, SHORT_WEIGHT, PAIR_WEIGHT, PAIR_SHARE = 0.1, 0.5, 0.3, 0.2
+SIDE_WEIGHT, SHORT_WEIGHT, PAIR_WEIGHT, PAIR_SHARE = 0.1, 0.25, 0.3, 0.2
 SHORT = 3
 """Words up to which a harmless text weighs more: a word alone has no others to calm it."""
 MADE_UP, INSULTS = 14_000, 3_000
 RTP, PARADETOX = "rtp/scorer_train.jsonl", "detoxifier/paradetox_pairs.jsonl"
+WORDS = "words.txt"
 WIKITEXT, XQUAD = "quality/wikitext2_valid.txt", "quality/xquad_en_1190.json"
 SOURCES = {
     "scorer_train.jsonl": {"source": "RealToxicityPrompts", "licence": "Apache-2.0"},
@@ -306,6 +307,14 @@ def train(
     corpora = harmless_texts(folder) if data.is_dir() else {}
     harmless = [*clean_texts(made_up[0], SEED), *kind, *(text for texts in corpora.values() for text in texts)]
     harmless += [piece for texts in corpora.values() for piece in fragments(texts, len(texts) // 2, SEED)]
+    if data.is_dir() and (folder / WORDS).is_file():
+        seen_rude = " ".join(
+            [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.4]
+            + [r for r, _ in pairs]
+            + rude
+        )
+        known = set(re.findall(r"[a-z]+", normalised(seen_rude)))
+        harmless += [word for word in (folder / WORDS).read_text().split() if word not in known]
     held = [text for texts in harmless_texts(folder, held_out=True).values() for text in texts] if corpora else kind
     short, longer = ([text for text in harmless if (len(text.split()) <= SHORT) is few] for few in (True, False))
     others = _Others(*map(_count_blocks, (short, longer, rude)), tuple(map(_count_blocks, zip(*pairs, strict=True))))  # type: ignore[arg-type]
