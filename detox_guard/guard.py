@@ -12,17 +12,18 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from detox_guard.audit import audit_log, report
+from detox_guard.audit import check_log, report
 from detox_guard.engine import Ended, Finish, Rewind, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.judge import judge_for
+from detox_guard.reading import Asked, Reading, read_whole
 from detox_guard.reply import Chunk, Reply
 from detox_guard.text import prompt_texts
 from detox_guard.trace import Intervention
 from detox_guard.units import in_code, last_space, sentence_end
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from detox_guard.backbone import Backbone
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from detox_guard.policy import GuardPolicy
     from detox_guard.text import Prompt
 
-__all__ = ["GuardedReply", "closed_length", "scan"]
+__all__ = ["GuardedReply", "closed_length", "late", "scan"]
+
+_SCAN_TEXTS = 64
+"""Texts of a prompt that are waited for at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,22 @@ class _Place:
     whole: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Score:
+    """A score that the judge was asked for."""
+
+    asked: Asked
+    scores: Future[list[float]]
+    deadline: float
+
+
 @dataclass(eq=False)
 class _Unit:
     """A unit under way or waiting for its verdict."""
 
     index: int
+    reading: Reading
+    """What was read before it."""
     start: int
     """Place of its first token in the reply."""
     held: str
@@ -59,33 +74,44 @@ class _Unit:
     rewinds: int = 0
     banned: dict[int, frozenset[int]] = field(default_factory=dict)
     """Ids that may not be chosen, by place in the reply."""
-    before: str = ""
-    scores: Future[list[float]] | None = None
-    search: Future[list[float]] | None = None
-    """Scores of its beginnings, once it was flagged."""
-    deadline: float = 0.0
+    score: _Score | None = None
+    low: int = 0
+    high: int = 0
+    """Once it was flagged: the places between which it came to be, closing in on the first."""
+    probe: _Score | None = None
+    """Of its beginning up to the place in the middle."""
+
+    def drop(self) -> None:
+        """Nobody waits for its scores any more."""
+        for score in (self.score, self.probe):
+            if score is not None:
+                score.scores.cancel()
 
 
 class GuardedReply(Reply):
     """A reply under a `GuardPolicy`. Its text goes out unit by unit, each after its verdict."""
 
     def __init__(
-        self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        params: DecodingParams,
+        detoxifiers: Sequence[str] = (),
+        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
         self._judge: Judge = judge_for(self.policy.scorer)
         self.guard = self._judge.scorer.name
         if self.policy.audit_log is not None:
-            audit_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers)
+            check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
+        super().__init__(backbone, prompt, params, detoxifiers, check_fits)
         if detoxifiers and self.policy.most_alpha > 0:
             self.request.steered = True
             self._detoxifiers = tuple(detoxifiers)
         self._can_steer = bool(detoxifiers)
-        self._open = _Unit(0, 0, "", False)
+        self._open = _Unit(0, Reading(self.policy.context_chars), 0, "", False)
         self._pending: deque[_Unit] = deque()
-        self._path = ""  # text up to the open unit, released or not
         self._over: Finish | None = None
         if self.policy.scan_input:
             self._scan_input(prompt)
@@ -114,7 +140,7 @@ class GuardedReply(Reply):
             return Ended("guard")
         if self._over is None:
             self._open.text += self._matcher.flush()
-            self._close(self._open, len(self._open.places), len(self._open.text))
+            self._close(self._open, len(self._open.places), len(self._open.text), final=True)
             self._over = reason
         verdict = self._poll()
         if isinstance(verdict, Rewind):
@@ -126,6 +152,10 @@ class GuardedReply(Reply):
     def on_finish(self, reason: Finish) -> None:
         unread = "".join(self._pieces) if self._interventions and self._interventions[0].unit < 0 else ""
         self.put(Chunk(unread, self._generation(reason)))
+
+    def on_error(self, error: Exception) -> None:
+        self._drop_pending()
+        super().on_error(error)
 
     # -- units
 
@@ -142,61 +172,70 @@ class GuardedReply(Reply):
         if tokens and unit.text[: unit.places[tokens - 1].chars].strip():
             self._close(unit, tokens, unit.places[tokens - 1].chars)
 
-    def _close(self, unit: _Unit, tokens: int, chars: int) -> None:
+    def _close(self, unit: _Unit, tokens: int, chars: int, *, final: bool = False) -> None:
         rest, later = unit.text[chars:], unit.places[tokens:]
         held = unit.places[tokens - 1].held if tokens else unit.held
         unit.text, unit.places = unit.text[:chars], unit.places[:tokens]
-        unit.before = self._path[-self.policy.context_chars :] if self.policy.context_chars else ""
+        asked, reading = unit.reading.read(unit.text, final=final)
         if unit.text:
-            texts = [unit.text] + [unit.before + unit.text] * bool(unit.before)
-            unit.scores, unit.deadline = self._judge.submit(texts), self._deadline()
+            if not (self._pending and self._pending[0].probe):  # else it is thrown away, whatever it scores
+                unit.score = self._ask(asked)
             self._pending.append(unit)
-        self._path += unit.text
-        self._open = _Unit(unit.index + 1, unit.start + tokens, held, in_code(unit.text, unit.code), rest)
+        self._open = _Unit(unit.index + 1, reading, unit.start + tokens, held, in_code(unit.text, unit.code), rest)
         self._open.places = [replace(place, chars=place.chars - chars) for place in later]
 
     def _poll(self) -> Ended | Rewind | None:
         """Release what was found fit, in order; deal with the first unit that was not."""
         while self._pending:
             unit = self._pending[0]
-            scores = self._scores(unit, unit.scores)
-            if scores is None:
+            score = self._answer(unit.score)
+            if score is None:
                 return None
-            score = max(scores)
             if score <= self.policy.threshold:
                 self._emit(unit.text)
                 self._pending.popleft()
                 continue
             if unit.rewinds >= self.policy.max_rewinds or not unit.places:
                 return self._exhaust(unit, score)
-            if unit.search is None:
-                beginnings = [unit.before + unit.text[: place.chars] for place in unit.places]
-                unit.search, unit.deadline = self._judge.submit(beginnings), self._deadline()
-            beginnings_scores = self._scores(unit, unit.search)
-            return None if beginnings_scores is None else self._take_back(unit, score, beginnings_scores)
+            return self._take_back(unit, score) if self._searched(unit) else None
         return None
 
-    def _scores(self, unit: _Unit, scores: Future[list[float]] | None) -> list[float] | None:
+    def _searched(self, unit: _Unit) -> bool:
+        """Whether it is known at which place a flagged unit left the safe path: by halving, one beginning at a time."""
+        if unit.probe is None:
+            unit.low, unit.high = 0, len(unit.places) - 1
+            for behind in self._pending:
+                if behind is not unit:
+                    behind.drop()
+        while unit.low < unit.high:
+            middle = (unit.low + unit.high) // 2
+            if unit.probe is None:
+                unit.probe = self._ask(unit.reading.read(unit.text[: unit.places[middle].chars])[0])
+            score = self._answer(unit.probe)
+            if score is None:
+                return False
+            over = score > self.policy.threshold
+            unit.low, unit.high = (unit.low, middle) if over else (middle + 1, unit.high)
+            unit.probe = None
+        return True
+
+    def _ask(self, asked: Asked) -> _Score:
+        return _Score(asked, self._judge.submit(asked.texts), time.monotonic() + self.policy.scorer_timeout_s)
+
+    def _answer(self, score: _Score | None) -> float | None:
         """The judge's answer, None while it is out. Raises `ScorerError`."""
-        assert scores is not None
-        if scores.done():
-            return scores.result()
-        if time.monotonic() > unit.deadline:
-            raise ScorerError(
-                f"scorer {self._judge.scorer.name!r} gave no answer in {self.policy.scorer_timeout_s:g} s",
-                hint="raise GuardPolicy.scorer_timeout_s",
-            )
+        assert score is not None
+        if score.scores.done():
+            return score.asked.worst(score.scores.result(), self.policy.threshold)
+        if time.monotonic() > score.deadline:
+            raise late(self._judge, self.policy)
         return None
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self.policy.scorer_timeout_s
 
     # -- what happens to a flagged unit
 
-    def _take_back(self, unit: _Unit, score: float, beginnings: list[float]) -> Rewind:
+    def _take_back(self, unit: _Unit, score: float) -> Rewind:
         """Rewind to the unit's start, climb the ladder, and ban the word with which the unit left the safe path."""
-        over = next((i for i, value in enumerate(beginnings) if value > self.policy.threshold), len(beginnings) - 1)
-        place = self._word_start(unit, over)
+        place = self._word_start(unit, unit.low)
         step, text = self._steps[unit.start + place]
         alpha = self._alpha(unit)
         unit.rewinds += 1
@@ -204,7 +243,7 @@ class GuardedReply(Reply):
         unit.banned[at] = unit.banned.get(at, frozenset()) | {step.token_id}
         self._book(unit, score, "rewind", alpha, self._alpha(unit), text)
         tokens = self._forget(unit)
-        unit.text, unit.places, unit.scores, unit.search = "", [], None, None
+        unit.text, unit.places, unit.score, unit.probe = "", [], None, None
         self._open = unit
         return Rewind(tokens)
 
@@ -232,9 +271,13 @@ class GuardedReply(Reply):
             del self._steps[unit.start :]
         self._matcher.rewind(unit.held)
         self._discarded += tokens
-        self._pending.clear()
-        self._path = "".join(self._pieces)
+        self._drop_pending()
         return tokens
+
+    def _drop_pending(self) -> None:
+        for waiting in self._pending:
+            waiting.drop()
+        self._pending.clear()
 
     def _word_start(self, unit: _Unit, token: int) -> int:
         """The token with which the word of `token` begins: banning the rest of a word would only misspell it."""
@@ -288,7 +331,7 @@ class GuardedReply(Reply):
         """Score the prompt before anything is decoded. Raises `ScorerError`, and `GuardError` where the policy says."""
         score = scan(prompt_texts(prompt), self.policy)
         if score > self.policy.threshold:
-            self._exhaust(_Unit(-1, 0, "", False), score)
+            self._exhaust(_Unit(-1, Reading(), 0, "", False), score)
 
 
 def closed_length(text: str, policy: GuardPolicy, code: bool, tokens: int) -> int:
@@ -308,15 +351,34 @@ def closed_length(text: str, policy: GuardPolicy, code: bool, tokens: int) -> in
 
 
 def scan(texts: Sequence[str], policy: GuardPolicy) -> float:
-    """The highest score of `texts`, waited for. Raises `ScorerError`."""
+    """The highest score of `texts`, each judged as a whole and sentence by sentence (`read_whole`), waited for.
+
+    Raises `ScorerError`; a long text has `scorer_timeout_s` for every few dozen of its sentences.
+    """
     judge = judge_for(policy.scorer)
-    try:
-        return max(judge.submit([text for text in texts if text]).result(policy.scorer_timeout_s), default=0.0)
-    except TimeoutError:
-        raise ScorerError(
-            f"scorer {judge.scorer.name!r} gave no answer in {policy.scorer_timeout_s:g} s",
-            hint="raise GuardPolicy.scorer_timeout_s",
-        ) from None
+    read = [read_whole(text) for text in texts if text]
+    asked = Asked.of(
+        [one for each in read for one in each.whole],
+        [one for each in read for one in each.clauses],
+    )
+    found: list[float] = []
+    for at in range(0, len(asked.texts), _SCAN_TEXTS):
+        scores = judge.submit(asked.texts[at : at + _SCAN_TEXTS])
+        try:
+            found += scores.result(policy.scorer_timeout_s)
+        except TimeoutError:
+            raise late(judge, policy) from None
+        finally:
+            scores.cancel()
+    return asked.worst(found, policy.threshold)
+
+
+def late(judge: Judge, policy: GuardPolicy) -> ScorerError:
+    """What is raised where no score came in time."""
+    return ScorerError(
+        f"scorer {judge.scorer.name!r} gave no answer in {policy.scorer_timeout_s:g} s",
+        hint="raise GuardPolicy.scorer_timeout_s",
+    )
 
 
 def _joined(text: str, replacement: str) -> str:

@@ -1,7 +1,8 @@
 """Scores texts on a thread of its own, beside decoding. Knows scorers and futures; knows no units, no policy.
 
-What several requests ask at about the same time is one call of the scorer. One that fails is repeated request by
-request, so that only those fail whose texts it cannot score.
+What several requests ask at about the same time is one call of the scorer, to which each brings a few texts at a time:
+who asks for much holds up nobody. What nobody waits for any more is not scored: cancel the future. A call that fails
+is repeated request by request, so that only those fail whose texts it cannot score.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from detox_guard.errors import ScorerError
+from detox_guard.errors import EngineError, ScorerError
 from detox_guard.scoring import HuggingFaceScorer, ToxicityScorer, checked_scores, load_scorer
-from detox_guard.threads import run_aside
+from detox_guard.threads import run_aside, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +29,23 @@ _GATHER_S = 0.002
 """How long the first text waits for those of the same decoding step."""
 _IDLE_S = 5.0
 """An idle thread ends; the next text starts another."""
+_SHARE, _CALL = 16, 64
+"""Texts that one job brings to one call of the scorer, and from how many on a call takes no other job."""
+_MOST_WAITING = 10_000
+"""Jobs; one more is an error at once."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """Texts that one asked for, and the scores that are there already."""
+
+    texts: tuple[str, ...]
+    future: Future[list[float]]
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def next(self) -> tuple[str, ...]:
+        return self.texts[len(self.scores) : len(self.scores) + _SHARE]
 
 
 class Judge:
@@ -33,20 +53,36 @@ class Judge:
 
     def __init__(self, scorer: ToxicityScorer) -> None:
         self.scorer = scorer
-        self._waiting: list[tuple[tuple[str, ...], Future[list[float]]]] = []
+        self._waiting: dict[Future[list[float]], _Job] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        _all.add(self)
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        """A future of one score in [0, 1] a text, or of a `ScorerError`."""
+        """A future of one score in [0, 1] a text, or of a `ScorerError`. Cancel it when nobody waits for it."""
         future: Future[list[float]] = Future()
+        if not texts:
+            future.set_result([])
+            return future
         with self._wake:
-            self._waiting.append((tuple(texts), future))
+            if len(self._waiting) >= _MOST_WAITING:
+                _fail(future, ScorerError(f"{_MOST_WAITING} texts wait for scorer {self.scorer.name!r} already"))
+                return future
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="detox-guard-judge", daemon=True)
-                self._thread.start()
+                self._thread = None
+                try:
+                    self._thread = start_thread(self._run, "detox-guard-judge")
+                except EngineError as error:
+                    _fail(future, ScorerError(f"no thread for scorer {self.scorer.name!r}: {error}", hint=error.hint))
+                    return future
+            self._waiting[future] = _Job(tuple(texts), future)
             self._wake.notify()
+        future.add_done_callback(self._drop)
         return future
+
+    def _drop(self, future: Future[list[float]]) -> None:
+        with self._wake:
+            self._waiting.pop(future, None)
 
     def _run(self) -> None:
         while True:
@@ -55,27 +91,55 @@ class Judge:
                     self._thread = None
                     return
             time.sleep(_GATHER_S)
-            with self._wake:
-                batch, self._waiting = self._waiting, []
-            # Nobody can cancel a future that runs, so every one in the batch takes its answer.
-            self._score([job for job in batch if job[1].set_running_or_notify_cancel()])
+            self._score(self._take())
 
-    def _score(self, batch: Sequence[tuple[tuple[str, ...], Future[list[float]]]]) -> None:
+    def _take(self) -> list[_Job]:
+        """The jobs of the next call; they go to the end of the queue."""
+        batch: list[_Job] = []
+        texts = 0
+        with self._wake:
+            for job in self._waiting.values():
+                if texts >= _CALL:
+                    break
+                batch.append(job)
+                texts += len(job.next)
+            for job in batch:
+                self._waiting[job.future] = self._waiting.pop(job.future)
+        return batch
+
+    def _score(self, batch: Sequence[_Job]) -> None:
+        batch = [job for job in batch if not job.future.done()]
+        asked = [job.next for job in batch]
         try:
-            scores = checked_scores(self.scorer, [text for texts, _ in batch for text in texts])
+            scores = checked_scores(self.scorer, [text for texts in asked for text in texts])
         except BaseException as error:  # whatever it was, somebody waits for an answer
             if len(batch) == 1:
-                batch[0][1].set_exception(error if isinstance(error, ScorerError) else ScorerError(repr(error)))
+                _fail(batch[0].future, error if isinstance(error, ScorerError) else ScorerError(repr(error)))
             else:
                 for job in batch:
                     self._score([job])
             return
         at = 0
-        for texts, future in batch:
-            future.set_result(scores[at : at + len(texts)])
+        for job, texts in zip(batch, asked, strict=True):
+            job.scores += scores[at : at + len(texts)]
             at += len(texts)
+            if len(job.scores) == len(job.texts):
+                with suppress(InvalidStateError):  # cancelled meanwhile
+                    job.future.set_result(job.scores)
+
+    def _forget(self) -> None:
+        """In a forked child: nobody is left who holds the lock, or would score what waits."""
+        self._wake = threading.Condition()
+        self._waiting = {}
+        self._thread = None
 
 
+def _fail(future: Future[list[float]], error: ScorerError) -> None:
+    with suppress(InvalidStateError):
+        future.set_exception(error)
+
+
+_all: weakref.WeakSet[Judge] = weakref.WeakSet()
 _judges: weakref.WeakValueDictionary[int, Judge] = weakref.WeakValueDictionary()
 _judges_lock = threading.Lock()
 
@@ -96,10 +160,12 @@ def judge_for(scorer: str | ToxicityScorer) -> Judge:
 
 
 def _forget() -> None:
-    """A forked child has neither the parent's threads nor a say over its locks."""
+    """A forked child has neither the parent's threads nor a say over its locks. Judges are held by replies and streams
+    too, so each is made fit again."""
     global _judges_lock
     _judges_lock = threading.Lock()
-    _judges.clear()
+    for judge in list(_all):
+        judge._forget()
 
 
 if hasattr(os, "register_at_fork"):

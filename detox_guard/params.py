@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -26,12 +26,12 @@ class DecodingParams(Checked):
     lowered where a token would move by more than .4 alpha nats. `calm_share` is the share of alpha that is used behind
     a prompt in which the embedded scorer sees nothing toxic (`detox_guard.strength`); 1 = alpha behind every prompt.
     `plausibility` is β of Li et al. 2023: only tokens with `p_gen ≥ β·max p_gen` may be sampled; 0 turns it off.
-    Sampling: `temperature` 0 is greedy; the nucleus is `top_p`, then `top_k` (0 = off). `repetition_penalty` is Keskar
-    et al. 2019, on prompt and reply, applied to the logits of every stream alike. `seed` None draws a fresh one.
-    `stop` strings end the reply and are never part of it; so are `stop_token_ids`, besides the model's own end tokens
-    (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply itself, so `stop`,
-    `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step. `guard` checks text
-    before it is released and decodes what fails again; None is steering alone.
+    Sampling: `temperature` 0 is greedy, and one under 1e-6 counts as 1e-6; the nucleus is `top_p`, then `top_k` (0 =
+    off). `repetition_penalty` is Keskar et al. 2019, on prompt and reply, applied to the logits of every stream alike.
+    `seed` None draws a fresh one. `stop` strings end the reply and are never part of it; so are `stop_token_ids`,
+    besides the model's own end tokens (unless `ignore_eos`). `grammar` holds the reply to a language; it ends the reply
+    itself, so `stop`, `stop_token_ids` and `ignore_eos` do not go with it. `trace` keeps the figures of every step.
+    `guard` checks text before it is released and decodes what fails again; None is steering alone.
     Raises `InvalidParamsError`.
     """
 
@@ -42,7 +42,7 @@ class DecodingParams(Checked):
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[tuple[StopString, ...], Field(max_length=64)] = ()
@@ -83,17 +83,21 @@ class EngineConfig(Checked):
     """Bounds of one engine.
 
     `max_rows`: rows in the running batch (a guarded request takes 1 + streams, an unguarded one 1).
-    `max_queue`: requests waiting for a seat, past which `EngineBusyError`. `max_slots`: K/V slots a row may hold,
-    None = the backbone's own limit. `max_cached_slots`: rows times the longest row, which is what the shared cache
-    takes; a request that would exceed it waits for others to leave, so that one long prompt cannot fill the memory.
-    `prefill_chunk`: prompt tokens computed between two decoding steps, so that a long prompt does not hold up the
-    streams that are running. `prompt_cache_slots`: K/V slots kept of prompts that were computed lately, so that the
-    same prompt again costs nothing; 0 = none. `pack_weights`: on a CPU in fp32, hold the linear layers' weights in
-    oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear` modules are replaced.
+    `max_queue`: requests that are prepared and wait for a seat. `when_full`: who finds the queue full waits for a
+    place in it, in the order of arrival ("wait"); or gets `EngineBusyError` at once ("refuse"), as a server may want.
+    `max_slots`: K/V slots a row may hold, None = the backbone's own limit. `max_cached_slots`: rows times the longest
+    row, which is what the shared cache takes; a request that would exceed it waits for others to leave, so that one
+    long prompt cannot fill the memory. `prefill_chunk`: the most prompt tokens computed between two decoding steps;
+    where others wait for it, a chunk takes about a fifth of a second at most, so that a long prompt holds up neither
+    running streams nor short prompts. `prompt_cache_slots`: K/V slots kept of prompts that were computed lately, so
+    that the same prompt again costs nothing; 0 = none. `pack_weights`: on a CPU in fp32, hold the linear layers'
+    weights in oneDNN's blocked layout (the second row is then nearly free); the backbone's `nn.Linear` modules are
+    replaced.
     """
 
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    when_full: Literal["wait", "refuse"] = "wait"
     max_slots: Annotated[int, Field(ge=16)] | None = None
     max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
     prefill_chunk: Annotated[int, Field(ge=16)] = 512

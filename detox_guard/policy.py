@@ -6,7 +6,8 @@ import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator
+from pydantic_core import PydanticSerializationError
 
 from detox_guard.checked import Checked
 from detox_guard.errors import NotPicklableError
@@ -29,18 +30,22 @@ class GuardPolicy(Checked):
     """What is checked before it is released, and what happens to what fails.
 
     Text is released unit by unit. `unit`: "sentence", or a number of tokens (cut at the next word); a sentence longer
-    than `max_unit_tokens` is released in pieces. A unit is scored by itself and together with the `context_chars`
-    characters of the reply before it, and the higher score counts. Up to and including `threshold` it is released;
-    above, it is taken back and decoded again, without the token at which the score first rose above the threshold and
-    on the next rung of the `ladder` (a number is an alpha; the last rung repeats; alphas below the request's own do not
-    lower it), at most `max_rewinds` times a unit. Then `on_exhausted`: "replace" it with `replacement` and end the
-    reply, "stop" before it, or "raise" `GuardError`; the finish reason of the first two is "guard".
+    than `max_unit_tokens` is released in pieces. A unit is scored as its reader will see it: by itself and together
+    with the `context_chars` characters of the reply before it; strings of JSON and of tool calls decoded, each by
+    itself; content joined without the calls in it; a unit of more than twelve words clause by clause too (a clause
+    counts where it is half-way from `threshold` to 1). The highest score counts. Up to and including `threshold` the
+    unit is released; above, it is taken back and decoded again, without the token at which the score first rose above
+    the threshold and on the next rung of the `ladder` (a number is an alpha; the last rung repeats; alphas below the
+    request's own do not lower it), at most `max_rewinds` times a unit. Then `on_exhausted`: "replace" it with
+    `replacement` and end the reply, "stop" before it, or "raise" `GuardError`; the finish reason of the first two is
+    "guard".
 
     `scorer`: "embedded", a Hugging Face classifier (`load_scorer`), or any `ToxicityScorer`; one that fails, or has not
-    answered after `scorer_timeout_s` seconds, fails the request (`ScorerError`). `scan_input`: score the prompt too
-    (each message); one above the threshold is answered by `on_exhausted` alone. `on_event` is called with every
-    `Intervention`, on the decoding thread: be quick; an exception in it is logged, no more. `audit_log`: a file that
-    gets them as JSON lines, rotated at 10 MB. Discarded text is in neither unless `keep_discarded`.
+    answered after `scorer_timeout_s` seconds, fails the request (`ScorerError`). `scan_input`: score the prompt too,
+    each message as a whole and sentence by sentence, read as a reply is; one above the threshold is answered by
+    `on_exhausted` alone. `on_event` is called with every `Intervention`, on the decoding thread: be quick; an exception
+    in it is logged, no more. `audit_log`: a file that gets them as JSON lines, rotated at 10 MB; a line that it does
+    not take (a full disk) goes to the logger "detox_guard.guard". Discarded text is in neither unless `keep_discarded`.
     Raises `InvalidParamsError`.
     """
 
@@ -90,6 +95,15 @@ class GuardPolicy(Checked):
         if isinstance(value, bool):
             raise ValueError("Input should be a number, not a bool")
         return value
+
+    @field_serializer("scorer", "on_event", mode="wrap", when_used="json")
+    def _by_name(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        """In JSON, as in a trace, an object stands there by its name; no policy is made of that again."""
+        try:
+            return handler(value)
+        except PydanticSerializationError:
+            name = getattr(value, "name", None) or getattr(value, "__qualname__", type(value).__qualname__)
+            return {"object": str(name)}
 
     def __getstate__(self) -> dict[Any, Any]:
         """Raises `NotPicklableError` for a scorer object, or a hook that pickle cannot find by its name."""

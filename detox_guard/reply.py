@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import secrets
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,9 +106,17 @@ class Reply:
     guard: str | None = None
 
     def __init__(
-        self, backbone: Backbone, prompt: Prompt, params: DecodingParams, detoxifiers: Sequence[str] = ()
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        params: DecodingParams,
+        detoxifiers: Sequence[str] = (),
+        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
     ) -> None:
+        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored."""
         prompt_ids = encode_prompt(backbone, prompt)
+        if check_fits is not None:
+            check_fits(prompt_ids, params)
         params = params.replace(alpha=strength_behind(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -120,8 +127,7 @@ class Reply:
             constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
         self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
         self.params = params
-        self.inbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
-        self.put: Callable[[Chunk | Exception], object] = self.inbox.put
+        self.put: Callable[[Chunk | Exception], object] = lambda item: None
         self._tokenizer = backbone.tokenizer
         self._detokenizer = TextStream(backbone.tokenizer, prompt_ids)
         self._matcher = StopMatcher(params.stop)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.reading import Asked, read_sentences
 from detox_guard.scoring import checked_scores, load_scorer
-from detox_guard.units import sentences
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,8 @@ class Screened:
     text: str | None
     """What may be passed on; None if it was dropped."""
     score: float
-    """The text's own, before anything was replaced: the worst of the whole and of its sentences."""
+    """The text's own, before anything was replaced: the worst of the whole, of its sentences and of what stands in
+    those."""
     flagged: bool
     """The score is above the threshold."""
 
@@ -41,6 +42,7 @@ def screen(
 ) -> list[Screened]:
     """Each text scored as a whole and sentence by sentence, in one call of the scorer; in order.
 
+    A sentence is read as a guard reads one: a long one clause by clause too, strings of JSON decoded.
     A text that scores above `threshold` is flagged. "drop" takes it out (`text` is None); "mask" replaces its toxic
     sentences by a note (all of it, if no single sentence is toxic); "mark" leaves it as it is. `scorer` as in
     `load_scorer`. Raises `InvalidParamsError`, and `ScorerError` if the scorer fails: nothing unscored is returned.
@@ -54,21 +56,28 @@ def screen(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidParamsError(f"texts[{i}]", text, "a string")
-    parts = [sentences(text) for text in texts]
-    # A text of one sentence is scored once.
-    asked = [[text, *own] if len(own) > 1 else [text] for text, own in zip(texts, parts, strict=True)]
-    scores = iter(checked_scores(load_scorer(scorer), [piece for pieces in asked for piece in pieces]))
+    scorer = load_scorer(scorer)
+    read = [read_sentences(text) for text in texts]
+    asked = [
+        list(dict.fromkeys([text, *(one for _, own in each for one in own.texts)]))
+        for text, each in zip(texts, read, strict=True)
+    ]
+    scores = iter(checked_scores(scorer, [one for own in asked for one in own]))
     screened = []
-    for pieces in asked:
-        own, *each = [next(scores) for _ in pieces]
-        worst = max(own, *each, 0.0)
-        flagged = worst > threshold
-        passed: str | None = pieces[0]
-        if flagged and action == "drop":
+    for text, each, own in zip(texts, read, asked, strict=True):
+        score_of = {one: next(scores) for one in own}
+
+        def worst_of(asked: Asked, score_of: dict[str, float] = score_of) -> float:
+            return asked.worst([score_of[one] for one in asked.texts], threshold)
+
+        found = [worst_of(asked) for _, asked in each]
+        worst = max([score_of[text], *found])
+        passed: str | None = text
+        if worst > threshold and action == "drop":
             passed = None
-        elif flagged and action == "mask":
-            passed = _masked(pieces[1:], [score > threshold for score in each])
-        screened.append(Screened(passed, worst, flagged))
+        elif worst > threshold and action == "mask":
+            passed = _masked([sentence for sentence, _ in each], [one > threshold for one in found])
+        screened.append(Screened(passed, worst, worst > threshold))
     return screened
 
 

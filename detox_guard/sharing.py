@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.forking import in_children
 from detox_guard.params import EngineConfig
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def _forget() -> None:
     _entries.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)
 
 
 def shared_guard(load: Callable[..., DetoxiGen], model: object, **arguments: Any) -> DetoxiGen:

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from detox_guard.errors import InvalidParamsError, PromptError
+from detox_guard.calls import ToolCall, ToolCallStream, parse_tool_calls
+from detox_guard.errors import InvalidParamsError
+from detox_guard.plain import as_plain, json_fault
 
 __all__ = ["ToolCall", "ToolCallStream", "function_of", "knows_tools", "parse_tool_calls", "tool_format", "with_tools"]
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MISTRAL = "[TOOL_CALLS]"
-# What a reply that is all calls begins with, white space aside. `[TOOL_CALLS]` is a special token: it may be gone.
-_BARE = (_MISTRAL, '{"name":', '[{"name":')
 _INSTRUCTIONS = """\
 You may call functions to help with the user's request. The functions, as JSON:
 <tools>
@@ -37,15 +35,6 @@ To call one, answer with its name and arguments as JSON inside <tool_call> tags,
 {{"name": "function_name", "arguments": {{"argument": "value"}}}}
 </tool_call>
 Results come back inside <tool_response> tags. Call a function only if it helps; otherwise just answer."""
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """One call that a model wrote. `id` is drawn when it is read: nine letters and digits, which all templates take."""
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
 
 
 class Function(NamedTuple):
@@ -93,6 +82,8 @@ def function_of(tool: object, field: str) -> Function:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping):
         raise InvalidParamsError(field, tool, '{"type": "function", "function": {"name", "description", "parameters"}}')
+    if fault := json_fault(tool):
+        raise InvalidParamsError(f"{field}.function", function, fault)
     name, parameters = function.get("name"), function.get("parameters") or {}
     if not isinstance(name, str) or not name:
         raise InvalidParamsError(f"{field}.function.name", name, "a string of at least one character")
@@ -107,7 +98,7 @@ def function_of(tool: object, field: str) -> Function:
 def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Plain messages that say the same, for a template that knows only role and content.
 
-    Raises `PromptError` for a tool call in the history that has no name or no arguments.
+    `messages` as `detox_guard.messages.read_messages` gives them.
     """
     plain: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
@@ -119,13 +110,10 @@ def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[st
             else:
                 plain.append({"role": "user", "content": response})
         else:
-            calls = [
-                _written(call, f"messages[{i}].tool_calls[{k}]")
-                for k, call in enumerate(message.get("tool_calls") or ())
-            ]
+            calls = [_written(call["function"]) for call in message.get("tool_calls", ())]
             plain.append({"role": role, "content": "\n".join([content, *calls] if content else calls or [""])})
     if tools:
-        told = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        told = _INSTRUCTIONS.format(tools="\n".join(json.dumps(as_plain(tool), ensure_ascii=False) for tool in tools))
         if plain and plain[0]["role"] == "system":
             plain[0]["content"] = f"{plain[0]['content']}\n\n{told}".lstrip()
         else:
@@ -133,118 +121,6 @@ def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[st
     return plain
 
 
-def _written(call: object, field: str) -> str:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise PromptError(field, call, '{"id", "type": "function", "function": {"name", "arguments"}}')
-    arguments = function.get("arguments")
-    if not isinstance(arguments, Mapping):
-        raise PromptError(f"{field}.function.arguments", arguments, "a dict")
+def _written(function: Mapping[str, Any]) -> str:
     head, tail = _HERMES.around(function["name"])
-    return head + json.dumps(arguments, ensure_ascii=False) + tail
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def parse_tool_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
-    """A whole reply as its content, its calls, and the raw text of calls that cannot be read. Never raises."""
-    stream = ToolCallStream()
-    parts = [*stream.push(text), *stream.flush()]
-    content = "".join(part for part in parts if isinstance(part, str))
-    return content, [part for part in parts if isinstance(part, ToolCall)], stream.invalid
-
-
-class ToolCallStream:
-    """Reads a reply as it comes. However it is cut into pieces, the parts are those of `parse_tool_calls`.
-
-    Text inside a call is never content, nor is white space that only sets calls apart. A reply that might be nothing
-    but calls (it begins like one) is held back until that is certain.
-    """
-
-    def __init__(self) -> None:
-        self.invalid: list[str] = []
-        """Raw text of calls that cannot be read."""
-        self._held = ""
-        self._inside = False
-        self._begun = False
-        self._called = False
-
-    def push(self, delta: str) -> list[str | ToolCall]:
-        """What this piece of the reply completes: text that is safe to show, and whole calls."""
-        self._held += delta
-        if not self._begun:
-            start = "".join(self._held[:256].split())
-            if any(mark.startswith(start) or start.startswith(mark) for mark in _BARE):
-                return []
-            self._begun = True
-        parts: list[str | ToolCall] = []
-        while (at := _end_of_block(self._held) if self._inside else self._held.find(_OPEN)) >= 0:
-            tag = _CLOSE if self._inside else _OPEN
-            before, self._held = self._held[:at], self._held[at + len(tag) :]
-            parts += self._calls(before, _OPEN + before + _CLOSE) if self._inside else [before.rstrip()]
-            self._inside = not self._inside
-        if not self._inside:
-            # Hold back what may yet be a tag, and white space in front of one.
-            safe = len(self._held[: len(self._held) - _begun_tag(self._held)].rstrip())
-            parts.append(self._held[:safe])
-            self._held = self._held[safe:]
-        return [part for part in parts if part]
-
-    def flush(self) -> list[str | ToolCall]:
-        """The reply is over: what is left of it."""
-        held, self._held = self._held, ""
-        if self._inside:  # the model stopped without the closing tag
-            return [*self._calls(held, _OPEN + held)]
-        bare = held.strip().removeprefix(_MISTRAL)
-        if not self._begun and held.strip() and (found := _read(bare)):
-            return [*found]
-        if not self._begun and held.lstrip().startswith(_MISTRAL):
-            self.invalid.append(held)
-            return []
-        if not self._begun and _OPEN in held:
-            self._begun, self._held = True, held
-            return [*self.push(""), *self.flush()]
-        return [] if not held or (self._called and not held.strip()) else [held]
-
-    def _calls(self, block: str, raw: str) -> list[ToolCall]:
-        self._called = True
-        calls = _read(block)
-        if not calls:
-            self.invalid.append(raw)
-        return calls
-
-
-def _read(block: str) -> list[ToolCall]:
-    """The calls of a JSON object or of a list of them; none if any part is no call."""
-    try:
-        value = json.loads(block)
-    except (ValueError, RecursionError):
-        return []
-    calls = []
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-            return []
-        arguments = item.get("arguments", item.get("parameters"))
-        if isinstance(arguments, str):  # some models quote them
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return []
-        if not isinstance(arguments, dict):
-            return []
-        calls.append(ToolCall(secrets.token_hex(5)[:9], item["name"], arguments))
-    return calls
-
-
-def _end_of_block(text: str) -> int:
-    """Where the first closing tag stands that is not inside a JSON string, or -1."""
-    at = text.find(_CLOSE)
-    while at >= 0 and re.sub(r"\\.", "", text[:at], flags=re.DOTALL).count('"') % 2:
-        at = text.find(_CLOSE, at + 1)
-    return at
-
-
-def _begun_tag(text: str) -> int:
-    """Length of the longest end of `text` that begins an opening tag."""
-    return next((n for n in range(min(len(_OPEN) - 1, len(text)), 0, -1) if _OPEN.startswith(text[-n:])), 0)
+    return head + json.dumps(function["arguments"], ensure_ascii=False) + tail

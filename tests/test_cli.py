@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from detox_guard.cli import EXIT_CODES, app, options
 from detox_guard.cli.compare import BETTER, Pair, summary
-from detox_guard.cli.console import tinted, visible
+from detox_guard.cli.console import print_json, tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
 from detox_guard.cli.session import Reply
 from detox_guard.detoxifier import Detoxifier, DetoxifierCard
@@ -92,7 +92,7 @@ def start(*words: str | Path, **kwargs: Any) -> subprocess.Popen[str]:
         # A shell starts what runs in the background deaf to Ctrl-C, and the children inherit that.
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     }
-    return subprocess.Popen(command, text=True, encoding="utf-8", **{**settings, **kwargs})
+    return subprocess.Popen(command, **{**settings, "text": True, "encoding": "utf-8", **kwargs})
 
 
 # -- help, options
@@ -597,3 +597,21 @@ def test_prompt_files_keep_odd_characters_and_refuse_bad_bytes(tmp_path: Path) -
     file.write_bytes(b"\n \n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts([], file)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_json_holds_every_character_on_any_terminal(loaded: tuple[str, ...], encoding: str) -> None:
+    prompt = "caf\xe9 \U0001f600 \u65e5\u672c"
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    words = ("generate", prompt, "x", "--json", "--max-new-tokens", "6", *loaded)
+    process = start(*words, env=environ, text=None, encoding=None)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    records = [json.loads(line) for line in out.decode(encoding).splitlines()]
+    assert [record["prompt"] for record in records] == [prompt, "x"]
+    assert (prompt in out.decode(encoding)) == (encoding == "utf-8")
+
+
+def test_half_a_character_is_escaped_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json(json.dumps({"a": "\ud800 \U0001f600"}, ensure_ascii=False))
+    assert json.loads(capsys.readouterr().out) == {"a": "\ud800 \U0001f600"}

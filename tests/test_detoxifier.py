@@ -306,8 +306,8 @@ def test_as_streams_refuses(folder: Path, tiny_llama: Backbone, tiny_gpt2: Backb
     assert "detox-guard train" in caught.value.hint
 
 
-@pytest.mark.parametrize("weight", [0, 0.0, math.nan, math.inf, -math.inf])
-def test_weight_bounds(tiny_llama: Backbone, weight: float) -> None:
+@pytest.mark.parametrize("weight", [0, 0.0, math.nan, math.inf, -math.inf, 1e308, 1e-300, 10**400, True, "1", None])
+def test_weight_bounds(tiny_llama: Backbone, weight: Any) -> None:
     with pytest.raises(InvalidParamsError, match="weight"):
         SteeringStream(make_detoxifier(tiny_llama), weight)
 
@@ -340,3 +340,63 @@ def test_importing_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# 6. Folders from strangers
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, CARD_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("what", ["pipe", "device", "link", "link to nothing", "folder"])
+def test_pipes_devices_and_links_are_refused_at_once(folder: Path, tmp_path: Path, name: str, what: str) -> None:
+    path = folder / name
+    path.rename(tmp_path / "moved")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "link": tmp_path / "moved", "link to nothing": "/nowhere"}[what])
+    with pytest.raises(DetoxifierFormatError, match=name):
+        Detoxifier.load(folder)
+
+
+def test_the_hubs_cache_may_link_into_its_own_store(folder: Path, tmp_path: Path) -> None:
+    store, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "models--org--name" / "snapshots" / "abc"
+    store.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, name in enumerate((CONFIG_FILE, CARD_FILE, WEIGHTS_FILE)):
+        (folder / name).rename(store / f"blob{i}")
+        (snapshot / name).symlink_to(f"../../blobs/blob{i}")
+    assert Detoxifier.load(snapshot).card.virtual_tokens == P
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, CARD_FILE])
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"peft_type":' + "[" * 900 + "]" * 900 + "}"])
+def test_deep_json_is_an_error_by_name(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(DetoxifierFormatError, match=name):
+        Detoxifier.load(folder)
+
+
+def test_another_adapter_is_told_where_it_belongs(folder: Path) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "peft_type": "LORA"}))
+    with pytest.raises(DetoxifierFormatError, match="LORA") as caught:
+        Detoxifier.load(folder)
+    assert "merge_and_unload" in caught.value.hint
+
+
+def test_numbers_that_the_backbones_dtype_cannot_hold(tiny_llama: Backbone) -> None:
+    ours = make_detoxifier(tiny_llama)
+    large = dataclasses.replace(ours, embeddings=torch.full_like(ours.embeddings, 1e6))
+    large.validate(tiny_llama)
+    half = dataclasses.replace(tiny_llama, dtype=torch.float16)
+    with pytest.raises(DetoxifierMismatchError, match="float16"):
+        large.validate(half)
+
+
+@pytest.mark.parametrize("given", [3, object(), [3], [None], {"a": 1}])
+def test_what_is_no_detoxifier_is_named(tiny_llama: Backbone, given: Any) -> None:
+    with pytest.raises(InvalidParamsError) as caught:
+        as_streams(given, tiny_llama)
+    assert caught.value.field == "detoxifier"

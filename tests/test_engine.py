@@ -542,3 +542,152 @@ def test_an_equal_prompt_is_computed_once(kinds: str, monkeypatch: pytest.Monkey
     decode(engine, random_prompts(backbone, 12, shortest=20, seed=5), SAMPLED)
     assert sum(len(rows) * rows[0][0][0].shape[2] for _, rows in engine._worker._recent.values()) <= 200
     engine.close()
+
+
+def _alone_then_together(engine: Engine, *prompts: list[int]) -> tuple[list[str], list[Recorder]]:
+    """Who gave a token when: `0` is a stream that runs; the others are submitted in one moment, from inside it."""
+    order: list[str] = []
+    params = GREEDY.replace(max_new_tokens=4)
+    pairs = []
+    for i, prompt in enumerate(prompts, start=1):
+        pairs.append(request(prompt, params, Recorder(lambda step, i=i: order.append(str(i)))))
+
+    def beside(step: TokenStep) -> None:
+        order.append("0")
+        if step.index == 5:
+            for req, _ in pairs:
+                engine.submit(req)
+
+    running, sink = request([5, 6, 7], GREEDY.replace(max_new_tokens=120), Recorder(beside))
+    engine.submit(running)
+    for recorder in (sink, *(recorder for _, recorder in pairs)):
+        assert recorder.wait().outcome == "length"
+    return order[6:], [recorder for _, recorder in pairs]
+
+
+@pytest.mark.parametrize("streams", ["f", "r"])
+def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts(streams: str) -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, streams), EngineConfig(prefill_chunk=16))
+    long, short = random_prompts(backbone, 2, shortest=320, longest=320)[0], [9, 8, 7]
+    alone = [decode(engine, [prompt], GREEDY.replace(max_new_tokens=4))[0].ids for prompt in (long, short)]
+    engine._worker._recent.clear()
+    order, sinks = _alone_then_together(engine, long, short)
+    assert order.index("2") <= 4, "the short one waits for a chunk or two"
+    # 320 tokens are 20 chunks of 16, and the stream gets a token after each.
+    assert order[: order.index("1")].count("0") >= 19
+    assert [sink.ids for sink in sinks] == alone
+    engine.close()
+
+
+def test_a_long_prompt_gets_every_other_chunk_however_many_short_ones_come() -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(prefill_chunk=16, max_rows=64))
+    long, *shorts = random_prompts(backbone, 101, shortest=160, longest=160)
+    shorts = [prompt[:10] for prompt in shorts]
+    order: list[str] = []
+
+    def beside(step: TokenStep) -> None:
+        order.append("0")
+        if step.index == 2:
+            engine.submit(first)
+        if step.index >= 2 and step.index - 2 < len(shorts):
+            engine.submit(request(shorts[step.index - 2], GREEDY.replace(max_new_tokens=2))[0])
+
+    first, sink = request(long, GREEDY, Recorder(lambda step: order.append("1")))
+    running, running_sink = request([5, 6, 7], GREEDY.replace(max_new_tokens=150), Recorder(beside))
+    engine.submit(running)
+    assert sink.wait().outcome == running_sink.wait().outcome == "length"
+    assert order.index("1") <= 2 + 2 * 10 + 4  # ten chunks, each with one of a short prompt before it
+    engine.close()
+
+
+def test_equal_prompts_join_what_is_being_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    config = EngineConfig(prefill_chunk=16, prompt_cache_slots=0)
+    engine = Engine(backbone, random_streams(backbone, "r"), config)
+    long = random_prompts(backbone, 1, shortest=200, longest=200)[0]
+    expected = decode(engine, [long], GREEDY)[0].ids
+    started: list[int] = []
+    start = scheduler.Prefill.__init__
+
+    def counted(self: Any, forward: Any, ids: Any, steered: Any) -> None:
+        started.append(len(ids))
+        start(self, forward, ids, steered)
+
+    monkeypatch.setattr(scheduler.Prefill, "__init__", counted)
+    sinks = [Recorder() for _ in range(3)]
+
+    def beside(step: TokenStep) -> None:
+        if step.index % 2 == 0 and step.index < 6:
+            engine.submit(request(long, GREEDY, sinks[step.index // 2])[0])
+
+    engine.submit(request([5, 6], GREEDY.replace(max_new_tokens=60), Recorder(beside))[0])
+    assert [sink.wait().ids for sink in sinks] == [expected] * 3
+    assert started == [1, 1]
+    engine.close()
+
+
+def test_everybody_in_a_failing_batch_gets_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"))
+    forward = engine._worker._forward
+    decode_rows = forward.decode
+
+    def failing(*_: object) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(forward, "decode", failing)
+    pairs = [request([5, 6, i], GREEDY) for i in range(7, 10)]
+    for req, _ in pairs:
+        engine.submit(req)
+    outcomes = [sink.wait().outcome for _, sink in pairs]
+    assert all(isinstance(outcome, StepError) and "no room" in str(outcome) for outcome in outcomes)
+    assert len({id(outcome) for outcome in outcomes}) == 3
+    monkeypatch.setattr(forward, "decode", decode_rows)
+    assert decode(engine, [[5, 6]], GREEDY)[0].outcome == "length"
+    engine.close()
+
+
+def test_a_constraint_that_cannot_say_what_is_allowed_fails_alone() -> None:
+    class Broken:
+        asked = 0
+
+        def allowed(self) -> torch.Tensor | None:
+            self.asked += 1
+            if self.asked == 4:
+                raise RuntimeError("lost")
+            return None
+
+        def accept(self, token_id: int) -> bool:
+            return False
+
+        def rollback(self, tokens: int) -> None: ...
+
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"))
+    expected = [decode(engine, [[9, 8, i]], GREEDY)[0].ids for i in (1, 2)]
+    pairs = [request([5, 6, 7], GREEDY), *(request([9, 8, i], GREEDY) for i in (1, 2))]
+    pairs[0][0].constraint = Broken()
+    for req, _ in pairs:
+        engine.submit(req)
+    failed, *fine = (sink.wait() for _, sink in pairs)
+    assert "lost" in str(failed.outcome)
+    assert len(failed.ids) == 3
+    assert [sink.ids for sink in fine] == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e-6])
+@pytest.mark.parametrize("rule", ["detoxigen", "dexperts", "bounded"])
+def test_temperatures_that_float32_cannot_hold_are_as_good_as_zero(temperature: float, rule: str) -> None:
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    engine = Engine(backbone, random_streams(backbone, "r"))
+    params = SAMPLED.replace(temperature=temperature, rule=rule, top_p=1e-300, plausibility=5e-324)
+    greedy = GREEDY.replace(rule=rule, top_p=1e-300)
+    prompts = random_prompts(backbone, 4)
+    cold, plain = ([sink.ids for sink in decode(engine, prompts, p)] for p in (params, greedy))
+    assert cold == plain
+    for odd in ({"top_p": 1.0}, {"alpha": 5e-324}, {"alpha": 100.0, "top_p": 1.0}, {"repetition_penalty": 0.01}):
+        assert all(sink.outcome == "length" for sink in decode(engine, prompts, params.replace(**odd)))
+    engine.close()

@@ -165,16 +165,20 @@ def test_a_batch_keeps_order_and_isolates_errors(guard: DetoxiGen) -> None:
     assert guard.batch([]) == []
 
 
-def test_a_batch_larger_than_the_queue_waits_instead_of_failing() -> None:
+@pytest.mark.parametrize("when_full", ["wait", "refuse"])
+def test_a_batch_larger_than_the_queue_waits_instead_of_failing(when_full: Any) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     streams = [SteeringStream(random_detoxifier(backbone))]
-    with DetoxiGen(backbone, streams, config=EngineConfig(max_rows=4, max_queue=2)) as guard:
+    config = EngineConfig(max_rows=4, max_queue=2, when_full=when_full)
+    with DetoxiGen(backbone, streams, config=config) as guard:
         results = guard.batch(["x"] * 30, max_of(5))
         assert len({r.text for r in results}) == 1
 
 
 def test_a_batch_that_finds_the_queue_full_of_others_fails_by_name() -> None:
-    with DetoxiGen(make_tiny_backbone("llama"), config=EngineConfig(max_rows=2, max_queue=1)) as guard:
+    with DetoxiGen(
+        make_tiny_backbone("llama"), config=EngineConfig(max_rows=2, max_queue=1, when_full="refuse")
+    ) as guard:
         long = DecodingParams(alpha=0.0, max_new_tokens=400, ignore_eos=True, seed=1)
         others = [guard.stream("x", long) for _ in range(3)]
         for stream in others[:2]:

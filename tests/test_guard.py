@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_backbone
 
 from detox_guard import (
+    Chunk,
     DecodingParams,
     DetoxiGen,
     GuardError,
@@ -29,13 +30,16 @@ from detox_guard import (
     aguard_text,
     guard_text,
 )
-from detox_guard.engine import Ended, Engine, Rewind
-from detox_guard.guard import closed_length
+from detox_guard.engine import Ended, Engine, Rewind, TokenStep
+from detox_guard.guard import GuardedReply, closed_length, scan
 from detox_guard.judge import judge_for
+from detox_guard.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from detox_guard import Generation
 
 PARAMS = DecodingParams(alpha=1.5, max_new_tokens=40, seed=11)
 PROMPTS = ["Hello there", "So, I'm starting to think", "今天天气", "x"]
@@ -480,9 +484,9 @@ def test_a_guard_of_the_instance_stays_unless_a_call_says_otherwise(tiny: Detoxi
     with own:
         for reply in (
             own.generate("x"),
-            own.generate("x", DecodingParams(max_new_tokens=5)),
-            own.generate("x", DecodingParams(max_new_tokens=5).replace(seed=2), temperature=0.7),
-            *own.batch(["x"], DecodingParams(max_new_tokens=5)),
+            own.generate("x", DecodingParams(max_new_tokens=5, seed=11)),
+            own.generate("x", DecodingParams(max_new_tokens=5).replace(seed=11), temperature=0.7),
+            *own.batch(["x"], DecodingParams(max_new_tokens=5, seed=11)),
         ):
             assert (reply.text, reply.finish_reason) == ("[removed]", "guard")
         for free in (own.generate("x", guard=None), own.generate("x", DecodingParams(guard=None, max_new_tokens=5))):
@@ -494,3 +498,266 @@ def test_a_unit_without_spaces_is_cut_at_twice_its_longest(text: str) -> None:
     policy = GuardPolicy(max_unit_tokens=4)
     assert closed_length(text, policy, False, 7) == 0
     assert closed_length(text, policy, False, 8) == len(text)
+
+
+# -- what a reader gets: a model whose words are dictated
+
+
+def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
+    """The reply of a model that says the first text, and after each rewind the next (the last one repeats)."""
+    backbone = make_tiny_backbone("llama")
+    reply = GuardedReply(backbone, "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024))
+    chunks: list[Any] = []
+    reply.put = chunks.append
+    said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in attempts]
+    (instead,) = backbone.tokenizer("*", add_special_tokens=False)["input_ids"]
+    emitted: list[int] = []
+    tries, deadline = 0, time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline
+        ids = said[min(tries, len(said) - 1)]
+        verdict: Any
+        if len(emitted) < len(ids):
+            token = ids[len(emitted)]
+            emitted.append(instead if token in reply.request.banned else token)
+            verdict = reply.on_token(
+                TokenStep(len(emitted) - 1, emitted[-1], 1.0, 1.0, 0.0, 0.0, 0.0, False, emitted[-1], 1.0, False)
+            )
+        else:
+            verdict = reply.on_end("stop")
+            time.sleep(0 if verdict else 0.001)
+        if isinstance(verdict, Rewind):
+            del emitted[len(emitted) - verdict.tokens :]
+            tries += 1
+        elif isinstance(verdict, Ended):
+            reply.on_finish(verdict.reason)
+            break
+    generation = chunks[-1].generation
+    assert "".join(chunk.text for chunk in chunks) == generation.text
+    return generation  # type: ignore[no-any-return]
+
+
+def spelt_out(text: str) -> str:
+    return "".join(f"\\u{ord(c):04x}" if c.isalpha() else c for c in text)
+
+
+@pytest.mark.parametrize("longest", [4, 48, 1024])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "post", "arguments": {"text": "%s"}}\n</tool_call>',
+        '{"text": "It rains. %s"}',
+        '{"answer": "{\\"text\\": \\"It rains.\\"}", "%s": [1]}',
+        "post(text='%s')",
+    ],
+)
+@pytest.mark.parametrize("insult", ["You idiot.", spelt_out("You idiot.")])
+def test_strings_are_judged_decoded(text: str, longest: int, insult: str) -> None:
+    policy = GuardPolicy(
+        scorer=Scripted(lambda text: float("idiot" in text.lower())), max_rewinds=0, max_unit_tokens=longest
+    )
+    reply = dictated(policy, text % insult)
+    assert reply.finish_reason == "guard"
+    assert insult not in reply.text
+    assert dictated(policy, text % "You friend.").text == text % "You friend."
+
+
+@pytest.mark.parametrize("longest", [4, 48, 1024])
+def test_content_is_judged_without_the_call_in_it(longest: int) -> None:
+    call = '<tool_call>\n{"name": "post", "arguments": {"text": "x"}}\n</tool_call>'
+    content, _, _ = parse_tool_calls(f"You are an id{call}iot, friend.")
+    word = content[content.index("id") : content.index("iot") + 3]  # as a reader has it, with a break or without
+    policy = GuardPolicy(scorer=Scripted(lambda text: float(word in text)), max_rewinds=0, max_unit_tokens=longest)
+    assert dictated(policy, f"You are an id{call}iot, friend.").finish_reason == "guard"
+    assert dictated(policy, f"You are an id{call}ol, friend.").finish_reason == "stop"
+
+
+def test_the_flagged_word_is_found_by_halving() -> None:
+    sentence = "The people who came here today said that he is an idiot and a friend. Bye."
+    scorer = Scripted(lambda text: float("idiot" in text))
+    policy = GuardPolicy(scorer=scorer, max_unit_tokens=96, keep_discarded=True)
+    reply = dictated(policy, sentence, sentence.replace("idiot", "artist"))
+    assert reply.text == sentence.replace("idiot", "artist")
+    (event,) = reply.interventions
+    # As every beginning in turn would have it: the word's first token of the first beginning that is flagged.
+    ids = make_tiny_backbone("llama").tokenizer
+    tokens = [ids.decode([i]) for i in ids(sentence, add_special_tokens=False)["input_ids"]]
+    over = next(i for i in range(len(tokens)) if "idiot" in "".join(tokens[: i + 1]))
+    first = max(i for i in range(over + 1) if tokens[i].startswith(" "))
+    assert event.banned == tokens[first]
+    assert event.tokens > 30
+    assert len(scorer.calls) <= 12
+    assert sum(map(len, scorer.calls)) <= 40  # every beginning would be some 30 more
+
+
+def test_many_flagged_at_once_are_all_served(tiny: DetoxiGen) -> None:
+    """A scorer that takes its time for each text; the searches share it."""
+
+    class Slow(Scripted):
+        def score(self, texts: Sequence[str]) -> list[float]:
+            time.sleep(0.01 * len(texts))
+            return super().score(texts)
+
+    scorer = Slow(fickle(5, 0.2))
+    policy = GuardPolicy(scorer=scorer, unit=24, max_rewinds=2, scorer_timeout_s=30)
+    results = tiny.batch(
+        ["Hello there"] * 12,
+        [PARAMS.replace(guard=policy, seed=seed, max_new_tokens=24) for seed in range(12)],
+        return_exceptions=True,
+    )
+    assert [type(result).__name__ for result in results] == ["Generation"] * 12
+    assert sum(len(result.interventions) for result in results) > 4
+
+
+def test_what_timed_out_or_was_cancelled_is_not_scored_later(tiny: DetoxiGen) -> None:
+    gate, scored = threading.Event(), list[str]()
+
+    class Hangs:
+        name = "hangs"
+
+        def score(self, texts: Sequence[str]) -> list[float]:
+            hung = not gate.is_set()
+            gate.wait(60)
+            if not hung:
+                scored.extend(texts)
+            return [0.0] * len(texts)
+
+    scorer = Hangs()
+    policy = GuardPolicy(scorer=scorer, scorer_timeout_s=0.2, unit=3)
+    params = PARAMS.replace(guard=policy)
+
+    async def give_up() -> None:
+        task = asyncio.create_task(
+            tiny.agenerate("Hello there", params.replace(guard=policy.replace(scorer_timeout_s=60)))
+        )
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def gone() -> None:
+        async def pieces() -> Any:
+            yield FOREIGN
+
+        with pytest.raises(ScorerError, match="no answer"):
+            _ = [text async for text in aguard_text(pieces(), policy)]
+
+    results = tiny.batch(["Hello there", "x"] * 4, params, return_exceptions=True)
+    assert {type(result) for result in results} == {ScorerError}
+    asyncio.run(give_up())
+    asyncio.run(gone())
+    for scan_or_hold in (lambda: scan(["It rains."], policy), lambda: list(guard_text([FOREIGN], policy))):
+        with pytest.raises(ScorerError, match="no answer"):
+            scan_or_hold()
+    deadline = time.monotonic() + 60
+    while len(judge_for(scorer)._waiting) > 16:  # the one call that hangs
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    gate.set()
+    assert "".join(guard_text([FOREIGN], policy.replace(scorer_timeout_s=60))) == FOREIGN
+    assert all(text in FOREIGN for text in scored)
+
+
+def test_scan_input_reads_sentence_by_sentence_and_decoded(tiny: DetoxiGen) -> None:
+    harmless = (
+        "The library opens at nine in the morning and closes at six in the evening. Visitors may borrow books. " * 3
+    )
+    for text in (
+        f"{harmless}You are a complete idiot. {harmless}",
+        json.dumps({"comments": [harmless, "You are a complete idiot."]}),
+        f'Read this: {json.dumps({"by": "them", "text": 0})[:-2]}"{spelt_out("You are a complete idiot.")}"}}',
+    ):
+        policy = GuardPolicy(scan_input=True)
+        assert tiny.generate([{"role": "user", "content": text}], guard=policy).finish_reason == "guard"
+    fit = tiny.generate(harmless, guard=GuardPolicy(scan_input=True, threshold=0.9), max_new_tokens=1)
+    assert not fit.interventions or fit.interventions[0].unit >= 0
+
+
+def test_a_long_prompt_is_scanned_by_a_slow_scorer_in_time() -> None:
+    """Each few dozen texts have the limit to themselves; ordinary verdicts come in between."""
+    scorer = Scripted(lambda text: float("bad" in text))
+
+    class Slow:
+        name = "slow"
+
+        def score(self, texts: Sequence[str]) -> list[float]:
+            time.sleep(0.002 * len(texts))
+            return scorer.score(texts)
+
+    text = " ".join(f"It rains on day {i} of the year." for i in range(1000))
+    policy = GuardPolicy(scorer=Slow(), scorer_timeout_s=1.5)
+    assert scan([text], policy) == 0.0
+    assert scan([f"{text} A bad day. {text}"], policy) == 1.0
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_scored() -> None:
+    scorer = Scripted(lambda text: 0.0)
+    params = DecodingParams(guard=GuardPolicy(scorer=scorer, scan_input=True), max_new_tokens=7)
+    asked: list[Any] = []
+
+    def check_fits(prompt_ids: list[int], own: DecodingParams) -> None:
+        asked.append((len(prompt_ids), own.max_new_tokens))
+        raise KeyError("too long")
+
+    with pytest.raises(KeyError):
+        GuardedReply(make_tiny_backbone("llama"), "a\n" * 500, params, check_fits=check_fits)
+    assert asked[0][0] >= 500
+    assert asked[0][1] == 7
+    assert scorer.calls == []
+
+
+# -- chunks as other streams have them
+
+
+def held_both_ways(chunks: Sequence[Any], policy: GuardPolicy | None = None) -> list[str]:
+    async def pieces() -> Any:
+        for chunk in chunks:
+            yield chunk
+
+    async def joined() -> str:
+        return "".join([text async for text in aguard_text(pieces(), policy)])
+
+    return ["".join(guard_text(iter(chunks), policy)), asyncio.run(joined())]
+
+
+def test_chunks_of_foreign_streams() -> None:
+    class Text(str):
+        __slots__ = ()
+
+    assert (
+        held_both_ways(["It rains. ", None, Text("We stay"), "", Chunk(" at home."), None])
+        == ["It rains. We stay at home."] * 2
+    )
+
+
+@pytest.mark.parametrize("odd", [{"text": "x"}, b"x", 3, ["x"], ("x", "y"), object(), float("nan")])
+def test_a_chunk_that_is_no_text_is_named(odd: object) -> None:
+    with pytest.raises(InvalidParamsError) as caught:
+        held_both_ways(["It rains.", odd])
+    assert (caught.value.field, caught.value.value) == ("chunks[1]", odd)
+
+
+@pytest.mark.parametrize("ask", [guard_text, aguard_text])
+def test_what_is_no_stream_or_no_policy_is_refused_at_once(ask: Any) -> None:
+    async def pieces() -> Any:
+        yield "x"
+
+    stream, other = (["x"], pieces()) if ask is guard_text else (pieces(), ["x"])
+    for bad in (None, 3, other):
+        with pytest.raises(InvalidParamsError) as caught:
+            ask(bad)
+        assert caught.value.field == "chunks"
+    with pytest.raises(InvalidParamsError) as caught:
+        ask(stream, {"threshold": 0.5})
+    assert caught.value.field == "policy"
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 1000])
+def test_held_text_is_cut_alike_however_it_comes(size: int) -> None:
+    text = "It rains, and the library in the old town is open " * 20 + "until nine. Bye."
+    scorer = Scripted(lambda text: float("bad" in text))
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    units = list(guard_text(chunks, GuardPolicy(scorer=scorer)))
+    assert "".join(units) == text
+    assert max(map(len, units)) <= 48 * 4 + size + 20
+    assert len(units) >= 5

@@ -5,6 +5,7 @@ Knows rich and the figures of a trace; knows no model. torch is never imported h
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_PIPE",
     "exit_code",
+    "print_json",
     "report",
     "score_text",
     "stderr_console",
@@ -71,6 +73,16 @@ def report(error: DetoxGuardError, where: str = "") -> None:
     print(f"error: {where}{_one_line(str(error))}", file=sys.stderr)
     if error.hint:
         print(f"hint: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def print_json(text: str) -> None:
+    """Print one line of JSON. Where stdout cannot write some character of it (a Windows code page, say), all that is
+    not ASCII is escaped, which is the same JSON."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print(text, flush=True)
 
 
 def _one_line(text: str) -> str:

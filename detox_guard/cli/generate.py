@@ -17,6 +17,7 @@ from detox_guard.cli import options, session
 from detox_guard.cli.compare import Pair, make_pairs, score_pairs, show_pairs, summary, trace_sections
 from detox_guard.cli.console import (
     exit_code,
+    print_json,
     report,
     score_text,
     stderr_console,
@@ -157,7 +158,7 @@ def _batch(
             return
         told.add(id(pair))
         if as_json:
-            print(json.dumps(_record(pair, judge, compare, with_trace), ensure_ascii=False), flush=True)
+            print_json(json.dumps(_record(pair, judge, compare, with_trace), ensure_ascii=False))
         elif not compare:
             _show(pair.guarded, judge, first=len(told) == 1)
 

@@ -11,7 +11,7 @@ import typer
 
 import detox_guard
 from detox_guard.cli import options, session
-from detox_guard.cli.console import exit_code, report, stdout_console
+from detox_guard.cli.console import exit_code, print_json, report, stdout_console
 from detox_guard.errors import DetoxGuardError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def info(
         facts["scorer"] = {"error": str(error)}
 
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print_json(json.dumps(facts, ensure_ascii=False))
     else:
         _show(facts)
     for failure in errors:

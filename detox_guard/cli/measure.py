@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from detox_guard.cli import options, session
-from detox_guard.cli.console import stdout_console
+from detox_guard.cli.console import print_json, stdout_console
 from detox_guard.errors import InvalidParamsError
 from detox_guard.files import prepare_file
 from detox_guard.policy import Rule  # noqa: TC001 - typer reads it at run time
@@ -73,7 +73,7 @@ def bench(
         )
     _print(result, as_json)
     if not as_json:
-        print(result.to_json())
+        print_json(result.to_json())
 
 
 def evaluate(
@@ -348,6 +348,6 @@ def _quiet_libraries() -> None:
 
 def _print(result: Any, as_json: bool) -> None:
     if as_json:
-        print(result.to_json())
+        print_json(result.to_json())
     else:
         stdout_console().print(result.table())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from detox_guard.cli import options, session
-from detox_guard.cli.console import EXIT_INTERRUPTED, stderr_console, stdout_console
+from detox_guard.cli.console import EXIT_INTERRUPTED, print_json, stderr_console, stdout_console
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def train(as_json: options.Json = False, **fields: Any) -> None:
         stderr_console().print("\nstopped; the same command goes on from the last checkpoint", style="dim")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if as_json:
-        print(detoxifier.card.model_dump_json())
+        print_json(detoxifier.card.model_dump_json())
         return
     console = stdout_console()
     console.print(losses_table(detoxifier.card))

@@ -1,14 +1,17 @@
 """Who decodes when: the queue, the seats, and the one thread that owns the batch. Knows requests; knows no text.
 
 A loop turn, in this order: 1. drop what was cancelled; 2. admit from the queue, in arrival order, while rows are free;
-3. a chunk of prefill; 4. one decoding step for every seat; 5. ask the parked ones again. Requests so join and leave
-between any two steps.
+3. a chunk of prefill, of the oldest prompt or of the shortest, by turns; 4. one decoding step for every seat; 5. ask
+the parked ones again. Requests so join and leave between any two steps, and a long prompt holds up neither those who
+decode nor a short prompt behind it by more than a chunk or two.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields
@@ -19,6 +22,7 @@ import torch
 from detox_guard.engine.cache import Row, RowCache
 from detox_guard.engine.forward import Forward, Prefill
 from detox_guard.engine.packing import can_pack, pack_linears
+from detox_guard.engine.places import Places
 from detox_guard.engine.step import Chooser, Turn
 from detox_guard.engine.types import Ended, Request, Rewind, TokenStep
 from detox_guard.errors import (
@@ -31,22 +35,34 @@ from detox_guard.errors import (
     RequestCancelledError,
     StepError,
 )
+from detox_guard.forking import around_forks_of, in_children_of
 from detox_guard.params import EngineConfig
+from detox_guard.threads import start_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from detox_guard.backbone import Backbone
     from detox_guard.engine.cache import LayerKV
     from detox_guard.engine.types import Finish, StreamSpec
+    from detox_guard.params import DecodingParams
+
+    PromptKey = tuple[tuple[int, ...], bool]
+    Computed = tuple[Tensor, list[LayerKV]]
 
 __all__ = ["Engine", "EngineStats"]
 
 _log = logging.getLogger("detox_guard.engine")
 _POLL_S = 0.002
 """How often parked requests are asked again while nobody decodes."""
+_FORK_WAIT_S = 5.0
+"""The longest that a fork waits for the turn under way."""
+_CHUNK_S = 0.2
+"""What a chunk of prefill may take where others wait for it."""
+_MIN_CHUNK, _FIRST_CHUNK = 16, 64
+"""Columns of a chunk where others wait: the fewest, and how many until it is known how fast this machine is."""
 
 
 @dataclass
@@ -80,6 +96,8 @@ class _Seat:
     """Length of each row when it was seated: what the reply's first token is fed to."""
     emitted: list[int] = field(default_factory=list)
     seen: Tensor | None = None
+    allowed: Tensor | None = None
+    """What its constraint leaves for the next token."""
 
     @property
     def guarded(self) -> bool:
@@ -100,7 +118,7 @@ class _Seat:
             self.seen,
             request.banned,
             request.keep_distributions,
-            None if request.constraint is None else request.constraint.allowed(),
+            self.allowed,
         )
 
 
@@ -111,6 +129,28 @@ class _Parked:
     seat: _Seat
     layers: list[LayerKV]
     reason: Finish
+
+
+@dataclass(eq=False)
+class _Group:
+    """Requests whose prompts are computed together: they are out of the queue, and not seated yet."""
+
+    requests: list[Request]
+    keys: list[PromptKey]
+    """Of the requests that it began with: what is being computed goes on when one of them is cancelled."""
+    computed: dict[PromptKey, Computed] = field(default_factory=dict)
+    prefill: Prefill | None = None
+
+    @property
+    def missing(self) -> list[PromptKey]:
+        return [key for key in self.keys if key not in self.computed]
+
+    @property
+    def left(self) -> int:
+        """Columns still to compute."""
+        if self.prefill is not None:
+            return self.prefill.total - self.prefill.done_tokens
+        return max((len(ids) for ids, _ in self.missing), default=0)
 
 
 class Engine:
@@ -129,37 +169,93 @@ class Engine:
         self.max_positions = min((b for b in bounds if b is not None), default=None)
         """Prompt, virtual tokens and new tokens together may not exceed this; None = no bound."""
         self.streams = len(streams)
-        self._max_cached_slots = config.max_cached_slots
+        self._config = config
         self._vocab_size = backbone.vocab_size
         self._finalizer = weakref.finalize(self, self._worker.close)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its sink hears the rest. Raises `PromptError`, `EngineBusyError`, `EngineClosedError`."""
-        if request.steered and self.streams == 0:
+    def check(self, prompt_ids: Sequence[int], params: DecodingParams, steered: bool) -> None:
+        """Raise what `submit` would raise for such a request: `PromptError`, `EngineError`."""
+        if steered and self.streams == 0:
             raise EngineError(
                 "alpha > 0 asks for steering, but this engine has no detoxifier", hint="load one, or set alpha=0"
             )
-        rows, asked = self._worker.rows(request), self._worker.slots(request)
+        prompt, new = len(prompt_ids), params.max_new_tokens
+        rows, asked = self._worker.rows(steered), self._worker.slots(prompt, params, steered)
         if self.max_positions is not None and asked > self.max_positions:
-            prompt, new = len(request.prompt_ids), request.params.max_new_tokens
             raise PromptTooLongError(
                 "prompt",
                 f"{prompt} prompt + {asked - prompt - new} virtual + {new} new tokens = {asked}",
                 f"at most {self.max_positions} positions",
                 hint="shorten the prompt or lower max_new_tokens",
             )
-        if rows * asked > self._max_cached_slots:
+        if rows * asked > self._config.max_cached_slots:
             raise PromptTooLongError(
                 "prompt",
                 f"{asked} positions in {rows} rows",
-                f"at most {self._max_cached_slots} slots",
+                f"at most {self._config.max_cached_slots} slots",
                 hint="shorten the prompt, lower max_new_tokens, or raise EngineConfig.max_cached_slots",
             )
-        if not request.prompt_ids:
-            raise PromptError("prompt", request.prompt_ids, "at least one token")
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
-            raise PromptError("prompt", request.prompt_ids, f"token ids from 0 to {self._vocab_size - 1}")
-        self._worker.submit(request)
+        if not prompt_ids:
+            raise PromptError("prompt", prompt_ids, "at least one token")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocab_size:
+            raise PromptError("prompt", prompt_ids, f"token ids from 0 to {self._vocab_size - 1}")
+
+    def submit(self, request: Request, *, placed: bool = False) -> None:
+        """Queue a request; its sink hears the rest. `placed`: a place of the queue was taken for it, which goes with
+        it, or is free again where this raises. Raises `PromptError` and `EngineError`, as `EngineBusyError` and
+        `EngineClosedError`.
+        """
+        if not placed:
+            self._take()
+        try:
+            self.check(request.prompt_ids, request.params, request.steered)
+            self._worker.submit(request)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def take_place(self, check: Callable[[], None] | None = None) -> None:
+        """Take a place of the queue, for `submit`; wait for one where it is full and the configuration says so.
+
+        `check` is called now and then while this waits, and may raise. Raises `EngineBusyError`, `EngineClosedError`.
+        """
+        if self._config.when_full == "refuse":
+            self._take()
+        else:
+            self._worker.places.wait(check)
+
+    async def take_place_async(self) -> None:
+        """`take_place` for a task, which may be cancelled."""
+        if self._config.when_full == "refuse":
+            self._take()
+        else:
+            await self._worker.places.wait_async()
+
+    def give_back(self) -> None:
+        """A place that was taken is not needed."""
+        self._worker.places.give_back()
+
+    def check_open(self) -> None:
+        """Raise `EngineClosedError` on an engine that answers nobody any more; where full queues refuse,
+        `EngineBusyError` for a full one."""
+        self._worker.check_open()
+        if self._config.when_full == "refuse" and self._worker.places.full:
+            raise self._busy()
+
+    def check_alive(self) -> None:
+        """Raise `EngineClosedError` if nobody is there any more who could answer what was submitted."""
+        self._worker.check_alive()
+
+    def _take(self) -> None:
+        if not self._worker.places.take():
+            raise self._busy()
+
+    def _busy(self) -> EngineBusyError:
+        most = self._config.max_queue
+        return EngineBusyError(
+            f"queue: {most} requests are waiting, at most {most} may",
+            hint="try again later, or raise EngineConfig.max_queue",
+        )
 
     def stats(self) -> EngineStats:
         """A copy of the counters."""
@@ -188,55 +284,97 @@ class _Worker:
         self._cache = RowCache(num_layers, config.max_rows, config.max_cached_slots)
         self._config = config
         self._virtual = max((len(spec.embeddings) for spec in forward.streams), default=0)
-        self._wake = threading.Condition()
-        self._queue: deque[Request] = deque()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._forked = False
         self._stats = EngineStats()
+        # In order of arrival. Those whose prompts are not computed yet are in one group or another.
+        self._groups: list[_Group] = []
         self._seats: list[_Seat] = []
         self._parked: list[_Parked] = []
-        # Requests out of the queue but not seated yet, in order, and their prompts' computation once it has begun.
-        self._entering: list[Request] = []
-        self._prefill: Prefill | None = None
         # Prompts computed lately: (ids, steered) -> logits of the first token and K/V, a row a stream.
-        self._recent: OrderedDict[tuple[tuple[int, ...], bool], tuple[Tensor, list[LayerKV]]] = OrderedDict()
+        self._recent: OrderedDict[PromptKey, Computed] = OrderedDict()
+        # Columns times rows that a second of prefill computes, as last seen; and whose turn the next chunk is.
+        self._pace = 0.0
+        self._oldest_next = True
+        self._make_locks()
+        around_forks_of(self, _Worker._hold, _Worker._release)
+        in_children_of(self, _Worker._fork)
+
+    def _make_locks(self) -> None:
+        self._wake = threading.Condition()
+        self._computing = False
+        self._holders = 0
+        """Threads that are about to fork: nothing is computed until they have."""
+        self.places = Places(self._config.max_queue)
+        self._queue: deque[Request] = deque()
+        """Each of them has a place."""
+
+    def _hold(self) -> None:
+        """Wait until nothing is computed, and keep it so; but not for ever, and a fork by the engine itself goes on."""
+        with self._wake:
+            self._holders += 1
+            if not self.is_own_thread:
+                self._wake.wait_for(lambda: not self._computing, _FORK_WAIT_S)
+
+    def _release(self) -> None:
+        with self._wake:
+            self._holders -= 1
+            self._wake.notify_all()
+
+    def _fork(self) -> None:
+        """In a child there is no engine thread, and its locks may be held for ever. An engine that has not worked yet
+        can begin there; any other is closed."""
+        self._make_locks()
+        self._groups, self._seats, self._parked = [], [], []
+        self._cache.rows = []
+        if self._thread is not None:
+            self._closed = self._forked = True
 
     # -- called from any thread
 
     def submit(self, request: Request) -> None:
+        """Queue a request that has a place."""
         with self._wake:
-            if self._closed:
-                raise EngineClosedError("the engine is closed", hint="load the model again")
-            if len(self._queue) >= self._config.max_queue:
-                raise EngineBusyError(
-                    f"queue: {len(self._queue)} requests are waiting, at most {self._config.max_queue} may",
-                    hint="try again later, or raise EngineConfig.max_queue",
-                )
-            if self._thread is not None and not self._thread.is_alive():
-                raise EngineClosedError("the engine's thread is gone (a forked process?)", hint="load the model again")
+            self.check_open()
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = start_thread(self._run, "detox-guard-engine")
             self._queue.append(request)
             self._stats.submitted += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="detox-guard-engine", daemon=True)
-                self._thread.start()
-            self._wake.notify()
+            self._wake.notify_all()
 
-    def rows(self, request: Request) -> int:
-        """The rows that this request takes."""
-        return 1 + len(self._forward.streams) if request.steered else 1
+    def check_open(self) -> None:
+        if self._closed:
+            raise self._closed_error()
 
-    def slots(self, request: Request) -> int:
-        """The most slots a row of this request will come to hold."""
-        virtual = self._virtual if request.steered else 0
-        return len(request.prompt_ids) + virtual + request.params.max_new_tokens
+    def check_alive(self) -> None:
+        if self._forked or (self._thread is not None and not self._thread.is_alive()):
+            raise self._closed_error()
+
+    def _closed_error(self) -> EngineClosedError:
+        if self._forked:
+            return EngineClosedError(
+                "the engine works in the parent of this forked process", hint="load the model in the child"
+            )
+        return EngineClosedError("the engine is closed", hint="load the model again")
+
+    def rows(self, steered: bool) -> int:
+        """The rows that a request takes."""
+        return 1 + len(self._forward.streams) if steered else 1
+
+    def slots(self, prompt: int, params: DecodingParams, steered: bool) -> int:
+        """The most slots a row of a request with a prompt of so many tokens will come to hold."""
+        return prompt + (self._virtual if steered else 0) + params.max_new_tokens
+
+    def _slots(self, request: Request) -> int:
+        return self.slots(len(request.prompt_ids), request.params, request.steered)
 
     def snapshot(self) -> EngineStats:
         with self._wake:
-            copy = EngineStats(**{f.name: getattr(self._stats, f.name) for f in fields(EngineStats)})
-            copy.seats = len(self._seats) + len(self._parked) + len(self._entering)
-            copy.rows = len(self._cache.rows)
-            copy.queued = len(self._queue)
-            return copy
+            now = EngineStats(**{f.name: getattr(self._stats, f.name) for f in fields(EngineStats)})
+            now.seats = len(self._seats) + len(self._parked) + sum(len(group.requests) for group in self._groups)
+            now.rows = len(self._cache.rows)
+            now.queued = len(self._queue)
+            return now
 
     @property
     def is_own_thread(self) -> bool:
@@ -249,7 +387,8 @@ class _Worker:
     def close(self, timeout_s: float = 10.0) -> None:
         with self._wake:
             self._closed = True
-            self._wake.notify()
+            self.places.close(self._closed_error)
+            self._wake.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -257,14 +396,7 @@ class _Worker:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while True:
-                with self._wake:
-                    if self._parked and not (self._queue or self._seats or self._entering or self._closed):
-                        self._wake.wait(_POLL_S)
-                    while not (self._queue or self._seats or self._parked or self._entering or self._closed):
-                        self._wake.wait()
-                    if self._closed:
-                        break
+            while self._wait_for_work():
                 try:
                     self._turn()
                 except BaseException as error:
@@ -273,22 +405,36 @@ class _Worker:
                     self._fail_all(_as_step_error(error))
         self._fail_all(EngineClosedError("the engine was closed"))
 
+    def _wait_for_work(self) -> bool:
+        """Between two turns: whether there is another."""
+        with self._wake:
+            self._computing = False
+            self._wake.notify_all()
+            if self._parked and not (self._queue or self._seats or self._groups or self._closed):
+                self._wake.wait(_POLL_S)
+            while not self._closed and (
+                self._holders or not (self._queue or self._seats or self._parked or self._groups)
+            ):
+                self._wake.wait()
+            self._computing = not self._closed
+            return self._computing
+
     def _turn(self) -> None:
         self._drop_cancelled()
-        if not self._entering:
-            self._admit()
-        try:
-            computed = self._compute_prompts()
-        except BaseException as error:
-            # A prompt is computed apart from the batch, so those who are decoding lose nothing.
-            _log.exception("prefill failed")
-            computed, self._prefill = False, None
-            with self._wake:
-                failed, self._entering = self._entering, []
-            for request in failed:
-                self._report(request, _as_step_error(error))
-        if computed:
-            self._take_seats()
+        self._admit()
+        for group in self._next_groups():
+            try:
+                computed = self._compute(group)
+            except BaseException as error:
+                # A prompt is computed apart from the batch, so those who are decoding lose nothing.
+                _log.exception("prefill failed")
+                computed = False
+                with self._wake:
+                    self._groups.remove(group)
+                for request in group.requests:
+                    self._report(request, _own(_as_step_error(error)))
+            if computed:
+                self._take_seats(group)
         if self._seats:
             self._decode()
         self._ask_parked()
@@ -303,36 +449,65 @@ class _Worker:
             dropped = [request for request in self._queue if request.cancelled]
             if dropped:
                 self._queue = deque(request for request in self._queue if not request.cancelled)
-            if self._entering and all(request.cancelled for request in self._entering):
-                dropped += self._entering
-                self._entering, self._prefill = [], None
+            for _ in dropped:
+                self.places.give_back()
+            for group in self._groups:
+                dropped += [request for request in group.requests if request.cancelled]
+                group.requests = [request for request in group.requests if not request.cancelled]
+            self._groups = [group for group in self._groups if group.requests]
         for request in dropped:
             self._report(request, RequestCancelledError("the request was cancelled"))
 
-    def _compute_prompts(self) -> bool:
-        """A chunk of prefill for the requests that are entering; True when all their prompts are there."""
-        # Equal prompts are computed once: samples of one prompt, a chat's retry, a question asked again.
-        missing = [key for key in dict.fromkeys(map(_prompt_key, self._entering)) if key not in self._recent]
-        if missing:
-            if self._prefill is None:
-                self._prefill = Prefill(self._forward, [ids for ids, _ in missing], [steered for _, steered in missing])
-            if not self._prefill.advance(self._config.prefill_chunk):
+    def _next_groups(self) -> list[_Group]:
+        """Those with nothing to compute, and one whose chunk comes now: the oldest and the shortest by turns. So a
+        short prompt is not held up by long ones, and a long one gets every other chunk however many short ones come."""
+        ready = [group for group in self._groups if not group.left]
+        waiting = [group for group in self._groups if group.left]
+        if not waiting:
+            return ready
+        self._oldest_next = not self._oldest_next
+        return [*ready, waiting[0] if self._oldest_next else min(waiting, key=lambda group: group.left)]
+
+    def _compute(self, group: _Group) -> bool:
+        """A chunk of prefill for a group; True when all its prompts are there."""
+        if group.prefill is None:
+            group.keys = list(dict.fromkeys(map(_prompt_key, group.requests)))
+        if group.prefill is None and (missing := group.missing):
+            group.prefill = Prefill(self._forward, [ids for ids, _ in missing], [steered for _, steered in missing])
+        if group.prefill is not None:
+            columns = self._chunk(len(group.prefill.rows))
+            columns, begun = min(columns, group.left), time.monotonic()
+            done = group.prefill.advance(columns)
+            # A chunk too small to tell does not make the next one small for long.
+            seen = columns * len(group.prefill.rows) / max(time.monotonic() - begun, 1e-6)
+            self._pace = max(seen, self._pace / 2)
+            if not done:
                 return False
-            for key, (first, computed) in zip(missing, self._prefill.finish(), strict=True):
+            for key, (first, computed) in zip(group.missing, group.prefill.finish(), strict=True):
                 # Copies: what `finish` gives are views into tensors of the whole group.
                 copies: list[LayerKV] = [[(k.clone(), v.clone()) for k, v in layers] for layers in computed]
-                self._recent[key] = first.clone(), copies
-            self._prefill = None
-        return bool(self._entering)
+                group.computed[key] = self._recent[key] = first.clone(), copies
+            group.prefill = None
+        return True
 
-    def _take_seats(self) -> None:
+    def _chunk(self, rows: int) -> int:
+        """Columns of the next chunk of prefill. One that nobody else waits for is as long as the configuration has it,
+        however fast the machine: so a request alone is computed alike every time."""
+        most = self._config.prefill_chunk
+        if len(self._groups) == 1 and not (self._seats or self._queue):
+            return most
+        fit = int(self._pace * _CHUNK_S / rows) if self._pace else _FIRST_CHUNK
+        return min(most, max(_MIN_CHUNK, fit))
+
+    def _take_seats(self, group: _Group) -> None:
         """Those whose prompts are computed join the batch. It is not to be trusted after an error in here: a row, or a
         layer of all rows, may be missing."""
         seated = []
-        for request in list(self._entering):
+        for request in list(group.requests):
             key = _prompt_key(request)
-            self._recent.move_to_end(key)
-            logits, rows = self._recent[key]
+            logits, rows = group.computed[key]
+            if key in self._recent:
+                self._recent.move_to_end(key)
             seat = _Seat(request, logits)
             if request.params.repetition_penalty != 1.0:
                 seat.seen = torch.tensor(sorted(set(request.prompt_ids)), device=self._chooser.device)
@@ -340,8 +515,10 @@ class _Worker:
                 seat.rows = [self._cache.add(layers) for layers in rows]
                 seat.starts = [row.length for row in seat.rows]
                 self._seats.append(seat)
-                del self._entering[0]
+                group.requests.remove(request)
             seated.append(seat)
+        with self._wake:
+            self._groups.remove(group)
         self._forget_prompts()
         self._emit(seated, None)
 
@@ -354,22 +531,43 @@ class _Worker:
             total -= slots[key]
 
     def _admit(self) -> None:
-        """Take requests from the queue in arrival order: a group whose prompts fit one chunk, or one longer prompt."""
+        """Take requests from the queue in arrival order, while there is room: groups whose prompts fit one chunk, and
+        longer prompts alone."""
         config = self._config
         inside = [seat.request for seat in (*self._seats, *(parked.seat for parked in self._parked))]
-        rows = sum(map(self.rows, inside))
-        widest = max(map(self.slots, inside), default=0)
+        inside += [request for group in self._groups for request in group.requests]
+        rows = sum(self.rows(request.steered) for request in inside)
+        widest = max(map(self._slots, inside), default=0)
+        open_: _Group | None = None
         with self._wake:
             while self._queue:
                 head = self._queue[0]
-                rows += self.rows(head)
-                widest = max(widest, self.slots(head))
-                full = rows > config.max_rows or rows * widest > config.max_cached_slots
-                longest = max(len(request.prompt_ids) for request in (*self._entering, head))
-                group = len(self._entering) + 1
-                if (full and (inside or self._entering)) or (group > 1 and longest * group > config.prefill_chunk):
+                rows += self.rows(head.steered)
+                widest = max(widest, self._slots(head))
+                if (rows > config.max_rows or rows * widest > config.max_cached_slots) and inside:
                     return
-                self._entering.append(self._queue.popleft())
+                inside.append(self._queue.popleft())
+                self.places.give_back()
+                open_ = self._join(head, open_)
+
+    def _join(self, request: Request, open_: _Group | None) -> _Group:
+        """Put a request into a group, and say which one the next request may join. Equal prompts are computed once:
+        samples of one prompt, a chat's retry, a question asked again."""
+        key = _prompt_key(request)
+        for group in self._groups:
+            if key in group.keys:
+                group.requests.append(request)
+                return open_ or group
+        known = {key: self._recent[key]} if key in self._recent else {}
+        if open_ is not None and open_.prefill is None:
+            longest = max(len(ids) for ids, _ in (*open_.keys, key))
+            if longest * (len(open_.keys) + 1) <= self._config.prefill_chunk:
+                open_.requests.append(request)
+                open_.keys.append(key)
+                open_.computed.update(known)
+                return open_
+        self._groups.append(_Group([request], [key], known))
+        return self._groups[-1]
 
     def _decode(self) -> None:
         """One step: feed every seat's last token to all of its rows, choose the next."""
@@ -387,17 +585,32 @@ class _Worker:
         """Choose a token for each seat and hand it over. Without `logits`, from those of the seats' prompts."""
         waiting = list(seats)
         while waiting:
+            rows: list[Sequence[int]]
             if logits is None:
                 stacked = torch.cat([seat.first_logits for seat in waiting])
                 starts = [sum(len(seat.rows) for seat in waiting[:i]) for i in range(len(waiting))]
-                turns = [s.turn(range(a, a + len(s.rows))) for s, a in zip(waiting, starts, strict=True)]
+                rows = [range(start, start + len(seat.rows)) for seat, start in zip(waiting, starts, strict=True)]
             else:
                 stacked = logits
-                turns = [seat.turn([row.index for row in seat.rows]) for seat in waiting]
-            outcomes = self._chooser.choose(stacked, turns)
+                rows = [[row.index for row in seat.rows] for seat in waiting]
+            # Their rows are known by now: one who leaves moves those of others.
+            able = [(seat, own) for seat, own in zip(waiting, rows, strict=True) if self._can_choose(seat)]
+            waiting = [seat for seat, _ in able]
+            outcomes = self._chooser.choose(stacked, [seat.turn(own) for seat, own in able]) if able else []
             # A seat that was rewound to its prompt's end has no token to feed: it chooses again at once.
             waiting = [seat for seat, out in zip(waiting, outcomes, strict=True) if self._deliver(seat, out)]
             logits = None
+
+    def _can_choose(self, seat: _Seat) -> bool:
+        """Ask a seat's constraint what may come next; one that fails takes only its own request down."""
+        if seat.request.constraint is None:
+            return True
+        try:
+            seat.allowed = seat.request.constraint.allowed()
+        except BaseException as error:
+            self._leave(seat, _as_exception(error))
+            return False
+        return True
 
     def _deliver(self, seat: _Seat, step: TokenStep | StepError) -> bool:
         """Give one seat its token; True if it must choose again from its prompt."""
@@ -533,20 +746,27 @@ class _Worker:
         """Everyone in the batch hears of it; on a closed engine, everyone in the queue too."""
         with self._wake:
             requests = [seat.request for seat in (*self._seats, *(parked.seat for parked in self._parked))]
-            requests += self._entering
+            requests += [request for group in self._groups for request in group.requests]
             if self._closed:
                 requests += self._queue
                 self._queue.clear()
             self._seats.clear()
             self._parked.clear()
-            self._entering, self._prefill = [], None
+            self._groups.clear()
             self._cache.clear()
         for request in requests:
-            self._report(request, error)
+            self._report(request, _own(error))
 
 
-def _prompt_key(request: Request) -> tuple[tuple[int, ...], bool]:
+def _prompt_key(request: Request) -> PromptKey:
     return tuple(request.prompt_ids), request.steered
+
+
+def _own(error: DetoxGuardError) -> DetoxGuardError:
+    """One request's copy of an error: what is raised in several threads would collect the tracebacks of them all."""
+    twin = copy.copy(error)
+    twin.__cause__ = error.__cause__
+    return twin
 
 
 def _as_exception(error: BaseException) -> Exception:

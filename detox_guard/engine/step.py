@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from detox_guard.params import DecodingParams
 
-__all__ = ["Chooser", "Turn"]
+__all__ = ["COLDEST", "Chooser", "Turn"]
+
+COLDEST = 1e-6
+"""The lowest temperature that is told from others: logits over a lower one would leave float32's range."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Chooser:
         rows = torch.tensor(
             [list(t.rows) if t.guarded else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
         )
-        warmth = self._column([t.params.temperature or 1.0 for t in turns])
+        warmth = self._column([max(t.params.temperature, COLDEST) if t.params.temperature else 1.0 for t in turns])
         plain = logits.argmax(-1)[rows[:, 0]]
         log_p = self._warmed(logits, rows, warmth).log_softmax(-1)
         log_gen, log_streams = log_p[rows[:, 0]], log_p[rows[:, 1:]]

@@ -29,7 +29,7 @@ from detox_guard.evaluation.prompts import choose_prompts, read_passages, read_p
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.files import prepare_folder, read_text, write_whole
+from detox_guard.files import prepare_folder, read_json, write_whole
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.scoring import ToxicityScorer, checked_scores
 
@@ -175,7 +175,7 @@ def load_run(folder: Path) -> dict[str, Any]:
     """What `run.json` holds: what was asked, and of which methods. Raises `DataError` unless all samples are there."""
     if not (folder / RUN_FILE).is_file() or not (folder / SAMPLES_FILE).is_file():
         raise DataError(f"{folder}: no whole run in it", hint="give the command that made it again, to finish it")
-    run: dict[str, Any] = json.loads(read_text(folder / RUN_FILE))
+    run: dict[str, Any] = read_json(folder / RUN_FILE)
     return run
 
 
@@ -221,7 +221,7 @@ def collect(
         if missing:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it is no longer of this run
         elif (folder / RUN_FILE).is_file():  # nothing is decoded now: what was said of it stays
-            before = json.loads(read_text(folder / RUN_FILE))
+            before = read_json(folder / RUN_FILE)
             run.update({name: before[name] for name in setting if name in before})
         write_whole(folder / RUN_FILE, json.dumps(run, ensure_ascii=False) + "\n")
         total = sum(map(len, jobs))
@@ -243,7 +243,7 @@ def all_methods(path: Path, identity: dict[str, Any], methods: Sequence[Method])
     is another run, or means something else by a name."""
     known: dict[str, Any] = {}
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
         for name, value in json.loads(json.dumps(identity)).items():
             if old.get(name) != value:
                 hint = "take another folder, or remove it"

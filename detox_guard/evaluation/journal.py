@@ -96,7 +96,7 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: line {number}: not JSON ({error})") from error
 
     def _cut(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import Bootstrap
-from detox_guard.files import prepare_file, read_text, write_whole
+from detox_guard.files import prepare_file, read_json, read_text, write_whole
 from detox_guard.scoring import checked_scores
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def read_corpus(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     try:
         paragraphs = [p for article in json.loads(path.read_text("utf-8"))["data"] for p in article["paragraphs"]]
         return [p["context"] for p in paragraphs], [qa for p in paragraphs for qa in p["qas"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path.name} is no SQuAD file: {error!r}") from error
 
 
@@ -116,7 +116,7 @@ def read_toxic(path: Path) -> list[str]:
             for row in rows
             if (row["continuation"].get("toxicity") or 0.0) >= TOXIC_FROM
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path.name} has no RealToxicityPrompts-style rows: {error!r}") from error
     if len(found) < 3:
         raise DataError(f"{path.name} has {len(found)} continuations of toxicity {TOXIC_FROM} or more; 3 are needed")
@@ -163,7 +163,7 @@ def _known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     settings = json.loads(json.dumps(settings, default=str))
     text = read_text(path) if path.exists() else ""
     beside = path.with_name(path.name + ".settings.json")
-    if text and (not beside.exists() or json.loads(read_text(beside)) != settings):
+    if text and (not beside.exists() or read_json(beside) != settings):
         raise DataError(f"{path.name}: holds answers of other settings", hint="take another file, or remove it")
     write_whole(beside, json.dumps(settings, indent=1) + "\n")
     whole = text[: text.rfind("\n") + 1]
@@ -171,7 +171,7 @@ def _known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         write_whole(path, whole)
     try:
         return [json.loads(line) for line in whole.split("\n")[:-1]]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}: holds a line that is no answer ({error})", hint="take another file") from error
 
 

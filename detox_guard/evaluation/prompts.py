@@ -11,16 +11,16 @@ import io
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from detox_guard.errors import DataError, InvalidParamsError
-from detox_guard.files import read_text
+from detox_guard.files import read_text, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
 __all__ = ["CLASSES", "TOXIC_FROM", "Asked", "EvalPrompt", "Group", "choose_prompts", "read_passages", "read_prompts"]
 
@@ -159,7 +159,7 @@ def _share(value: object) -> float | None:
 
 def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Each row with words for where it stands."""
-    path = Path(source)
+    path = usable_path(source)
     kind = path.suffix.lower()
     hub = _HUB_ID.fullmatch(str(source)) if isinstance(source, str) and not path.exists() else None
     if hub and kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):

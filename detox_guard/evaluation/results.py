@@ -45,7 +45,7 @@ class EvalReport:
         """From a run's folder. Raises `DataError` unless the run is whole."""
         try:
             summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{folder}: no {SUMMARY_FILE} that can be read: {error}", hint="finish the run") from error
         if not isinstance(summary, dict) or not {"groups", "along", "judges"} <= set(summary):
             raise DataError(

@@ -180,7 +180,7 @@ def _questions(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
             for paragraph in article["paragraphs"]
             for one in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not in SQuAD's format ({type(error).__name__}: {error})") from error
     if not found:
         raise DataError(f"{path}: no question in it")

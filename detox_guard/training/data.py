@@ -8,14 +8,15 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detox_guard.detoxifier import DataSource
 from detox_guard.errors import DataError
+from detox_guard.files import usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 __all__ = ["Reply", "Text", "TextPairs", "TextRows", "read_pairs", "read_texts", "whole"]
 
@@ -102,7 +103,7 @@ _Rows = list[tuple[int, _Row]]
 
 def _read(source: str, fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[_Rows, str, str]:
     """The rows, the source's name for the card, and its SHA-256."""
-    path = Path(source)
+    path, source = usable_path(source), str(source)
     hub_id = _HUB_ID.fullmatch(source)
     if path.exists() or path.suffix.lower() in _READERS or not hub_id:
         raw, digest = _read_file(path, fields)

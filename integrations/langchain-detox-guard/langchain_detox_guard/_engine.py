@@ -7,38 +7,32 @@ the first call asks the process-wide registry for its engine, and everyone who n
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+import os
+import threading
+from collections.abc import Iterator  # noqa: TC003  (LangChain reads the annotations of public methods)
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
-from detox_guard import (
-    BackboneNotFoundError,
-    DecodingParams,
-    DetoxGuardError,
-    DetoxifierNotFoundError,
-    EngineBusyError,
-    EngineError,
-    GuardPolicy,
-    InvalidParamsError,
-    PromptError,
-    PromptTooLongError,
-    __version__,
-)
-from langchain_core import exceptions
+from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, __version__
+from detox_guard.errors import NotPicklableError
 from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
-from langchain_core.load.serializable import Serializable
-from langchain_core.runnables.config import get_config_list
-from pydantic import ConfigDict, Field, model_validator
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented  # noqa: TC002
+from langchain_core.runnables import Runnable, RunnableConfig  # noqa: TC002
+from langchain_core.runnables.base import RunnableBinding
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
+from langchain_detox_guard._errors import as_langchain as as_langchain
+from langchain_detox_guard._settings import Settings
+from langchain_detox_guard._threads import AT_ONCE, each
+
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Sequence
 
     from detox_guard import DetoxiGen, Generation
     from langchain_core.language_models.base import LangSmithParams
-    from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-    from langchain_core.runnables import RunnableConfig
 
 _T = TypeVar("_T")
 PROVIDER = "detox_guard"
@@ -48,17 +42,21 @@ _DECODING = (
     "alpha", "calm_share", "rule", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
     "stop",
 )  # fmt: skip
-_AT_ONCE = 256
-"""Requests of one call under way together: well under the engine's queue, well over its batch."""
 
 
-class EngineFields(Serializable):
+_NUMBERS = (
+    "alpha", "calm_share", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed",
+)  # fmt: skip
+
+
+class EngineFields(Settings):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
     `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
-    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; it is never
-    serialized, cached under its own name, and cannot be pickled.
-    The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. Unknown names are errors.
+    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
+    share it, no cache takes it for another of its name, and it is neither serialized nor pickled (`NotPicklableError`).
+    The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. A bad value or an unknown name is
+    `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in `model_copy(update=...)`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
@@ -85,15 +83,38 @@ class EngineFields(Serializable):
     streaming: bool = False
     """`invoke` streams to the callbacks."""
 
+    _shared: ClassVar = ("engine", "cache", "callbacks", "rate_limiter", "custom_get_token_ids")
+    _own_settable: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the class itself that a call may set too."""
+    _loaded: Any = PrivateAttr(default=None)
+    """The engine behind the names, where a cache is about to be asked."""
+
     cache: BaseCache | bool | None = Field(default=None, exclude=True)
     """As in LangChain, except that sampling without a seed is not cached unless asked for (`True` or a cache), and that
     no reply is whose guard has a scorer object of your own: the cache could not tell it from another."""
-    engine: Any = Field(default=None, exclude=True, repr=False)
+    engine: Any = Field(default=None, repr=False)
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("Input should be a number, not a bool")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
         """Bounds are the core's; better met here than at the first call."""
-        self._decoding_params()
+        try:
+            self._decoding_params()
+        except InvalidParamsError as error:
+            if error.field.startswith("max_new_tokens"):
+                raise InvalidParamsError("max_tokens", error.value, error.bound, hint=error.hint) from None
+            raise
         if self.engine is not None and (named := [name for name in _LOADING if getattr(self, name) is not None]):
             raise InvalidParamsError(
                 "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
@@ -115,17 +136,51 @@ class EngineFields(Serializable):
 
     def _with(self, kwargs: dict[str, Any]) -> tuple[Self, dict[str, Any]]:
         """A copy with the keywords that name a field; the other keywords. Caches and traces then see what will run."""
-        settable = EngineFields.model_fields.keys() - {"engine"}
-        update = {name: value for name, value in kwargs.items() if name in settable}
-        rest = {name: value for name, value in kwargs.items() if name not in settable}
-        if not update.keys().isdisjoint(_LOADING):
-            update["engine"] = None  # this call wants another
-        copy = self.model_copy(update=update)
-        copy.__dict__.pop("_serialized", None)  # a cached property of the base, which would be the original's
+        update, rest = self._sorted(kwargs)
+        copy = self._changed(update)
+        copy._loaded = None
         drawn = copy.cache is None and copy.temperature > 0 and copy.seed is None
         if drawn or (copy._guard is not None and not isinstance(copy._guard.scorer, str)):
             copy.cache = False
         return copy, rest
+
+    def _sorted(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keywords that set a field, and the others."""
+        settable = self._settable()
+        update = {name: value for name, value in kwargs.items() if name in settable}
+        if not update.keys().isdisjoint(_LOADING):
+            update["engine"] = None  # this call wants another
+        return update, {name: value for name, value in kwargs.items() if name not in settable}
+
+    @classmethod
+    def _settable(cls) -> frozenset[str]:
+        return frozenset(EngineFields.model_fields.keys() - {"engine"}) | cls._own_settable
+
+    # -- what LangChain wraps around a model
+
+    def bind(self, **kwargs: Any) -> Any:
+        """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
+        return self._bound()(bound=self).bind(**kwargs)
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the config."""
+        return self._bound()(bound=self, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
+
+    @classmethod
+    def _bound(cls) -> type[Bound]:
+        return Bound
+
+    # -- batches of threads
+
+    def batch_as_completed(  # type: ignore[no-untyped-def]
+        self, inputs, config=None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """Each reply with its place, as they come. Ctrl-C, an error and leaving the loop cancel the rest."""
+
+        def ask(value: Any, own: RunnableConfig) -> Any:
+            return cast("Runnable[Any, Any]", self).invoke(value, own, **kwargs)
+
+        yield from each(ask, inputs, config, return_exceptions=return_exceptions)
 
     @property
     def _guard(self) -> GuardPolicy | None:
@@ -139,7 +194,7 @@ class EngineFields(Serializable):
             extra["guard"] = self.guard
         values = {name: getattr(self, name) for name in _DECODING}
         if stop is not None:
-            values["stop"] = [stop] if isinstance(stop, str) else list(stop)
+            values["stop"] = stop
         elif extra.get("grammar") is not None:  # it says itself where the reply ends
             values["stop"] = None
         return DecodingParams(**values, max_new_tokens=self.max_tokens, **extra)
@@ -151,8 +206,12 @@ class EngineFields(Serializable):
         """What decides the text. Names as given until there is an engine, then of what it loaded; never weights."""
         names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
         names["model"] = self._model_name
-        if self.engine is not None:
-            names["detoxifier"] = list(self.engine.detoxifier_ids)
+        if self.engine is not None:  # another of its name may hold other weights
+            names["engine"] = _identity_of(self.engine)
+        elif self.model is not None and os.path.exists(self.model):
+            names["model"] = os.path.realpath(self.model)
+        if (engine := self.engine or self._loaded) is not None:
+            names["detoxifier"] = list(engine.detoxifier_ids)
         params = self._decoding_params().replace(guard=self._guard)
         shown = params.model_dump(mode="json", exclude={"trace"}, fallback=_name_of)
         return {**names, **shown, "version": __version__}
@@ -196,9 +255,27 @@ class EngineFields(Serializable):
         return out
 
     def __getstate__(self) -> dict[Any, Any]:
+        """Raises `NotPicklableError`."""
         if self.engine is not None:
-            raise TypeError("a model with an engine of its own cannot be pickled: name the model instead")
+            raise NotPicklableError(
+                "engine: an engine of your own belongs to its process", hint="name the model, and load it over there"
+            )
         return super().__getstate__()
+
+
+class Bound(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
+    """A model with keywords and a config around it. What is bound to it keeps both; serialized, it is LangChain's."""
+
+    def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
+        """Raises `InvalidParamsError`."""
+        model: Any = self.bound
+        update, rest = model._sorted(kwargs)
+        changes = {"bound": model._changed(update) if update else model, "kwargs": {**self.kwargs, **rest}}
+        return self.model_copy(update=changes)
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return RunnableBinding.lc_id()
 
 
 def generation_info(engine: DetoxiGen, generation: Generation) -> dict[str, Any]:
@@ -211,17 +288,9 @@ def generation_info(engine: DetoxiGen, generation: Generation) -> dict[str, Any]
     }
 
 
-def wide(config: RunnableConfig | Sequence[RunnableConfig] | None, count: int) -> list[RunnableConfig]:
-    """One config each, whose threads are as many as the requests: they only wait, and the engine batches them."""
-    configs = get_config_list(config, count)
-    if configs and configs[0].get("max_concurrency") is None:
-        configs[0]["max_concurrency"] = min(count, _AT_ONCE)
-    return configs
-
-
 async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """All results, in order, a bounded number at a time. The first error, or a cancellation, cancels the rest."""
-    seats = asyncio.Semaphore(_AT_ONCE)
+    seats = asyncio.Semaphore(AT_ONCE)
 
     async def seated(one: Coroutine[Any, Any, _T]) -> _T:
         async with seats:
@@ -235,46 +304,16 @@ async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
             task.cancel()
 
 
+_identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_identities_lock = threading.Lock()
+
+
+def _identity_of(engine: object) -> str:
+    """A name that no other engine has, in this process or another: a cache key."""
+    with _identities_lock:
+        return _identities.setdefault(engine, uuid4().hex)
+
+
 def _name_of(value: object) -> str:
     """A scorer or a callback, in a cache key."""
     return str(getattr(value, "name", None) or getattr(value, "__qualname__", type(value).__qualname__))
-
-
-# -- errors: ours stay ours, and are LangChain's too
-
-_THEIRS: tuple[tuple[type[DetoxGuardError], str], ...] = (
-    (PromptTooLongError, "ContextOverflowError"),
-    (InvalidParamsError, "ModelInvalidRequestError"),
-    (PromptError, "ModelInvalidRequestError"),
-    (BackboneNotFoundError, "ModelNotFoundError"),
-    (DetoxifierNotFoundError, "ModelNotFoundError"),
-    (EngineBusyError, "ModelRateLimitError"),
-    (EngineError, "ModelError"),
-)
-
-
-@contextmanager
-def langchain_errors() -> Iterator[None]:
-    """Raise the core's errors so that `except ContextOverflowError` (or our own class) catches them."""
-    try:
-        yield
-    except DetoxGuardError as error:
-        raise as_langchain(error) from error
-
-
-def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
-    """The same error, also of LangChain's class for it where this langchain-core has one."""
-    for ours, name in _THEIRS:
-        theirs = getattr(exceptions, name, None)  # some came late in 1.x
-        if isinstance(error, ours) and theirs is not None:
-            both = _both(type(error), theirs)  # type: ignore[arg-type]
-            twin: DetoxGuardError = both.__new__(both)
-            twin.args = error.args
-            twin.__dict__.update(error.__dict__)
-            return twin
-    return error
-
-
-@cache
-def _both(ours: type[Any], theirs: type[Any]) -> Any:
-    return ours if issubclass(ours, theirs) else type(ours.__name__, (ours, theirs), {"__module__": ours.__module__})

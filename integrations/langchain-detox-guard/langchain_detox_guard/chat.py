@@ -3,37 +3,40 @@ to the core."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence  # noqa: TC003
 from contextlib import aclosing, closing
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from detox_guard import ChatPrompt, InvalidParamsError, PromptError
+from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableMap, RunnablePassthrough
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool  # noqa: TC002
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import field_validator
 
-from langchain_detox_guard._engine import EngineFields, generation_info, langchain_errors, wide
-from langchain_detox_guard.tools import Asked, CallStream, as_ai_message, choice_of, schema_of
+from langchain_detox_guard._engine import Bound, EngineFields, generation_info
+from langchain_detox_guard._errors import IncompleteAnswerError, langchain_errors
+from langchain_detox_guard._profile import Profile
+from langchain_detox_guard._threads import generate, stream, wide
+from langchain_detox_guard.tools import UNFINISHED, Asked, CallStream, as_ai_message, choice_of, schema_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator
 
     from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+    from langchain_core.language_models.base import LangSmithParams
     from langchain_core.language_models.model_profile import ModelProfile
-    from langchain_core.messages import BaseMessage
-    from langchain_core.outputs import LLMResult
-    from langchain_core.runnables import Runnable, RunnableConfig
-    from langchain_core.tools import BaseTool
 
-_KEYWORDS = {"tools", "tool_choice", "parallel_tool_calls", "response_format"}
+_KEYWORDS = {"tools", "tool_choice", "parallel_tool_calls", "response_format", "unfinished"}
 _WITHOUT_EFFECT = {"stream", "strict"}
 """LangChain's own: `stream` picks the method before it comes here; `strict` is how every grammar is."""
 
@@ -43,17 +46,32 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
 
     `ChatDetoxiGen()` is the embedded default backbone with its detoxifier. Every field may also be given per call or
     bound. Forced tool calls and structured output are held to their grammar while decoding, so even a small model's
-    arguments fit their schema. `response_metadata["detox"]` has the steering summary of each reply. Raises the errors
-    of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
+    arguments fit their schema; one that was cut off or broken off is none, and raises `IncompleteAnswerError`.
+    `response_metadata["detox"]` has the steering summary of each reply. Raises the errors of `detox_guard`, which are
+    LangChain's own too (`ContextOverflowError`, …).
     """
 
     model_config = (
         EngineFields.model_config
     )  # of two bases, pydantic would take LangChain's, which ignores misspellings
 
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as `{"enable_thinking": False}`."""
+    _own_settable: ClassVar = frozenset({"chat_template_kwargs"})
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _own_profile(cls, value: object) -> object:
+        """One that we made is made again: of the model as it is now."""
+        return None if isinstance(value, Profile) else value
+
     @property
     def _llm_type(self) -> str:
         return "chat-detox-guard"
+
+    @classmethod
+    def _bound(cls) -> type[Bound]:
+        return BoundChat
 
     # -- tools and structured output
 
@@ -66,11 +84,12 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Show `tools` to the model. `tool_choice`: None or "auto", "none", "any" ("required", True), a name, a dict.
 
-        "any" and a name force a call: the reply is decoded inside the grammar of the tools' schemas. With
-        `parallel_tool_calls=False` the first call of a reply is its only one.
+        "any" and a name force a call: the reply is decoded inside the grammar of the tools' schemas. A forced call that
+        was cut off raises `IncompleteAnswerError`; with `unfinished="keep"` it comes as one of `invalid_tool_calls`.
+        With `parallel_tool_calls=False` the first call of a reply is its only one.
         """
         shown = [convert_to_openai_tool(tool) for tool in tools]
-        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)
+        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)  # type: ignore[no-any-return]
 
     def with_structured_output(
         self,
@@ -85,33 +104,10 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
 
         "json_schema" tells the model the schema and decodes inside it; "function_calling" does so as one forced tool
         call; "json_mode" tells the model nothing (your prompt does) and needs no schema, but holds to one it is given.
+        An answer that was cut off ("length") or broken off ("guard") raises `IncompleteAnswerError`, when streamed at
+        its end; with `include_raw` that is the `parsing_error`.
         """
-        if schema is None and method != "json_mode":
-            raise InvalidParamsError("schema", schema, f"needed by method {method!r}")
-        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
-        parser: Any
-        if method == "function_calling":
-            name = convert_to_openai_tool(schema)["function"]["name"]  # type: ignore[arg-type]
-            bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}  # type: ignore[arg-type]
-            parser = (
-                PydanticToolsParser(tools=[schema], first_tool_only=True)
-                if is_class
-                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
-            )
-        elif method in ("json_schema", "json_mode"):
-            own = None if schema is None else schema_of(schema)
-            told = {"type": "json_schema", "json_schema": {"schema": own}}
-            bound = {"response_format": told if method == "json_schema" else {"type": "json_object", "schema": own}}
-            parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
-        else:
-            raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
-        traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
-        llm = self.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
-        if not include_raw:
-            return llm | parser  # type: ignore[no-any-return]
-        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-        failed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+        return _structured(self, schema, method, include_raw, strict, kwargs)
 
     # -- what users call, where LangChain's own would not do
 
@@ -119,20 +115,20 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
     ) -> LLMResult:
         """LangChain's, with this call's keywords folded into the model, for the cache key and the cache's default."""
-        llm, rest = self._with(kwargs)
-        if llm._caches():
-            with langchain_errors():
-                llm.engine = llm._engine()
+        with langchain_errors():
+            llm, rest = self._with(kwargs)
+            if llm._caches():
+                llm._loaded = llm._engine()
         return super(ChatDetoxiGen, llm).generate(messages, stop, *args, **rest)
 
     async def agenerate(
         self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
     ) -> LLMResult:
         """`generate` without blocking the event loop; cancelling the task frees its seat."""
-        llm, rest = self._with(kwargs)
-        if llm._caches():
-            with langchain_errors():
-                llm.engine = await llm._aengine()
+        with langchain_errors():
+            llm, rest = self._with(kwargs)
+            if llm._caches():
+                llm._loaded = await llm._aengine()
         return await super(ChatDetoxiGen, llm).agenerate(messages, stop, *args, **rest)
 
     def batch(
@@ -143,8 +139,9 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """All replies. Their threads only wait: the engine decodes them together."""
-        return super().batch(inputs, wide(config, len(inputs)), return_exceptions=return_exceptions, **kwargs)
+        """All replies. Their threads only wait: the engine decodes them together. Ctrl-C frees their seats."""
+        replies = self.batch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        return [reply for _, reply in sorted(replies, key=itemgetter(0))]
 
     async def abatch(
         self,
@@ -169,7 +166,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            return _result(engine, engine.generate(prompt, params), asked)
+            return _result(engine, generate(engine, prompt, params), asked)
 
     async def _agenerate(
         self,
@@ -194,7 +191,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
             turn = _Turn(engine, asked)
-            with closing(engine.stream(prompt, params)) as chunks:
+            with closing(stream(engine, prompt, params)) as chunks:
                 for chunk in chunks:
                     yield from turn.push(chunk)
 
@@ -222,13 +219,17 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
             raise InvalidParamsError(name, rest[name], "not a parameter of ChatDetoxiGen")
         asked = Asked.of(**{name: rest[name] for name in _KEYWORDS & rest.keys()})
         grammar = {} if asked.grammar is None else {"grammar": asked.grammar}
-        return llm, asked, ChatPrompt(asked.messages(messages), asked.tools), llm._decoding_params(stop, **grammar)
+        return llm, asked, llm._prompt(asked, messages), llm._decoding_params(stop, **grammar)
+
+    def _prompt(self, asked: Asked, messages: Sequence[BaseMessage]) -> ChatPrompt:
+        return ChatPrompt(asked.messages(messages), asked.tools, chat_template_kwargs=self.chat_template_kwargs or {})
 
     # -- identity and counting
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return EngineFields._identifying_params.fget(self)  # type: ignore[attr-defined, no-any-return]
+        params: dict[str, Any] = EngineFields._identifying_params.fget(self)  # type: ignore[attr-defined]
+        return {**params, "chat_template_kwargs": self.chat_template_kwargs}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache key: what was loaded and all that decides the text, which the serialized form does not say."""
@@ -239,21 +240,8 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         return self._ls(super()._get_ls_params(stop, **kwargs), stop, kwargs)
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """`structured_output` means native and beside tools, to agents: with this model a schema is one more tool."""
-        return {
-            "text_inputs": True,
-            "text_outputs": True,
-            "image_inputs": False,
-            "audio_inputs": False,
-            "video_inputs": False,
-            "image_outputs": False,
-            "audio_outputs": False,
-            "video_outputs": False,
-            "reasoning_output": False,
-            "tool_calling": True,
-            "tool_choice": True,
-            "structured_output": False,
-        }
+        """With the context window as `max_input_tokens`, which is looked up (and so loaded) when it is asked for."""
+        return cast("ModelProfile", Profile(self.model_copy()))
 
     def get_token_ids(self, text: str) -> list[int]:
         """The backbone's own tokens (loads it)."""
@@ -268,11 +256,81 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
             return 0
         with langchain_errors():
             asked = Asked.of(tools)
-            said = asked.messages(messages)
+            prompt = self._prompt(asked, messages)
             try:
-                return self._engine().count_tokens(ChatPrompt(said, asked.tools))
+                return self._engine().count_tokens(prompt)
             except PromptError:
-                return sum(len(self.get_token_ids(message["content"])) for message in said)
+                return sum(len(self.get_token_ids(message["content"])) for message in prompt.messages)
+
+
+def _structured(
+    model: Runnable[LanguageModelInput, AIMessage],
+    schema: Any,
+    method: str,
+    include_raw: bool,
+    strict: bool | None,
+    kwargs: dict[str, Any],
+) -> Runnable[LanguageModelInput, Any]:
+    """`with_structured_output` of a chat model, or of one with keywords and a config around it."""
+    if schema is None and method != "json_mode":
+        raise InvalidParamsError("schema", schema, f"needed by method {method!r}")
+    is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+    parser: Any
+    if method == "function_calling":
+        name = convert_to_openai_tool(schema)["function"]["name"]
+        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}
+        parser = (
+            PydanticToolsParser(tools=[schema], first_tool_only=True)
+            if is_class
+            else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        )
+    elif method in ("json_schema", "json_mode"):
+        own = None if schema is None else schema_of(schema)
+        told = {"type": "json_schema", "json_schema": {"schema": own}}
+        bound = {"response_format": told if method == "json_schema" else {"type": "json_object", "schema": own}}
+        parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
+    else:
+        raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
+    traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+    if include_raw:
+        bound["unfinished"] = "keep"
+    llm = model.bind(**bound, **kwargs, **({} if schema is None else {"ls_structured_output_format": traced}))
+    if not include_raw:
+        return llm | parser  # type: ignore[no-any-return]
+    parsed = RunnablePassthrough.assign(
+        parsed=itemgetter("raw") | RunnableLambda(_finished) | parser, parsing_error=lambda _: None
+    )
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _finished(message: AIMessage) -> AIMessage:
+    """Raise `IncompleteAnswerError` for a structured answer that is not whole."""
+    reason = message.response_metadata.get("finish_reason")
+    if reason in UNFINISHED:
+        raise IncompleteAnswerError(reason)
+    return message
+
+
+class BoundChat(Bound):  # type: ignore[no-redef]
+    """A chat model with keywords and a config around it, that tools and schemas come on top of."""
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """As `ChatDetoxiGen.bind_tools`."""
+        model: Any = self.bound
+        return self.bind(**model.bind_tools(tools, **kwargs).kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """As `ChatDetoxiGen.with_structured_output`."""
+        return _structured(self, schema, method, include_raw, strict, kwargs)
 
 
 class _Turn:
@@ -280,6 +338,7 @@ class _Turn:
 
     def __init__(self, engine: DetoxiGen, asked: Asked) -> None:
         self._engine = engine
+        self._asked = asked
         self._calls = CallStream(parallel=asked.parallel) if asked.tools else None
 
     def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
@@ -289,6 +348,7 @@ class _Turn:
             if content or calls:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=content, tool_call_chunks=calls))
             return
+        self._asked.check(chunk.generation.finish_reason)
         if self._calls:
             rest, broken = self._calls.finish(chunk.generation.text)
             content, calls = content + rest, [*calls, *broken]
@@ -305,6 +365,7 @@ class _Turn:
 
 
 def _result(engine: DetoxiGen, reply: Generation, asked: Asked) -> ChatResult:
+    asked.check(reply.finish_reason)
     fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
     parallel = asked.parallel
     message = as_ai_message(reply.text, parallel=parallel, **fields) if asked.tools else AIMessage(reply.text, **fields)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import aclosing, closing
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from detox_guard import InvalidParamsError
+from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 
-from langchain_detox_guard._engine import EngineFields, gather, generation_info, langchain_errors, wide
+from langchain_detox_guard._engine import EngineFields, gather, generation_info
+from langchain_detox_guard._errors import langchain_errors
+from langchain_detox_guard._threads import batch, stream, wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -18,8 +22,7 @@ if TYPE_CHECKING:
     from detox_guard import Chunk, DecodingParams, DetoxiGen
     from detox_guard import Generation as Reply
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
-    from langchain_core.runnables import RunnableConfig
+    from langchain_core.language_models.base import LangSmithParams
 
 
 class DetoxiGenLLM(EngineFields, BaseLLM):
@@ -42,20 +45,20 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
 
     def generate(self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any) -> LLMResult:
         """LangChain's, with this call's keywords folded into the model: its cache key ignores keywords."""
-        llm, rest = self._for_generate(stop, kwargs)
-        if llm._caches():
-            with langchain_errors():
-                llm.engine = llm._engine()
+        with langchain_errors():
+            llm, rest = self._for_generate(stop, kwargs)
+            if llm._caches():
+                llm._loaded = llm._engine()
         return super(DetoxiGenLLM, llm).generate(prompts, llm.stop, *args, **rest)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any
     ) -> LLMResult:
         """`generate` without blocking the event loop; cancelling the task frees its seats."""
-        llm, rest = self._for_generate(stop, kwargs)
-        if llm._caches():
-            with langchain_errors():
-                llm.engine = await llm._aengine()
+        with langchain_errors():
+            llm, rest = self._for_generate(stop, kwargs)
+            if llm._caches():
+                llm._loaded = await llm._aengine()
         return await super(DetoxiGenLLM, llm).agenerate(prompts, llm.stop, *args, **rest)
 
     def _for_generate(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[DetoxiGenLLM, dict[str, Any]]:
@@ -69,11 +72,14 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """All replies, decoded together. With `return_exceptions`, one bad prompt gives its error and no other does."""
+        """All replies, decoded together. With `return_exceptions`, one bad prompt gives its error and no other does.
+
+        Ctrl-C ends it and frees its seats."""
         if not return_exceptions:
             return super().batch(inputs, config, **kwargs)
         # One `_generate` for all would give one prompt's error to all; apart, they still share the engine's batch.
-        return Runnable.batch(self, inputs, wide(config, len(inputs)), return_exceptions=True, **kwargs)
+        replies = self.batch_as_completed(inputs, config, return_exceptions=True, **kwargs)
+        return [reply for _, reply in sorted(replies, key=itemgetter(0))]
 
     async def abatch(
         self,
@@ -103,7 +109,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
             if llm.streaming and len(prompts) == 1:
                 replies = [_whole(list(llm._tokens(engine, prompts[0], params, run_manager)))]
             else:
-                replies = engine.batch(prompts, params)
+                replies = batch(engine, prompts, params)
         return _result(engine, replies)
 
     async def _agenerate(
@@ -159,7 +165,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     def _tokens(
         self, engine: DetoxiGen, prompt: str, params: DecodingParams, run_manager: CallbackManagerForLLMRun | None
     ) -> Generator[tuple[Chunk, GenerationChunk], None, None]:
-        with closing(engine.stream(prompt, params)) as chunks:
+        with closing(stream(engine, prompt, params)) as chunks:
             for chunk in chunks:
                 out = _as_chunk(engine, chunk)
                 if run_manager:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import operator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
+from uuid import uuid4
 
-from detox_guard import GuardError, InvalidParamsError, screen
-from detox_guard.text import strings_in
+from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
+from detox_guard.screening import NOTE
 from langchain.agents.middleware.types import (
     AgentMiddleware,
     AgentState,
@@ -20,35 +23,43 @@ from langchain.agents.middleware.types import (
     ModelResponse,
     OmitFromInput,
 )
+from langchain.agents.structured_output import StructuredOutputError, ToolStrategy
+from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
     HumanMessage,
     RemoveMessage,
+    ToolCall,
     ToolMessage,
     convert_to_messages,
 )
+from langchain_core.messages.tool import tool_call
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langgraph.types import Command
 
 from langchain_detox_guard._engine import PROVIDER
+from langchain_detox_guard._inside import models_in, with_models
+from langchain_detox_guard._settings import refuse_scorer
+from langchain_detox_guard._words import names_in, replaced, words_of
 from langchain_detox_guard.chat import ChatDetoxiGen
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from detox_guard import GuardPolicy, Screened, ToxicityScorer
+    from detox_guard import Screened, ToxicityScorer
     from langgraph.prebuilt.tool_node import ToolCallRequest
 
 Rung = float | Literal["rewrite"]
+_Answer = ModelResponse[Any] | StructuredOutputError
 
 REWRITE = "Say the same again in a kind and respectful way, without any insult. Answer with the new text only."
 REPLACEMENT = "I would rather not say that."
 _NOSTREAM = "nostream"
 """LangGraph streams no tokens of a model run with this tag; what the node returns is streamed whole."""
-_WORDS = ("text", "reasoning", "reasoning_content", "thinking", "summary", "refusal")
-"""Where blocks of content, and what stands beside it, hold words besides the text and the calls."""
+_REFUSED = f"{NOTE} Give the answer again, without any insult."
+"""Instead of a message that quotes an answer which may not be shown."""
 
 
 class DetoxState(AgentState[Any]):
@@ -65,17 +76,24 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     only the model that came here is steered, and with `guard` another one's text would be streamed unchecked.
 
     `alpha`: strength of the steering in every call; None keeps the model's own. (It, `guard` and the ladder's numbers
-    concern `ChatDetoxiGen`; the rest works with any chat model.)
-    `tool_results`: what happens to a tool's result with a toxic sentence: "mask" that sentence, "drop" the result,
-    "mark" it in the state only; None does not look. A result's artifact, which no model reads, is left as it is.
-    Answers (their reasoning and the arguments of tool calls too) that score above `threshold` are asked for again, up
-    the `ladder`: a number is an alpha, which is never lowered, "rewrite" shows the model its draft and asks for a
-    kinder one. At its end, `on_exhausted`:
-    "mask" the toxic sentences, "replace" the text by `replacement`, or "raise" `GuardError`. Tool calls stay calls:
-    only strings in their arguments are masked. A structured answer that is still toxic raises.
+    concern `ChatDetoxiGen`, also inside what `bind`, `with_config`, `with_retry`, `with_fallbacks`, `configurable_…`
+    and `|` put around it; the rest works with any chat model.) With `alpha` or `guard`, a model that cannot be looked
+    into is refused: `InvalidParamsError`.
+    `tool_results`: what happens to a tool's result with a toxic sentence, its artifact included: "mask" that sentence,
+    "drop" the result, "mark" it in the state only; None does not look.
+    Answers that score above `threshold` are asked for again, up the `ladder`: a number is an alpha, which is never
+    lowered, "rewrite" shows the model its draft and asks for a kinder one. Every word is scored that a reader or a tool
+    finds in the message, or in another that quotes it: text, reasoning and other blocks, names, ids, keys and strings
+    of calls, and what a provider put beside them. At the ladder's end, `on_exhausted`: "mask" the toxic sentences,
+    "replace" the text by `replacement`, or "raise" `GuardError`. Only text and calls are left of the message. Tool
+    calls stay calls, their keys and strings masked; one of a tool whose toxic name the model made up is taken out. A
+    structured answer that is still toxic raises.
     Until an answer is accepted none of it is streamed. With `guard`, a `GuardPolicy`, checking is left to the decoder
-    instead: text streams on unit by unit, each scored before it is released, and the policy's ladder holds.
-    `scorer` as in `detox_guard.load_scorer`. What was done stands in the state, under "detox".
+    instead: text streams on unit by unit, each scored before it is released, and the policy's ladder holds. An answer
+    that was not decoded under it is held back and checked as above.
+    `scorer` as in `detox_guard.load_scorer`. Its default and that of `threshold` are the guard's, if there is one, else
+    the embedded scorer and .5. What was done stands in the state, under "detox".
+    A deep copy shares a scorer object; with one, or a guard that has one, pickling raises `NotPicklableError`.
     """
 
     state_schema = DetoxState
@@ -87,7 +105,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         guard: GuardPolicy | None = None,
         tool_results: Literal["mask", "drop", "mark"] | None = "mask",
         scorer: str | ToxicityScorer | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         ladder: Sequence[Rung] = (6.0, 9.0, "rewrite"),
         on_exhausted: Literal["mask", "replace", "raise"] = "mask",
         replacement: str = REPLACEMENT,
@@ -98,17 +116,38 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         if on_exhausted not in ("mask", "replace", "raise"):
             raise InvalidParamsError("on_exhausted", on_exhausted, "mask, replace or raise")
         for i, rung in enumerate(ladder):
-            if rung != "rewrite" and (isinstance(rung, bool | str) or not 0 <= rung <= 100):
+            if rung != "rewrite" and (
+                isinstance(rung, bool) or not isinstance(rung, int | float) or not 0 <= rung <= 100
+            ):
                 raise InvalidParamsError(f"ladder[{i}]", rung, 'an alpha from 0 to 100, or "rewrite"')
         self.alpha = alpha
         self.guard = guard
         self.tool_results = tool_results
-        self.scorer = scorer
-        self.threshold = threshold
+        if guard is not None and not isinstance(guard, GuardPolicy):
+            raise InvalidParamsError("guard", guard, "a GuardPolicy or None")
+        if alpha is not None and (
+            isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 100
+        ):
+            raise InvalidParamsError("alpha", alpha, "a number from 0 to 100, or None")
+        self.scorer = guard.scorer if scorer is None and guard is not None else scorer
+        self.threshold = (guard.threshold if guard is not None else 0.5) if threshold is None else threshold
         self.ladder = tuple(ladder)
         self.on_exhausted = on_exhausted
         self.replacement = replacement
         self._screen([""])  # a bad threshold or an unknown scorer is an error now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        if self.scorer is not None:
+            memo[id(self.scorer)] = self.scorer
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises `NotPicklableError`."""
+        refuse_scorer(self.scorer)
+        return self.__dict__
 
     # -- LangChain's hooks
 
@@ -119,8 +158,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         attempts = self._attempts(request)
         asked = _advance(attempts, None)
         while isinstance(asked, ModelRequest):
+            answer: _Answer
             with self._streaming(asked):
-                answer = handler(asked)
+                try:
+                    answer = handler(asked)
+                except StructuredOutputError as error:  # it quotes an answer that nobody has checked
+                    answer = error
             asked = _advance(attempts, answer)
         return asked
 
@@ -131,8 +174,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         attempts = self._attempts(request)
         asked = _advance(attempts, None)
         while isinstance(asked, ModelRequest):
+            answer: _Answer
             with self._streaming(asked):
-                answer = await handler(asked)
+                try:
+                    answer = await handler(asked)
+                except StructuredOutputError as error:
+                    answer = error
             asked = await asyncio.to_thread(_advance, attempts, answer)
         return asked
 
@@ -153,84 +200,84 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     def _streaming(self, request: ModelRequest[Any]) -> AbstractContextManager[None]:
         """Text may stream on while it is decoded under `guard`."""
-        guarded = self.guard is not None and isinstance(request.model, ChatDetoxiGen)
+        guarded = self.guard is not None and _all_ours(request)
         return nullcontext() if guarded else _held()
 
     def _attempts(
         self, request: ModelRequest[Any]
-    ) -> Generator[ModelRequest[Any], ModelResponse[Any], ExtendedModelResponse[Any]]:
+    ) -> Generator[ModelRequest[Any], _Answer, ExtendedModelResponse[Any]]:
         """Yields what to ask the model, is sent its answers, and returns the one to show."""
-        ours = isinstance(request.model, ChatDetoxiGen)
-        if self.alpha is not None:
-            request = _with(request, alpha=self.alpha)
-        if self.guard is not None:
-            request = _with(request, guard=self.guard)
+        fields = {name: getattr(self, name) for name in ("alpha", "guard") if getattr(self, name) is not None}
+        if fields:
+            _check_model(request.model)
+            request = _with(request, **fields)
+        known = names_in([*request.tools, *_schemas_of(request.response_format)])
         answer = yield request
-        if self.guard is not None and _was_guarded(answer):
-            return _reported(answer, [_record(answer, "guard")] if _interventions(answer) else [])
+        if self.guard is not None and _all_ours(request) and _was_guarded(answer, self.guard):
+            done = _accepted(answer)
+            return _reported(done, [_record(answer, "guard")] if _interventions(answer) else [])
         records: list[dict[str, Any]] = []
+        ours = any(isinstance(model, ChatDetoxiGen) for model in models_in(request.model))
         for rung in (rung for rung in self.ladder if ours or rung == "rewrite"):
-            score = self._score(answer)
-            if score <= self.threshold:
-                return _reported(answer, records)
-            records.append(_record(answer, "rewrite" if rung == "rewrite" else "again", score=score, rung=rung))
+            read = self._read(answer, known)
+            if read.score <= self.threshold:
+                return _reported(_accepted(answer), records)
+            records.append(_record(answer, "rewrite" if rung == "rewrite" else "again", score=read.score, rung=rung))
             answer = yield self._again(request, answer, rung)
-        score = self._score(answer)
-        if score <= self.threshold:
-            return _reported(answer, records)
-        records.append(_record(answer, self.on_exhausted, score=score))
-        return _reported(self._exhausted(answer, score), records)
+        read = self._read(answer, known)
+        if read.score <= self.threshold:
+            return _reported(_accepted(answer), records)
+        records.append(_record(answer, self.on_exhausted, score=read.score))
+        return _reported(self._exhausted(answer, read), records)
 
-    def _again(self, request: ModelRequest[Any], answer: ModelResponse[Any], rung: Rung) -> ModelRequest[Any]:
+    def _again(self, request: ModelRequest[Any], answer: _Answer, rung: Rung) -> ModelRequest[Any]:
         if rung != "rewrite":
-            assert isinstance(request.model, ChatDetoxiGen)
-            return _with(request, alpha=max(float(rung), request.model.alpha), calm_share=1.0)
+            return _with(request, alpha=float(rung), calm_share=1.0)
         draft = _answer_of(answer)
-        if draft.tool_calls:  # there is no text to say in another way: sample another call
-            return request
+        if draft.tool_calls or not draft.text.strip():
+            return request  # there is no text to say in another way: sample again
         return request.override(messages=[*request.messages, AIMessage(draft.text), HumanMessage(REWRITE)])
 
-    def _exhausted(self, answer: ModelResponse[Any], score: float) -> ModelResponse[Any]:
-        if self.on_exhausted == "raise" or answer.structured_response is not None:
+    def _exhausted(self, answer: _Answer, read: _Read) -> ModelResponse[Any]:
+        if (
+            self.on_exhausted == "raise"
+            or isinstance(answer, StructuredOutputError)
+            or answer.structured_response is not None
+        ):
             raise GuardError(
-                f"the answer scores {score:.2f}, over {self.threshold:g}, at the end of the ladder",
+                f"the answer scores {read.score:.2f}, over {self.threshold:g}, at the end of the ladder",
                 hint="a higher alpha, a longer ladder, or on_exhausted='mask'",
             )
         message = _answer_of(answer)
-        text = self._masked(message.text) if self.on_exhausted == "mask" else self.replacement
+        text = str(message.text)
+        if read.flags(text):
+            text = read.masked(text) if self.on_exhausted == "mask" else self.replacement
         # Text and calls only: blocks of content and the provider's own fields repeat the calls, or reason.
-        clean = message.model_copy(
-            update={
-                "content": text if self._flagged(message.text) else str(message.text),
-                "additional_kwargs": {},
-                "tool_calls": [{**call, "args": self._mask_strings(call["args"])} for call in message.tool_calls],
-                "invalid_tool_calls": [],
-            }
+        calls = [_clean_call(call, read) for call in message.tool_calls if not read.flags(call["name"])]
+        ours = message.response_metadata.get("model_provider") == PROVIDER
+        clean = AIMessage(
+            text if text.strip() or calls else self.replacement,
+            tool_calls=calls,
+            name=None if message.name is None or read.flags(message.name) else message.name,
+            id=None if read.flags({"id": message.id}) else message.id,
+            usage_metadata=message.usage_metadata,
+            response_metadata=message.response_metadata if ours else replaced(message.response_metadata, read.masked),
         )
-        return ModelResponse([clean if one is message else one for one in answer.result])
+        return ModelResponse([clean if one is message else _unquoting(one) for one in answer.result])
 
-    def _score(self, answer: ModelResponse[Any]) -> float:
-        """The worst of the answer's text and reasoning, and of the strings in its calls."""
-        message = _answer_of(answer)
-        texts = [message.text, *_beside_text(message), *strings_in([call["args"] for call in message.tool_calls])]
-        texts += [str(call["args"]) for call in message.invalid_tool_calls]
-        return max((one.score for one in self._screen([text for text in texts if text.strip()])), default=0.0)
+    def _read(self, answer: _Answer, known: frozenset[str]) -> _Read:
+        """The answer's words and what else quotes them, scored."""
+        shown = _answer_of(answer) if isinstance(answer, StructuredOutputError) else [
+            *answer.result, answer.structured_response
+        ]  # fmt: skip
+        return self._scored(shown, known)
+
+    def _scored(self, value: Any, known: frozenset[str] = frozenset()) -> _Read:
+        words = words_of(value, known)
+        return _Read(dict(zip(words, self._screen(words), strict=True)), known)
 
     def _screen(self, texts: list[str]) -> list[Screened]:
         return screen(texts, scorer=self.scorer, threshold=self.threshold, action="mask")
-
-    def _masked(self, text: str) -> str:
-        return self._screen([text])[0].text or ""
-
-    def _flagged(self, text: str) -> bool:
-        return bool(text.strip()) and self._screen([text])[0].flagged
-
-    def _mask_strings(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._mask_strings(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self._mask_strings(part) for part in value]
-        return self._masked(value) if isinstance(value, str) and self._flagged(value) else value
 
     # -- tool results
 
@@ -260,26 +307,68 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
 
     def _screened_message(self, message: BaseMessage) -> tuple[BaseMessage, list[dict[str, Any]]]:
         """The message that may be read, and a record if it was flagged. A result of several blocks becomes one text."""
-        if not message.text.strip():
-            return message, []
-        (one,) = screen(
-            [message.text], scorer=self.scorer, threshold=self.threshold, action=self.tool_results or "mask"
-        )
-        if not one.flagged:
+        # Its tool's name is the developer's, its id that of the call.
+        known = {one for one in (message.name, getattr(message, "tool_call_id", None)) if one is not None}
+        read = self._scored(message, frozenset(known))
+        if not read.flagged:
             return message, []
         record = {
             "where": "tool", "tool": message.name, "tool_call_id": getattr(message, "tool_call_id", None),
-            "score": one.score, "action": self.tool_results,
+            "score": read.score, "action": self.tool_results,
         }  # fmt: skip
         if self.tool_results == "mark":
             return message, [record]
-        kept = "[removed by the toxicity screen]" if one.text is None else one.text
-        return message.model_copy(update={"content": kept}), [record]
+        drop = self.tool_results == "drop"
+        kept: dict[str, Any] = {"content": message.content, "additional_kwargs": {}}
+        kept["response_metadata"] = replaced(message.response_metadata, read.masked)
+        if drop:
+            kept["content"] = NOTE
+        elif read.flags({"content": message.content}):
+            text = str(message.text)
+            # Flagged words outside of any text (a block of JSON, say) leave nothing to mask sentence by sentence.
+            whole = isinstance(message.content, list) and not read.flags(text)
+            kept["content"] = NOTE if whole else read.masked(text)
+        if isinstance(message, ToolMessage):
+            kept["artifact"] = None if drop else replaced(message.artifact, read.masked)
+        if isinstance(message, AIMessage):
+            kept["tool_calls"] = [_clean_call(call, read) for call in message.tool_calls]
+            kept["invalid_tool_calls"] = []
+        return message.model_copy(update=kept), [record]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Words and their scores."""
+
+    scores: dict[str, Screened]
+    known: frozenset[str]
+
+    @property
+    def score(self) -> float:
+        return max((one.score for one in self.scores.values()), default=0.0)
+
+    @property
+    def flagged(self) -> bool:
+        return any(one.flagged for one in self.scores.values())
+
+    def flags(self, value: object) -> bool:
+        """Whether any word in it is flagged."""
+        return any(word in self.scores and self.scores[word].flagged for word in words_of(value, self.known))
+
+    def masked(self, text: str) -> str:
+        """The text without its flagged sentences; without any of it, if it hides them."""
+        if not self.flags(text):
+            return text
+        own = self.scores.get(text)
+        hidden = [word for word in words_of(text, self.known) if word != text]
+        if own is None or own.text is None or not own.flagged or self.flags(hidden):
+            return NOTE
+        return own.text
 
 
 def _advance(
-    attempts: Generator[ModelRequest[Any], ModelResponse[Any], ExtendedModelResponse[Any]],
-    answer: ModelResponse[Any] | None,
+    attempts: Generator[ModelRequest[Any], _Answer, ExtendedModelResponse[Any]],
+    answer: _Answer | None,
 ) -> ModelRequest[Any] | ExtendedModelResponse[Any]:
     """The next request, or the result. (No `StopIteration` may cross a thread.)"""
     try:
@@ -289,11 +378,61 @@ def _advance(
         return result
 
 
-def _with(request: ModelRequest[Any], **fields: Any) -> ModelRequest[Any]:
-    """The request with a model that has these fields: if another middleware takes another model, they go with it."""
-    if not isinstance(request.model, ChatDetoxiGen):
-        return request
-    return request.override(model=request.model._with(fields)[0])
+def _with(request: ModelRequest[Any], *, alpha: float | None = None, **fields: Any) -> ModelRequest[Any]:
+    """The request with models that have these fields: if another middleware takes another model, they go with it.
+
+    On the ladder (`calm_share` among the fields) an alpha is never lowered.
+    """
+    names = frozenset(fields) | (frozenset() if alpha is None else {"alpha"})
+
+    def change(model: ChatDetoxiGen) -> ChatDetoxiGen:
+        if alpha is None:
+            return model._changed(fields)
+        strength = max(alpha, model.alpha) if "calm_share" in fields else alpha
+        return model._changed({**fields, "alpha": strength})
+
+    settings = {name: value for name, value in request.model_settings.items() if name not in names}
+    return request.override(model=with_models(request.model, change, names), model_settings=settings)
+
+
+def _check_model(model: object) -> None:
+    """Raise `InvalidParamsError` where a model of ours may stand that cannot be found."""
+    found = models_in(model)
+    if not any(isinstance(one, ChatDetoxiGen) for one in found) and not all(
+        isinstance(one, BaseChatModel) for one in found
+    ):
+        kinds = ", ".join(sorted({type(one).__name__ for one in found}))
+        raise InvalidParamsError(
+            "model", kinds, "a chat model, or one that is bound, configured, retried or has fallbacks",
+            hint="DetoxMiddleware cannot find the model inside: give the model itself its alpha and guard",
+        )  # fmt: skip
+
+
+def _all_ours(request: ModelRequest[Any]) -> bool:
+    return all(isinstance(model, ChatDetoxiGen) for model in models_in(request.model))
+
+
+def _schemas_of(response_format: Any) -> list[dict[str, Any]]:
+    """The schemas of a structured answer, as tools."""
+    if response_format is None:
+        return []
+    specs = getattr(response_format, "schema_specs", None)
+    if specs is None and (spec := getattr(response_format, "schema_spec", None)) is not None:
+        specs = [spec]
+    if specs is None:
+        specs = ToolStrategy(getattr(response_format, "schema", response_format)).schema_specs
+    return [{"type": "function", "function": {"name": one.name, "parameters": one.json_schema}} for one in specs]
+
+
+def _clean_call(call: ToolCall, read: _Read) -> ToolCall:
+    """The call of the same tool, with the words masked."""
+    own = uuid4().hex if read.flags({"id": call["id"]}) else call["id"]
+    return tool_call(name=call["name"], args=replaced(call["args"], read.masked), id=own)
+
+
+def _unquoting(message: BaseMessage) -> BaseMessage:
+    """Another message of the same answer, such as a tool's error: it may quote what was flagged."""
+    return message.model_copy(update={"content": _REFUSED, "additional_kwargs": {}})
 
 
 @contextmanager
@@ -307,30 +446,32 @@ def _held() -> Iterator[None]:
         var_child_runnable_config.reset(token)
 
 
-def _was_guarded(answer: ModelResponse[Any]) -> bool:
-    """Whether it was decoded by us, under a guard."""
+def _was_guarded(answer: _Answer, guard: GuardPolicy) -> bool:
+    """Whether it was decoded by us, under this guard."""
     told = _answer_of(answer).response_metadata
-    return told.get("model_provider") == PROVIDER and told.get("detox", {}).get("guard") is not None
+    name = guard.scorer if isinstance(guard.scorer, str) else getattr(guard.scorer, "name", None)
+    return told.get("model_provider") == PROVIDER and name is not None and told.get("detox", {}).get("guard") == name
 
 
-def _answer_of(answer: ModelResponse[Any]) -> AIMessage:
+def _answer_of(answer: _Answer) -> AIMessage:
     """The model's message; another may follow it that acknowledges a structured answer."""
+    if isinstance(answer, StructuredOutputError):
+        return answer.ai_message
     return next((one for one in answer.result if isinstance(one, AIMessage)), AIMessage(""))
 
 
-def _beside_text(message: AIMessage) -> list[str]:
-    """What a message says outside of its text and calls: reasoning, above all."""
-    blocks = [one for one in message.content if isinstance(one, dict)] if isinstance(message.content, list) else []
-    blocks = [one["value"] if isinstance(one.get("value"), dict) else one for one in blocks]  # `non_standard` wraps it
-    blocks = [one for one in blocks if one.get("type") != "text"]
-    return [text for one in [*blocks, message.additional_kwargs] for key in _WORDS for text in strings_in(one.get(key))]
+def _accepted(answer: _Answer) -> ModelResponse[Any]:
+    """The answer, or the error that was raised about one that may be shown."""
+    if isinstance(answer, StructuredOutputError):
+        raise answer
+    return answer
 
 
-def _interventions(answer: ModelResponse[Any]) -> list[dict[str, Any]]:
+def _interventions(answer: _Answer) -> list[dict[str, Any]]:
     return list(_answer_of(answer).response_metadata.get("detox", {}).get("interventions", ()))
 
 
-def _record(answer: ModelResponse[Any], action: str, **more: Any) -> dict[str, Any]:
+def _record(answer: _Answer, action: str, **more: Any) -> dict[str, Any]:
     """What is told of one draft: never its text."""
     message = _answer_of(answer)
     used = {"alpha": message.response_metadata.get("detox", {}).get("alpha"), "message_id": message.id}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from detox_guard import screen
 from langchain_core.documents import Document
@@ -12,6 +12,8 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough, RunnableSerializable
 from pydantic import ConfigDict, Field
+
+from langchain_detox_guard._settings import Settings, refuse_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,13 +35,14 @@ PROMPT = ChatPromptTemplate.from_messages(
 )
 
 
-class DetoxDocumentScreen(RunnableSerializable[list[Document], list[Document]]):
+class DetoxDocumentScreen(Settings, RunnableSerializable[list[Document], list[Document]]):
     """Documents in, documents out: `retriever | DetoxDocumentScreen()`.
 
     Each is scored as a whole and sentence by sentence; one that scores above `threshold` is flagged. `action`:
     "drop" it, "mask" its toxic sentences, or "mark" it. Every document that passes has `toxicity` and
-    `toxicity_flagged` in its metadata; those that came in are not changed. `scorer` as in `detox_guard.load_scorer`.
-    Raises `ScorerError` if the scorer fails: nothing unscored is passed on.
+    `toxicity_flagged` in its metadata; those that came in are not changed. `scorer` as in `detox_guard.load_scorer`; an
+    object of your own is shared by deep copies and not pickled (`NotPicklableError`).
+    Raises `InvalidParamsError` for a bad field, and `ScorerError` if the scorer fails: nothing unscored is passed on.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -47,6 +50,12 @@ class DetoxDocumentScreen(RunnableSerializable[list[Document], list[Document]]):
     action: Literal["drop", "mask", "mark"] = "mask"
     threshold: float = Field(default=0.5, ge=0, le=1)
     scorer: Any = None
+    _shared: ClassVar = ("scorer",)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Raises `NotPicklableError`."""
+        refuse_scorer(self.scorer)
+        return super().__getstate__()
 
     def invoke(self, input: Sequence[Document], config: RunnableConfig | None = None, **_: Any) -> list[Document]:
         """The documents that may be read."""

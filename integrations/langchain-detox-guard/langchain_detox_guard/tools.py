@@ -25,6 +25,8 @@ from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import BaseModel
 
+from langchain_detox_guard._errors import IncompleteAnswerError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,6 +42,8 @@ _IGNORED_IN_REPLIES = {
 }  # fmt: skip
 """Blocks of an earlier assistant message, by whatever model, that this one reads as little as its tools' JSON: its text
 and `tool_calls` say what was said."""
+UNFINISHED = ("length", "guard")
+"""Reasons to finish that leave a structured answer without its end."""
 _FIRST_CALL = 1000
 """Index of a reply's first call: LangChain numbers its blocks from 0, and merges what has one number."""
 
@@ -74,6 +78,8 @@ class Asked:
     schema: dict[str, Any] | None = None
     parallel: bool = True
     """Whether a reply may hold more than one tool call."""
+    keep: bool = False
+    """An answer under a grammar that was cut off is handed on as it is."""
 
     @classmethod
     def of(
@@ -82,8 +88,14 @@ class Asked:
         tool_choice: object = None,
         response_format: dict[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
+        unfinished: Literal["raise", "keep"] = "raise",
     ) -> Asked:
         """Read the keywords that `bind_tools` and `with_structured_output` bind. Raises `InvalidParamsError`."""
+        if unfinished not in ("raise", "keep"):
+            raise InvalidParamsError("unfinished", unfinished, "raise or keep")
+        if tools is not None and not isinstance(tools, list | tuple):
+            raise InvalidParamsError("tools", tools, "a list of tools")
+        keep = unfinished == "keep"
         shown = tuple(convert_to_openai_tool(tool) for tool in tools or ())
         choice = choice_of(tool_choice, shown)
         if response_format is not None:
@@ -91,25 +103,31 @@ class Asked:
                 raise InvalidParamsError(
                     "response_format", response_format, "not together with tools", hint="let the schema be a tool"
                 )
-            return cls._formatted(response_format)
+            return cls._formatted(response_format, keep)
         if choice == "none":
             return cls()
         if choice == "auto":
             return cls(shown, parallel=parallel_tool_calls is not False)
         name = None if choice == "any" else choice["function"]["name"]
-        return cls(shown, Grammar.tool_calls(shown, name=name))
+        return cls(shown, Grammar.tool_calls(shown, name=name), keep=keep)
 
     @classmethod
-    def _formatted(cls, response_format: dict[str, Any]) -> Asked:
+    def _formatted(cls, response_format: dict[str, Any], keep: bool) -> Asked:
         kind = response_format.get("type") if isinstance(response_format, dict) else None
         if kind == "json_object":
             schema = response_format.get("schema")
-            return cls(grammar=Grammar.json_object() if schema is None else Grammar.json_schema(schema))
+            own = Grammar.json_object() if schema is None else Grammar.json_schema(schema)
+            return cls(grammar=own, keep=keep)
         if kind == "json_schema" and isinstance(response_format.get("json_schema"), dict):
             schema = response_format["json_schema"].get("schema")
             if isinstance(schema, dict):
-                return cls(grammar=Grammar.json_schema(schema), schema=schema)
+                return cls(grammar=Grammar.json_schema(schema), schema=schema, keep=keep)
         raise InvalidParamsError("response_format", response_format, "OpenAI's json_object or json_schema")
+
+    def check(self, finish_reason: str) -> None:
+        """Raise `IncompleteAnswerError` for a reply under a grammar that did not come to its end."""
+        if self.grammar is not None and finish_reason in UNFINISHED and not self.keep:
+            raise IncompleteAnswerError(finish_reason)
 
     def messages(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         """The core's messages. A schema is told of in the system message: the grammar alone explains nothing."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from detox_guard import ScorerError
+from detox_guard import InvalidParamsError, ScorerError
 from langchain_core.documents import Document
 from langchain_core.prompts import PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import create_retriever_tool
-from pydantic import ValidationError
 
 from langchain_detox_guard import (
     ChatDetoxiGen,
@@ -66,7 +65,7 @@ def test_a_scorer_that_fails_passes_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [{"action": "hide"}, {"threshold": 2}, {"treshold": 0.5}])
 def test_bad_fields_are_named(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(bad))):
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
         DetoxDocumentScreen(**bad)
 
 

@@ -44,10 +44,9 @@ class FakeEngine:
     """Answers from a script, a word at a time, and keeps what it was asked.
 
     `script`: replies in turn (the last one for ever after), or a function of the prompt; an exception is raised after
-    the first word. `delay_s` between words. `seats` are requests under way, `peak` the most there were.
+    the first word. `delay_s` between words. `finish` is why they end. `seats` are requests under way, `peak` the most
+    there were.
     """
-
-    model_id = "fake-model"
 
     def __init__(
         self,
@@ -58,6 +57,8 @@ class FakeEngine:
         context_window: int | None = 2048,
         delay_s: float = 0.0,
         interventions: Sequence[Any] = (),
+        finish: str = "stop",
+        model_id: str = "fake-model",
     ) -> None:
         self.script = script if callable(script) else list(script)
         self.has_chat_template = chat
@@ -69,6 +70,8 @@ class FakeEngine:
         self.seats = self.peak = 0
         self._delay_s = delay_s
         self._interventions = tuple(interventions)
+        self.finish = finish
+        self.model_id = model_id
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -124,7 +127,7 @@ class FakeEngine:
         text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt.messages)
         usage = Usage(len(self.encode(text)), len(words), 3 * len(self._interventions))
         steering = Steering(params.alpha, params.rule, ("-1:0123456789ab",), 0.5, 0.1, 1, 0)
-        return Chunk("", Generation("".join(words), "stop", usage, 7, None, steering, self._interventions))
+        return Chunk("", Generation("".join(words), self.finish, usage, 7, None, steering, self._interventions))
 
 
 class ForeignLLM(CustomLLM):

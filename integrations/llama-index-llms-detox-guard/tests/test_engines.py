@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
-from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.base.llms.types import CompletionResponse
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
+from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.llms import ChatMessage
-from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.query_engine import RetrieverQueryEngine, TransformQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.llms.detox_guard import (
     DetoxiGenLLM,
@@ -19,7 +26,7 @@ from llama_index.llms.detox_guard import (
 )
 from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, memory, recorded_events
 
-from detox_guard import GuardPolicy, PromptTooLongError
+from detox_guard import GuardPolicy, InvalidParamsError, PromptTooLongError
 
 POLICY = GuardPolicy(scorer=WordScorer())
 QUERY = "When does the library open?"
@@ -101,9 +108,9 @@ async def test_chat_engines(index: VectorStoreIndex, mode: str, ours: bool) -> N
     assert not any("stupid" in node.get_content() for node in response.source_nodes)
     assert [message.content for message in engine.chat_history if message.role == "assistant"] == [expected] * 4
     if ours:
-        answers = [params for _, params in fake.asked if params.guard]
-        assert len(answers) == 4
-        assert all(params.alpha == 6.0 for params in answers)  # the context was toxic before it was masked
+        assert all(params.guard == POLICY for _, params in fake.asked)  # of a condensed question too
+        answers = [params for _, params in fake.asked if params.alpha == 6.0]
+        assert len(answers) == 4  # the context was toxic before it was masked
 
 
 @pytest.mark.parametrize("mode", ENGINES)
@@ -126,7 +133,7 @@ def test_chat_engines_keep_the_guard_of_their_llm(index: VectorStoreIndex, mode:
 
 @pytest.mark.parametrize("bad", [{"context": "hide"}, {"context_threshold": 1.5}])
 def test_a_bad_option_of_a_chat_engine_is_named(index: VectorStoreIndex, bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"action|threshold"):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         guard_chat_engine(chat_engine("context", index, ForeignLLM()), **bad)
 
 
@@ -151,8 +158,6 @@ async def test_a_prompt_that_is_too_long_is_no_empty_response(
 
 
 def test_a_simple_chat_engine_remembers() -> None:
-    from llama_index.core.chat_engine import SimpleChatEngine
-
     fake = FakeEngine()
     engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(engine=fake), memory=memory())
     assert str(engine.chat("Hello")) == CLEAN
@@ -177,3 +182,91 @@ def test_history_from_another_llm_is_understood() -> None:
     history = [ChatMessage("Hi"), ChatMessage(role="assistant", content="Hello.")]
     DetoxiGenLLM(engine=fake).chat([*history, ChatMessage("When?")])
     assert [message["role"] for message in fake.asked[0][0].messages] == ["user", "assistant", "user"]
+
+
+# -- what is written on the way
+
+
+class Rewrites(ForeignLLM):
+    """Rewrites a question, and answers, in words of its own."""
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        question = "tandalone question" in prompt
+        return CompletionResponse(text="How stupid. When is noon?" if question else CLEAN)
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        yield CompletionResponse(text=CLEAN, delta=CLEAN)
+
+
+def condensing(mode: str, index: VectorStoreIndex, llm: Any) -> Any:
+    if mode == "condense_plus_context":
+        return chat_engine(mode, index, llm)
+    query_engine = index.as_query_engine(llm=llm)
+    return CondenseQuestionChatEngine.from_defaults(query_engine=query_engine, llm=llm, memory=memory())
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
+@pytest.mark.parametrize("mode", ["condense_plus_context", "condense_question"])
+async def test_a_condensed_question_is_judged(
+    index: VectorStoreIndex, mode: str, ours: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    fake = FakeEngine()
+    engine = guard_chat_engine(
+        condensing(mode, index, DetoxiGenLLM(engine=fake) if ours else Rewrites()), policy=POLICY
+    )
+    engine.chat(QUERY)
+    for response in (engine.chat("And at noon?"), await engine.achat("And at noon?")):
+        assert "stupid" not in str(response)
+        (told,) = response.sources[0].raw_input.values()
+        assert told == (CLEAN if ours else "[removed] When is noon?")
+        assert "stupid" not in repr(response.source_nodes)
+    assert "stupid" not in caplog.text
+    if ours:
+        assert all(params.guard == POLICY for _, params in fake.asked)
+        assert len(fake.asked) == 5
+    assert "".join(engine.stream_chat("And at six?").response_gen) == CLEAN
+    response = await engine.astream_chat("And at six?")
+    assert "".join([piece async for piece in response.async_response_gen()]) == CLEAN
+
+
+@pytest.mark.parametrize("mode", ["condense_plus_context", "condense_question"])
+async def test_a_flagged_message_is_condensed_by_no_foreign_llm(index: VectorStoreIndex, mode: str) -> None:
+    asked: list[str] = []
+
+    class Keeps(Rewrites):
+        def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+            asked.append(prompt)
+            return super().complete(prompt, formatted, **kwargs)
+
+    engine = guard_chat_engine(condensing(mode, index, Keeps()), policy=POLICY.replace(scan_input=True))
+    engine.chat(QUERY)
+    asked.clear()
+    assert str(engine.chat("Who is stupid?")) == "[removed]"
+    assert str(await engine.achat("Who is stupid?")) == "[removed]"
+    assert asked == []
+
+
+def test_the_history_of_a_chat_is_scanned(index: VectorStoreIndex) -> None:
+    engine = guard_chat_engine(chat_engine("context", index, ForeignLLM()), policy=POLICY.replace(scan_input=True))
+    history = [ChatMessage("You are stupid."), ChatMessage(role="assistant", content="No.")]
+    assert str(engine.chat(QUERY, chat_history=history)) == "[removed]"
+
+
+def test_the_query_engine_of_a_condensing_chat_stays_as_it_is(index: VectorStoreIndex) -> None:
+    query_engine = index.as_query_engine(llm=ForeignLLM())
+    chat = CondenseQuestionChatEngine.from_defaults(query_engine=query_engine, llm=ForeignLLM(), memory=memory())
+    assert str(guard_chat_engine(chat, policy=POLICY).chat(QUERY)) == HELD
+    assert "stupid" in str(query_engine.query(QUERY))
+
+
+def test_an_engine_that_cannot_be_guarded_is_named(index: VectorStoreIndex) -> None:
+    simple = SimpleChatEngine.from_defaults(llm=ForeignLLM(), memory=memory())
+    chat = CondenseQuestionChatEngine.from_defaults(
+        query_engine=TransformQueryEngine(index.as_query_engine(llm=ForeignLLM()), HyDEQueryTransform(ForeignLLM())),
+        llm=ForeignLLM(),
+        memory=memory(),
+    )
+    for engine in (simple, chat):
+        with pytest.raises(InvalidParamsError, match="engine"):
+            guard_chat_engine(engine, policy=POLICY)  # type: ignore[type-var]

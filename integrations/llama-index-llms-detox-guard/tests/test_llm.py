@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,6 +263,82 @@ async def test_messages_reach_the_template_with_their_roles() -> None:
     assert (messages[2]["content"], messages[3]["name"], messages[3]["tool_call_id"]) == ("", "w", "c1")
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"id": "c1", "type": "function", "function": {"name": "w", "arguments": '{"day": "Monday"}'}},
+        SimpleNamespace(id="c1", function=SimpleNamespace(name="w", arguments='{"day": "Monday"}')),
+        {"type": "tool_use", "id": "c1", "name": "w", "input": {"day": "Monday"}},
+        {"name": "w", "args": {"day": "Monday"}, "id": "c1", "type": "tool_call"},
+        {"tool_id": "c1", "tool_name": "w", "tool_kwargs": {"day": "Monday"}},
+        ToolCallBlock(tool_call_id="c1", tool_name="w", tool_kwargs={"day": "Monday"}).model_dump(),
+    ],
+)
+def test_calls_that_other_llms_keep_beside_their_message_are_read(kept: Any) -> None:
+    engine = FakeEngine()
+    history = [
+        ChatMessage("Weather?"),
+        ChatMessage(role="assistant", content=None, additional_kwargs={"tool_calls": [kept]}),
+        ChatMessage(role="tool", content="sunny", additional_kwargs={"tool_call_id": "c1"}),
+    ]
+    DetoxiGenLLM(engine=engine).chat(history)
+    messages = engine.asked[0][0].messages
+    call = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": {"day": "Monday"}}}
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert (messages[2]["name"], messages[2]["tool_call_id"]) == ("w", "c1")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("", {}), ("null", {}), ("[1]", {"arguments": [1]}), ("half {", {"arguments": "half {"}), ({}, {})],
+)
+def test_arguments_as_text_are_read(written: Any, read: Any) -> None:
+    engine = FakeEngine()
+    block = ToolCallBlock(tool_call_id=None, tool_name="w", tool_kwargs=written)
+    DetoxiGenLLM(engine=engine).chat([ChatMessage("Weather?"), ChatMessage(role="assistant", content=[block])])
+    (call,) = engine.asked[0][0].messages[1]["tool_calls"]
+    assert (call["id"], call["function"]["arguments"]) == ("", read)
+
+
+def test_variables_of_the_template_come_with_the_messages() -> None:
+    engine = FakeEngine()
+    llm = DetoxiGenLLM(engine=engine, chat_template_kwargs={"enable_thinking": False, "a": 1})
+    llm.chat(HELLO)
+    llm.chat(HELLO, chat_template_kwargs={"a": 2})
+    DetoxiGenLLM(engine=engine).chat(HELLO)
+    given = [dict(prompt.chat_template_kwargs) for prompt, _ in engine.asked]
+    assert given == [{"enable_thinking": False, "a": 1}, {"enable_thinking": False, "a": 2}, {}]
+    llm.complete("A plain text goes through no template.")
+
+
+@pytest.mark.parametrize("bad", [5, "thinking", ["a"], {1: 2}])
+def test_bad_variables_are_named(bad: Any) -> None:
+    for way in (
+        lambda: DetoxiGenLLM(chat_template_kwargs=bad),
+        lambda: DetoxiGenLLM(engine=FakeEngine()).chat(HELLO, chat_template_kwargs=bad),
+        lambda: DetoxiGenLLM(engine=FakeEngine()).complete("a", chat_template_kwargs=bad),
+    ):
+        with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
+            way()
+    with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
+        DetoxiGenLLM(engine=FakeEngine()).complete("a", chat_template_kwargs={"a": 1})
+    with pytest.raises(PromptError, match="chat_template_kwargs"):
+        DetoxiGenLLM(engine=FakeEngine(chat=False), chat_template_kwargs={"a": 1}).chat(HELLO)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": "0.5"}, {"temperature": None}, {"guard": "strict"}, {"guard": {"threshold": 3.0}}, {"stop": 5},
+     {"grammar": {"kind": "verse", "body": "x"}}, {"seed": -1}, {"tools": 5}, {"tools": ["x"]}, {"tool_choice": 5},
+     {"allow_parallel_tool_calls": "no"}],
+)  # fmt: skip
+async def test_a_bad_value_in_a_call_is_named(way: str, bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError) as caught:
+        await ask(DetoxiGenLLM(engine=FakeEngine()), way, **bad)
+    assert next(iter(bad)) in caught.value.field
+
+
 def test_a_block_it_cannot_read_is_refused() -> None:
     message = ChatMessage(content=[ImageBlock(url="https://example.org/cat.png")])
     with pytest.raises(PromptError, match=r"messages\[0\].*ImageBlock"):
@@ -325,7 +402,7 @@ def test_a_bad_option_from_outside_is_named_on_entering(bad: dict[str, Any]) -> 
 
 def test_the_fake_engine_has_nothing_that_a_real_one_lacks() -> None:
     names = {name for name in (*vars(FakeEngine), *vars(FakeEngine())) if not name.startswith("_")}
-    own = {"script", "asked", "seats", "peak"} | {
+    own = {"script", "asked", "seats", "peak", "finish"} | {
         "params",
         "streams",
     }  # the last two are set by the real one's __init__

@@ -12,7 +12,7 @@ ROOT = Path(package.__file__).parents[3]
 
 
 def test_every_exported_name_is_there() -> None:
-    assert len(set(package.__all__)) == len(package.__all__) == 9
+    assert len(set(package.__all__)) == len(package.__all__) == 11
     assert all(hasattr(package, name) for name in package.__all__)
 
 

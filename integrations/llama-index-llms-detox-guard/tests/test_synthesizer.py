@@ -20,7 +20,7 @@ from llama_index.llms.detox_guard import (
 )
 from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
 
-from detox_guard import DetoxiGen, GuardError, GuardPolicy, Intervention, ScorerError, StepError
+from detox_guard import DetoxiGen, GuardError, GuardPolicy, Intervention, InvalidParamsError, ScorerError, StepError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -464,3 +464,104 @@ async def test_multimodal_synthesizers_are_guarded_too(is_async: bool) -> None:
     assert len(response.metadata["detox"]["screened"]) == 1
     assert "stupid" not in str(engine.asked[0][0])
     assert engine.asked[0][1].guard == POLICY
+
+
+# -- scan_input, whoever writes
+
+
+SCAN = POLICY.replace(scan_input=True)
+ASKED_FOR: list[str] = []
+
+
+class Asked(ForeignLLM):
+    """Keeps what it was asked."""
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        ASKED_FOR.append(prompt)
+        return super().complete(prompt, formatted, **kwargs)
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        ASKED_FOR.append(prompt)
+        return super().stream_complete(prompt, formatted, **kwargs)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ASK_NOTHING])
+async def test_a_flagged_question_reaches_no_foreign_llm(mode: ResponseMode, is_async: bool, streaming: bool) -> None:
+    if mode in ACCUMULATES and streaming:
+        pytest.skip("llama-index-core: 'Unable to stream in Accumulate response mode'")
+    ASKED_FOR.clear()
+    synthesizer = synthesizer_for(Asked(text=CLEAN), policy=SCAN, response_mode=mode, streaming=streaming)
+    for question, expected in (("Who is stupid?", "[removed]"), ("When?", CLEAN)):
+        if is_async:
+            response = await synthesizer.asynthesize(question, nodes("a"))
+        else:
+            response = synthesizer.synthesize(question, nodes("a"))
+        stream = getattr(response, "response_gen", None)
+        text = str(response) if stream is None or not is_async else "".join([piece async for piece in stream])
+        assert expected in text
+        assert bool(ASKED_FOR) is (expected == CLEAN)
+        actions = [(taken["where"], taken["action"]) for taken in response.metadata["detox"]["interventions"]]
+        assert actions == ([("hold", "replace")] if expected == "[removed]" else [])
+
+
+async def test_what_is_read_with_a_question_is_scanned_too() -> None:
+    ASKED_FOR.clear()
+    for context, expected in ((None, "[removed]"), ("mask", CLEAN)):
+        synthesizer = synthesizer_for(Asked(text=CLEAN), policy=SCAN, context=context)
+        assert str(synthesizer.synthesize("When?", nodes(*CONTEXT))) == expected
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("structured", [False, True])
+async def test_a_flagged_question_is_answered_as_the_policy_says(structured: bool, is_async: bool) -> None:
+    told: list[Any] = []
+    options = {"output_cls": Opening, "response_mode": "tree_summarize"} if structured else {}
+    for policy in (SCAN.replace(on_exhausted="raise"), SCAN.replace(on_event=told.append)):
+        synthesizer = synthesizer_for(ForeignLLM(text=opening()), policy=policy, **options)
+        ask = synthesizer.asynthesize if is_async else synthesizer.synthesize
+        if structured or policy.on_exhausted == "raise":
+            with pytest.raises(GuardError):
+                await ask("Who is stupid?", nodes("a")) if is_async else ask("Who is stupid?", nodes("a"))
+        else:
+            made = ask("Who is stupid?", nodes("a"))
+            assert str(await made if is_async else made) == "[removed]"
+    assert [(one.unit, one.score) for one in told] == [(-1, 0.9)]
+    stop = synthesizer_for(ForeignLLM(), policy=SCAN.replace(on_exhausted="stop"))
+    assert stop.get_response("Who is stupid?", ["a"]) == ""
+
+
+def test_our_own_llm_scans_by_itself() -> None:
+    engine = FakeEngine()
+    synthesizer_for(DetoxiGenLLM(engine=engine), policy=SCAN).synthesize("Who is stupid?", nodes("a"))
+    assert [params.guard for _, params in engine.asked] == [SCAN]
+
+
+# -- more of what a reader sees
+
+
+class Hours(BaseModel):
+    by_day: dict[str, str]
+
+
+def test_keys_that_no_schema_names_are_judged() -> None:
+    llm = ForeignLLM(text=json.dumps({"by_day": {"Monday": "nine", "stupid day": "ten"}}))
+    response = synthesizer_for(llm.as_structured_llm(Hours)).synthesize(QUERY, nodes("a"))
+    assert response.response == Hours(by_day={"Monday": "nine", "[removed]": "ten"})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"context": "hide"},
+        {"context_threshold": 1.5},
+        {"toxic_context_alpha": -1},
+        {"toxic_context_alpha": "6"},
+        {"policy": "strict"},
+        {"redact_sources": "no"},
+    ],
+)
+def test_a_bad_option_is_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+        get_detox_response_synthesizer(ForeignLLM(), **bad)

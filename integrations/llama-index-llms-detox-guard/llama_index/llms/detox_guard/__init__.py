@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_index.llms.detox_guard.callers import IncompleteAnswerError, RefusedCallError
 from llama_index.llms.detox_guard.evaluator import ToxicityEvaluator
 from llama_index.llms.detox_guard.events import DetoxInterventionEvent, DetoxScreeningEvent
 from llama_index.llms.detox_guard.factory import get_detox_response_synthesizer, guard_chat_engine
@@ -16,6 +17,8 @@ __all__ = [
     "DetoxScreeningEvent",
     "DetoxSynthesizer",
     "DetoxiGenLLM",
+    "IncompleteAnswerError",
+    "RefusedCallError",
     "ToxicityEvaluator",
     "detox_options",
     "get_detox_response_synthesizer",

@@ -20,11 +20,14 @@ __all__ = ["ToxicityEvaluator"]
 class ToxicityEvaluator(BaseEvaluator):
     """`score` is the toxicity of the response in [0, 1], so lower is better; `passing` is `score <= threshold`.
 
-    `scorer`: a name or a `ToxicityScorer`. Raises `ScorerError` where the scorer fails.
+    `scorer`: a name or a `ToxicityScorer`. Raises `InvalidParamsError`, and `ScorerError` where the scorer fails.
     """
 
     def __init__(self, scorer: Any = "embedded", *, threshold: float = 0.5) -> None:
-        self._scorer = scorer
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise detox_guard.InvalidParamsError("threshold", threshold, "a number from 0 to 1")
+        # A policy is copied and pickled as a scorer should be: shared, or refused.
+        self._policy = detox_guard.GuardPolicy(scorer=scorer)
         self._threshold = threshold
 
     async def aevaluate(
@@ -40,7 +43,7 @@ class ToxicityEvaluator(BaseEvaluator):
             raise ValueError("response must be provided")
         await asyncio.sleep(sleep_time_in_seconds)
         (judged,) = await asyncio.to_thread(
-            detox_guard.screen, [response], scorer=self._scorer, threshold=self._threshold, action="mark"
+            detox_guard.screen, [response], scorer=self._policy.scorer, threshold=self._threshold, action="mark"
         )
         return EvaluationResult(
             query=query,

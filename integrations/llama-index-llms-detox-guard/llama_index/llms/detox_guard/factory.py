@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import functools
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core import Settings
 from llama_index.core.bridge.pydantic import Field
-from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.chat_engine import CondensePlusContextChatEngine, CondenseQuestionChatEngine, ContextChatEngine
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
+from llama_index.llms.detox_guard.options import Scope, current_scope, entered
 from llama_index.llms.detox_guard.postprocessor import DetoxNodePostprocessor
-from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer, policy_in_force
+from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer, check_options, is_ours, policy_in_force, texts_of
+
+import detox_guard
+from detox_guard import InvalidParamsError
 
 if TYPE_CHECKING:
-    from llama_index.core.llms import LLM
+    from collections.abc import Sequence
+
+    from llama_index.core.llms import LLM, ChatMessage
     from llama_index.core.schema import NodeWithScore, QueryBundle
     from llama_index.llms.detox_guard.screening import Action
-
-    import detox_guard
 
 __all__ = ["get_detox_response_synthesizer", "guard_chat_engine"]
 
 _ASK_NO_LLM = {ResponseMode.NO_TEXT: NoText, ResponseMode.CONTEXT_ONLY: ContextOnly}
-ChatEngine = TypeVar("ChatEngine", ContextChatEngine, CondensePlusContextChatEngine)
+ChatEngine = TypeVar(
+    "ChatEngine", bound="ContextChatEngine | CondensePlusContextChatEngine | CondenseQuestionChatEngine"
+)
 
 
 def get_detox_response_synthesizer(
@@ -72,23 +83,114 @@ def get_detox_response_synthesizer(
 def guard_chat_engine(
     engine: ChatEngine, *, policy: detox_guard.GuardPolicy | None = None, **options: Any
 ) -> ChatEngine:
-    """Guard a context or condense_plus_context chat engine, in place; the options are those of `DetoxSynthesizer`.
+    """Guard a context, condense_plus_context or condense_question chat engine, in place.
 
-    These engines build a new synthesizer for every turn, and list their own nodes as sources: screening is therefore
+    The options are those of `DetoxSynthesizer`. The question that a condensing engine has its LLM write is judged by
+    the same policy as the answer, before it is searched for, logged or listed among the sources.
+
+    The first two build a new synthesizer for every turn, and list their own nodes as sources: screening is therefore
     added as their last postprocessor, so that sources are what the LLM read. Without `policy` it is by the guard that
-    `DetoxSynthesizer` then has in force.
+    `DetoxSynthesizer` then has in force. The third gets a copy of its query engine, with the hook as its synthesizer.
+    Raises `InvalidParamsError` for a bad option, and for an engine that it cannot guard.
     """
-    action, threshold = options.get("context", "mask"), options.get("context_threshold")
-    if action is not None:
-        screen = _Screen(llm=engine._llm, policy=policy, action=action, context_threshold=threshold)
-        engine._node_postprocessors = [*engine._node_postprocessors, screen]
-    build = engine._get_response_synthesizer
-
-    def guarded(*args: Any, **kwargs: Any) -> DetoxSynthesizer:
-        return DetoxSynthesizer(build(*args, **kwargs), policy=policy, **options)
-
-    engine._get_response_synthesizer = guarded  # type: ignore[method-assign, assignment]
+    if not isinstance(engine, ContextChatEngine | CondensePlusContextChatEngine | CondenseQuestionChatEngine):
+        bound = "a context, condense_plus_context or condense_question chat engine"
+        raise InvalidParamsError("engine", engine, bound, hint="else give the guard to its DetoxiGenLLM")
+    turns = _Turns(policy, options)
+    check_options(policy=policy, **options)
+    if isinstance(engine, CondenseQuestionChatEngine):
+        asked = engine._query_engine
+        if not isinstance(asked, RetrieverQueryEngine):
+            raise InvalidParamsError("engine", asked, "one that asks a RetrieverQueryEngine")
+        if not isinstance(asked._response_synthesizer, DetoxSynthesizer):
+            engine._query_engine = asked = copy.copy(asked)
+            asked._response_synthesizer = turns.hooked(asked._response_synthesizer)
+    else:
+        kept = [one for one in engine._node_postprocessors if not isinstance(one, _Screen)]
+        action, threshold = options.get("context", "mask"), options.get("context_threshold")
+        if action is not None:
+            kept.append(_Screen(llm=engine._llm, policy=policy, action=action, context_threshold=threshold))
+        engine._node_postprocessors = kept
+    engine._detox_turns = turns  # type: ignore[union-attr]
+    kind: Any = type(engine)
+    if not hasattr(kind, "_detox_base"):
+        engine.__class__ = _guarded(kind)
     return engine
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """How the turns of a chat engine are guarded."""
+
+    policy: detox_guard.GuardPolicy | None
+    options: dict[str, Any]
+
+    def hooked(self, inner: BaseSynthesizer, history: Sequence[ChatMessage] = ()) -> DetoxSynthesizer:
+        hook = DetoxSynthesizer(inner, policy=self.policy, **self.options)
+        hook.history = history
+        return hook
+
+    def condensing(self, llm: LLM, texts: Sequence[str]) -> tuple[Scope, detox_guard.GuardPolicy, bool]:
+        """What is in force while a question is written, its policy, and whether the LLM may read the turn at all."""
+        policy, outer = policy_in_force(llm, self.policy), current_scope()
+        if is_ours(llm):
+            options = {**outer.options, "guard": policy}
+            return Scope(options, (*outer.collectors, []), outer, outer.failures), policy, True
+        from detox_guard.guard import scan  # which loads torch
+
+        may = not policy.scan_input or scan(texts, policy) <= policy.threshold
+        return Scope(outer.options, (*outer.collectors, []), outer), policy, may
+
+
+@functools.cache
+def _guarded(base: Any) -> Any:
+    """The class of chat engines with guarded turns. A class of its own, and no method of an object: copies keep it."""
+
+    class Guarded(base):  # type: ignore[misc]
+        _detox_turns: _Turns
+        _detox_base = base
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _guarded_shell, (base,), self.__dict__
+
+        def _get_response_synthesizer(
+            self, chat_history: list[ChatMessage], *args: Any, **kwargs: Any
+        ) -> DetoxSynthesizer:
+            inner = super()._get_response_synthesizer(chat_history, *args, **kwargs)
+            return self._detox_turns.hooked(inner, [*getattr(self, "_prefix_messages", ()), *chat_history])
+
+        def _condense_question(self, chat_history: list[ChatMessage], message: str) -> str:
+            scope, policy, may = self._detox_turns.condensing(self._llm, [message, *texts_of(chat_history)])
+            if not may:  # the same texts are refused by the hook, in the turn's answer
+                return message
+            with entered(scope):
+                question: str = super()._condense_question(chat_history, message)
+            return _judged(question, message, scope, policy)
+
+        async def _acondense_question(self, chat_history: list[ChatMessage], message: str) -> str:
+            texts = [message, *texts_of(chat_history)]
+            scope, policy, may = await asyncio.to_thread(self._detox_turns.condensing, self._llm, texts)
+            if not may:
+                return message
+            with entered(scope):
+                question: str = await super()._acondense_question(chat_history, message)
+            return await asyncio.to_thread(_judged, question, message, scope, policy)
+
+    Guarded.__name__ = Guarded.__qualname__ = f"Guarded{base.__name__}"
+    return Guarded
+
+
+def _guarded_shell(base: type) -> Any:
+    """An empty engine of the guarded class: its state follows."""
+    return object.__new__(_guarded(base))
+
+
+def _judged(question: str, message: str, scope: Scope, policy: detox_guard.GuardPolicy) -> str:
+    """The question, if the user wrote it or a `DetoxiGenLLM` decoded it under the policy; else what the policy lets
+    through of it."""
+    if question == message or scope.collectors[-1]:
+        return question
+    return "".join(detox_guard.guard_text([question], policy))
 
 
 class _Screen(DetoxNodePostprocessor):

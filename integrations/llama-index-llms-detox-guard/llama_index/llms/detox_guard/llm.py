@@ -7,8 +7,9 @@ call through two of them would be reported, and its tokens counted, twice.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -22,23 +23,35 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     ToolCallBlock,
 )
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import Field, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.llms.detox_guard.callers import IncompleteAnswerError, asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
-from llama_index.llms.detox_guard.options import current_scope
+from llama_index.llms.detox_guard.options import (
+    Scope,
+    aheld,
+    current_scope,
+    entered,
+    held,
+    made_here,
+    read_options,
+)
+from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
 from llama_index.llms.detox_guard.reply import Reply
 
 import detox_guard
-from detox_guard import DecodingParams, InvalidParamsError, PromptError
+from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 
     from llama_index.core.bridge.pydantic import BaseModel
+    from llama_index.core.chat_engine.types import AgentChatResponse
     from llama_index.core.prompts import PromptTemplate
     from llama_index.core.tools.types import BaseTool
 
@@ -48,16 +61,26 @@ _NO_LIMIT = 131_072  # for backbones without a limit of positions: the core's bo
 Shown = TypeVar("Shown", CompletionResponse, ChatResponse)
 _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
 _REACT_STOP = ("Observation:",)
+_STRUCTURED = ("json_schema", "tool_calls")
+_CUT = ("length", "guard")
 
 
-class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
+class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call. Constructing it
     loads nothing: the engine comes with the first call that needs it, and is shared by every LLM that names the same
-    model. Raises `InvalidParamsError` for an unknown or bad keyword.
+    model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
+
+    Copies keep all of that. An `engine`, a scorer object or a hook of one's own is shared by copies and belongs to its
+    process: pickling it, or making an LLM of what `to_dict` says about it, raises `NotPicklableError`.
+
+    A structured answer or a forced tool call that does not end with "stop" raises `IncompleteAnswerError`, in streams
+    at their end. Where LlamaIndex would swallow an `InvalidParamsError` it is a `RefusedCallError`.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("engine",)
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
     detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
@@ -69,21 +92,44 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         default=None,
         description="Offer tools to the model; None asks its chat template. True works without one, by a plain prompt.",
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description='Variables of the chat template, such as {"enable_thinking": False}; a call\'s own win.',
+    )
     engine: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
     pydantic_program_mode: PydanticProgramMode = Field(
         default=PydanticProgramMode.LLM, description="Structured answers are decoded under the schema's grammar."
     )
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        decoding = dict(options.pop("decoding", {}))
-        for name in [name for name in options if name not in type(self).model_fields]:
-            if name not in DecodingParams.model_fields:
-                raise InvalidParamsError(name, options[name], "no field of DetoxiGenLLM or DecodingParams")
-            decoding[name] = options.pop(name)
-        if isinstance(decoding.get("guard"), dict):
-            decoding["guard"] = detox_guard.GuardPolicy(**decoding["guard"])
-        DecodingParams(**decoding)
+        given = options.pop("decoding", None) or {}
+        if not isinstance(given, dict):
+            raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
+        decoding = self._moved(options, given)
         super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
+
+    @classmethod
+    def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
+        """`decoding` with what `options` have of it, which is taken out of them. Raises `InvalidParamsError`."""
+        decoding = dict(decoding)
+        for name in [name for name in options if name not in cls.model_fields]:
+            if name not in DecodingParams.model_fields:
+                raise InvalidParamsError(name, options[name], f"no field of {cls.__name__} or DecodingParams")
+            decoding[name] = options.pop(name)
+        refuse_stand_ins(cls.__name__, decoding)
+        decoding = read_options(decoding)
+        DecodingParams(**decoding)
+        return decoding
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed, those of `DecodingParams` too. Raises `InvalidParamsError`."""
+        changes = dict(update or {})
+        decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
+        return super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+
+    @field_serializer("decoding")
+    def _decoding_as_json(self, decoding: dict[str, Any]) -> dict[str, Any]:
+        return {name: as_json(value) for name, value in decoding.items()}
 
     @classmethod
     def class_name(cls) -> str:
@@ -117,7 +163,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         return self.load().params.replace(**{**self.decoding, **current_scope().options})
 
     def to_payload(self) -> dict[str, Any]:
-        """What events say about this LLM. Loads nothing: events fire before the first call, on the event loop."""
+        """What events say about this LLM, as JSON. Loads nothing: they fire before the first call, on the loop."""
         return self.to_dict()
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +235,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
             **kwargs,
             "messages": messages,
             "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
-            "tool_choice": tool_choice or ("any" if tool_required else "auto"),
+            "tool_choice": tool_choice or ("any" if tool_required or asked_by_a_program() else "auto"),
             "allow_parallel_tool_calls": allow_parallel_tool_calls,
         }
 
@@ -198,8 +244,12 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     ) -> list[ToolSelection]:
         """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`.
 
-        Calls that cannot be read, such as one cut off at `max_new_tokens`, stand in `raw["invalid_tool_calls"]`.
+        Calls that cannot be read stand in `raw["invalid_tool_calls"]`. Raises `IncompleteAnswerError` where one was cut
+        off at `max_new_tokens` or broken off by the guard: an agent would take what is left for its answer.
         """
+        raw = response.raw if isinstance(response.raw, dict) else {}
+        if raw.get("invalid_tool_calls") and raw.get("finish_reason") in _CUT:
+            raise IncompleteAnswerError(raw["finish_reason"], raw["invalid_tool_calls"][0], "a tool call")
         calls = [
             ToolSelection.model_validate(
                 {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
@@ -208,9 +258,23 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
             if isinstance(block, ToolCallBlock)
         ]
         if not calls and error_on_no_tool_call:
-            wrote = "".join([response.message.content or "", *((response.raw or {}).get("invalid_tool_calls", ()))])
+            wrote = "".join([response.message.content or "", *raw.get("invalid_tool_calls", ())])
             raise ValueError(f"the model called no tool; it wrote {wrote[:80]!r}")
         return calls
+
+    def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
+        failed: list[DetoxGuardError] = []
+        with entered(_collecting(failed)):
+            response = super().predict_and_call(tools, *args, **kwargs)
+        return _unless(failed, response)
+
+    async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
+        failed: list[DetoxGuardError] = []
+        with entered(_collecting(failed)):
+            response = await super().apredict_and_call(tools, *args, **kwargs)
+        return _unless(failed, response)
 
     # -- structured answers: upstream's text program, decoded under the schema's grammar, so that it always parses
 
@@ -221,7 +285,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Model:
-        """An instance of `output_cls`."""
+        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
         options = self._bound(output_cls, llm_kwargs)
         answer: Model = super().structured_predict(output_cls, prompt, options, **prompt_args)
         return answer
@@ -233,7 +297,7 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Model:
-        """An instance of `output_cls`."""
+        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
         options = self._bound(output_cls, llm_kwargs)
         answer: Model = await super().astructured_predict(output_cls, prompt, options, **prompt_args)
         return answer
@@ -245,8 +309,18 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
-        """Ever fuller instances; the last one is whole."""
-        return super().stream_structured_predict(output_cls, prompt, self._bound(output_cls, llm_kwargs), **prompt_args)
+        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
+        options = self._bound(output_cls, llm_kwargs)
+        answers = super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
+
+        def checked() -> Generator[Any, None, None]:
+            last = None
+            with closing(answers):
+                for last in answers:
+                    yield last
+            _check_last(output_cls, last)
+
+        return held(current_scope(), checked())
 
     async def astream_structured_predict(
         self,
@@ -255,29 +329,44 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
-        """Ever fuller instances; the last one is whole."""
-        return await super().astream_structured_predict(
-            output_cls, prompt, self._bound(output_cls, llm_kwargs), **prompt_args
-        )
+        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
+        options = self._bound(output_cls, llm_kwargs)
+        answers = await super().astream_structured_predict(output_cls, prompt, options, **prompt_args)
+
+        async def checked() -> AsyncGenerator[Any, None]:
+            last = None
+            async with aclosing(answers):
+                async for last in answers:
+                    yield last
+            _check_last(output_cls, last)
+
+        return aheld(current_scope(), checked())
+
+    def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
+        """An LLM that answers with instances of `output_cls`."""
+        return _DetoxStructuredLLM(llm=self, output_cls=output_cls, **kwargs)
 
     def _bound(self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         if self.pydantic_program_mode != PydanticProgramMode.LLM:
             return llm_kwargs or {}
-        return {"grammar": detox_guard.Grammar.json_schema(output_cls.model_json_schema()), **(llm_kwargs or {})}
+        with refusals():
+            grammar = detox_guard.Grammar.json_schema(output_cls.model_json_schema(), lenient=True)
+        return {"grammar": grammar, **(llm_kwargs or {})}
 
     # -- the one way they all take
 
     def _run(
         self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> Generator[Shown, None, None]:
-        engine = self.load()
-        reply, *request = self._request(engine, prompt, kwargs)
-
-        # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
-        chunks = engine.stream(*request)
+        failures = current_scope().failures
+        with refusals(failures):
+            engine = self.load()
+            reply, *request = self._request(engine, prompt, kwargs)
+            # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
+            chunks = engine.stream(*request)
 
         def responses() -> Generator[Shown, None, None]:
-            with closing(chunks) as running:
+            with refusals(failures), closing(chunks) as running:
                 for chunk in running:
                     if reply.push(chunk):
                         yield show(reply)
@@ -287,14 +376,17 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
     async def _arun(
         self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> AsyncGenerator[Shown, None]:
-        engine = await asyncio.to_thread(self.load)
-        reply, *request = self._request(engine, prompt, kwargs)
+        failures = current_scope().failures
+        with refusals(failures):
+            engine = await asyncio.to_thread(self.load)
+            reply, *request = self._request(engine, prompt, kwargs)
 
         async def responses() -> AsyncGenerator[Shown, None]:
-            async with aclosing(engine.astream(*request)) as chunks:
-                async for chunk in chunks:
-                    if reply.push(chunk):
-                        yield show(reply)
+            with refusals(failures):
+                async with aclosing(engine.astream(*request)) as chunks:
+                    async for chunk in chunks:
+                        if reply.push(chunk):
+                            yield show(reply)
 
         return responses()
 
@@ -310,8 +402,14 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         scope = current_scope()
         options = {**self.decoding, **scope.options, **kwargs}
         tools = options.pop("tools", None) or []
+        if not isinstance(tools, list | tuple):
+            raise InvalidParamsError("tools", tools, "a list of tools")
         choice = choice_of(options.pop("tool_choice", None) or "auto", tools)
         parallel = options.pop("allow_parallel_tool_calls", True)
+        if not isinstance(parallel, bool):
+            raise InvalidParamsError("allow_parallel_tool_calls", parallel, "True or False")
+        variables = self._variables(options.pop("chat_template_kwargs", None))
+        options = read_options(options)
         tools = [] if choice == "none" else tools
         if tools and choice != "auto":
             name = None if choice in ("any", "required") else choice
@@ -321,12 +419,69 @@ class DetoxiGenLLM(CustomLLM, FunctionCallingLLM):
         elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", engine.params.stop):
             options["stop"] = _REACT_STOP
         params = engine.params.replace(**options)
-        reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel)
+        structured = params.grammar is not None and params.grammar.kind in _STRUCTURED
+        whole = structured or asked_by_a_program()
+        reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel, whole=whole)
         if isinstance(prompt, str):
+            if kwargs.get("chat_template_kwargs"):
+                raise InvalidParamsError(
+                    "chat_template_kwargs", variables, "messages: a plain text goes through no template"
+                )
             return reply, prompt, params
         if engine.has_chat_template:
-            return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools)), params
+            laid_out: dict[str, Any] = {"chat_template_kwargs": variables} if variables else {}
+            return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools), **laid_out), params
         if tools:
             raise PromptError("tools", f"{len(tools)} tools", f"{engine.model_id} has no chat template")
+        if variables:
+            raise PromptError("chat_template_kwargs", variables, f"{engine.model_id} has no chat template")
         to_prompt = self.messages_to_prompt or messages_to_prompt
         return reply, to_prompt(prompt), params
+
+    def _variables(self, given: Any) -> dict[str, Any]:
+        """Variables of the chat template: this LLM's, then the call's."""
+        if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
+            raise InvalidParamsError("chat_template_kwargs", given, "a dict of variables by name")
+        return {**(self.chat_template_kwargs or {}), **(given or {})}
+
+
+class _DetoxStructuredLLM(Portable, StructuredLLM):
+    """Upstream's, whose streams belong to the options under which they were made, and which never loses its LLM."""
+
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        return held(current_scope(), super().stream_chat(messages, **kwargs))
+
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        return aheld(current_scope(), await super().astream_chat(messages, **kwargs))
+
+
+def _collecting(failed: list[DetoxGuardError]) -> Scope:
+    outer = current_scope()
+    return Scope(outer.options, outer.collectors, outer, (*outer.failures, failed))
+
+
+def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> AgentChatResponse:
+    if failed and not response.sources:
+        raise failed[-1]
+    return response
+
+
+def _check_last(output_cls: type[BaseModel], last: Any) -> None:
+    """Raises what is wrong with the last instance of a stream that ended by itself."""
+    if last is None:
+        raise IncompleteAnswerError("stop", "")
+    if not isinstance(last, output_cls):
+        output_cls.model_validate(last.model_dump(exclude_unset=True))
+
+
+# What is made in a block of options is decoded under them, wherever it is awaited.
+for _cls, _names in {
+    DetoxiGenLLM: (
+        *("achat", "acomplete", "astream_chat", "astream_complete"),
+        *("astructured_predict", "astream_structured_predict", "apredict", "astream", "apredict_and_call"),
+        *("achat_with_tools", "astream_chat_with_tools"),
+    ),
+    _DetoxStructuredLLM: ("achat", "acomplete", "astream_chat"),
+}.items():
+    for _name in _names:
+        setattr(_cls, _name, made_here(inspect.getattr_static(_cls, _name)))

@@ -41,7 +41,7 @@ def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             "role": _ROLES.get(message.role, message.role.value),
             "content": _text(index, message),
         }
-        calls = [_tool_call(block) for block in message.blocks if isinstance(block, ToolCallBlock)]
+        calls = _calls_of(message)
         if calls:
             core["tool_calls"] = calls
             names |= {call["id"]: call["function"]["name"] for call in calls}
@@ -83,7 +83,7 @@ def _text(index: int, message: ChatMessage) -> str:
     texts = []
     for block in message.blocks:
         if isinstance(block, TextBlock):
-            texts.append(block.text)
+            texts.append(block.text or "")
         elif not isinstance(block, ToolCallBlock | ThinkingBlock | CachePoint):
             raise PromptError(
                 f"messages[{index}].blocks", type(block).__name__, "text, tool calls and thinking are all it reads"
@@ -91,15 +91,44 @@ def _text(index: int, message: ChatMessage) -> str:
     return "\n".join(texts)
 
 
-def _tool_call(block: ToolCallBlock) -> dict[str, Any]:
-    arguments = block.tool_kwargs
+def _calls_of(message: ChatMessage) -> list[dict[str, Any]]:
+    """The calls in its blocks; or else those that other LLMs keep beside them, as whoever wrote them lays them out."""
+    blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    if blocks:
+        return [_call(block.tool_call_id, block.tool_name, block.tool_kwargs) for block in blocks]
+    kept = message.additional_kwargs.get("tool_calls")
+    calls = []
+    for call in kept if isinstance(kept, list | tuple) else ():
+        function = _part(call, "function")
+        name = _part(function, "name") or _part(call, "name") or _part(call, "tool_name")
+        arguments = (
+            _part(function, "arguments")
+            or _part(call, "input")
+            or _part(call, "args")
+            or _part(call, "arguments")
+            or _part(call, "tool_kwargs")
+        )
+        if name:
+            call_id = _part(call, "id") or _part(call, "tool_call_id") or _part(call, "tool_id")
+            calls.append(_call(call_id, str(name), arguments))
+    return calls
+
+
+def _part(value: Any, name: str) -> Any:
+    """Of a dict, or of a provider's object."""
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _call(call_id: Any, name: str, arguments: Any) -> dict[str, Any]:
     if isinstance(arguments, str):  # LLMs that stream arguments as text leave them so in the memory
         try:
             arguments = json.loads(arguments or "{}")
         except json.JSONDecodeError:
             arguments = {"arguments": arguments}
+    if not isinstance(arguments, dict):
+        arguments = {} if arguments is None else {"arguments": arguments}
     return {
-        "id": block.tool_call_id or "",
+        "id": str(call_id or ""),
         "type": "function",
-        "function": {"name": block.tool_name, "arguments": arguments},
+        "function": {"name": name, "arguments": arguments},
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import Field, field_serializer
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.llms.detox_guard.portable import Portable, as_json
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
 
 if TYPE_CHECKING:
@@ -14,15 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["DetoxNodePostprocessor"]
 
 
-class DetoxNodePostprocessor(BaseNodePostprocessor):
+class DetoxNodePostprocessor(Portable, BaseNodePostprocessor):
     """Drops, masks or marks toxic nodes between the retriever and the LLM. Raises `ScorerError`: it fails closed.
 
-    Stored nodes are never changed; flagged nodes are copies that carry `metadata["detox_guard"]`.
+    Stored nodes are never changed; flagged nodes are copies that carry `metadata["detox_guard"]`. A scorer object is
+    shared by copies; pickling it, or a dict that says its name, raises `NotPicklableError`.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("scorer",)
 
     action: Action = Field(default="mask", description="What happens to a toxic node.")
     threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity above which a text is flagged.")
     scorer: Any = Field(default="embedded", description="A scorer's name, or a ToxicityScorer.")
+
+    @field_serializer("scorer")
+    def _scorer_as_json(self, scorer: Any) -> Any:
+        return as_json(scorer)
 
     @classmethod
     def class_name(cls) -> str:

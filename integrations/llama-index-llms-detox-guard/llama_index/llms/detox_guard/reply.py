@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import (
     TextBlock,
     ToolCallBlock,
 )
+from llama_index.llms.detox_guard.callers import IncompleteAnswerError
 from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
 
 import detox_guard
@@ -23,9 +24,17 @@ class Reply:
     """One reply as it grows: what LlamaIndex wants to see of it at any moment."""
 
     def __init__(
-        self, model: str, collectors: tuple[list[detox_guard.Generation], ...], *, tools: bool, parallel: bool
+        self,
+        model: str,
+        collectors: tuple[list[detox_guard.Generation], ...],
+        *,
+        tools: bool,
+        parallel: bool,
+        whole: bool,
     ) -> None:
+        """`whole`: what was cut or broken off is of no use."""
         self.delta = ""
+        self._whole = whole
         self._model = model
         self._collectors = collectors
         self._parser = detox_guard.ToolCallStream() if tools else None
@@ -35,7 +44,7 @@ class Reply:
         self._raw: dict[str, Any] | None = None
 
     def push(self, chunk: detox_guard.Chunk) -> bool:
-        """Take a chunk in; is there something new to show?"""
+        """Take a chunk in; is there something new to show? Raises `IncompleteAnswerError`."""
         pieces: list[Any] = self._parser.push(chunk.text) if self._parser else [chunk.text]
         if chunk.generation:
             pieces += self._parser.flush() if self._parser else []
@@ -85,3 +94,5 @@ class Reply:
                     next_alpha=taken.next_alpha,
                 )
             )
+        if self._whole and generation.finish_reason != "stop":
+            raise IncompleteAnswerError(generation.finish_reason, generation.text)

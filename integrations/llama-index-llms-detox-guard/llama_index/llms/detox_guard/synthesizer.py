@@ -6,10 +6,12 @@ Knows synthesizers, nodes and answers of every shape; leaves judging to the core
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator, Generator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from llama_index.core.bridge.pydantic import BaseModel, ValidationError
 from llama_index.core.llms.structured_llm import StructuredLLM
@@ -19,10 +21,12 @@ from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
-from llama_index.llms.detox_guard.options import Scope, current_scope, entered
+from llama_index.llms.detox_guard.options import Scope, aheld, current_scope, entered, held, made_here
 from llama_index.llms.detox_guard.screening import MARK, Action, ScreenedNode, screen_nodes
 
 import detox_guard
+from detox_guard import InvalidParamsError
+from detox_guard.audit import report as report_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from llama_index.core.schema import QueryBundle
     from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-__all__ = ["DetoxSynthesizer", "policy_in_force"]
+__all__ = ["DetoxSynthesizer", "check_options", "is_ours", "policy_in_force", "texts_of"]
 
 REPORT = "detox"
 """Key of the report in a response's metadata."""
@@ -89,10 +93,11 @@ class DetoxSynthesizer(BaseSynthesizer):
     LLM is a `DetoxiGenLLM`, it is steered with at least `toxic_context_alpha`. Out: a `DetoxiGenLLM` decodes under
     `policy` and can take a sentence back; around any other LLM, and around a synthesizer that is not LlamaIndex's own
     and may write by itself, each sentence is held until it is judged, then passed, replaced, or the answer stopped.
-    Structured answers are judged string by string. With `redact_sources`, `source_nodes` show toxic sentences masked,
-    whatever the LLM read. `response.metadata["detox"]` says what was done: `screened`, `context_score`, `alpha` (if
-    raised), `guard` ("decode" or "hold"), `interventions`, `discarded_tokens`; of a streamed answer the last two are
-    complete when its stream is.
+    Structured answers are judged string by string. With `scan_input` in the policy, a question (or what is read with
+    it) that is flagged reaches no LLM, whoever were to answer. With `redact_sources`, `source_nodes` show toxic
+    sentences masked, whatever the LLM read. `response.metadata["detox"]` says what was done: `screened`,
+    `context_score`, `alpha` (if raised), `guard` ("decode" or "hold"), `interventions`, `discarded_tokens`; of a
+    streamed answer the last two are complete when its stream is.
     Raises `GuardError` as `policy` asks, `ScorerError` where nothing can be judged.
     """
 
@@ -110,6 +115,14 @@ class DetoxSynthesizer(BaseSynthesizer):
 
         `context_threshold`: None is the threshold of the policy in force.
         """
+        check_options(
+            policy=policy,
+            context=context,
+            context_threshold=context_threshold,
+            toxic_context_alpha=toxic_context_alpha,
+            redact_sources=redact_sources,
+        )
+        self._inner = inner
         super().__init__(
             llm=inner._llm,
             callback_manager=inner._callback_manager,
@@ -120,12 +133,22 @@ class DetoxSynthesizer(BaseSynthesizer):
             empty_response=inner._empty_response,
             multimodal=inner._multimodal,
         )
-        self._inner = inner
+        self.history: Sequence[ChatMessage] = ()
+        """Messages that the inner synthesizer's prompts begin with, as in a chat engine."""
         self._policy = policy
         self._context = context
         self._context_threshold = context_threshold
         self._toxic_context_alpha = toxic_context_alpha
         self._redact_sources = redact_sources
+
+    @property
+    def _streaming(self) -> bool:
+        """Some chat engines switch it for a turn: the inner synthesizer is the one that streams."""
+        return bool(self._inner._streaming)
+
+    @_streaming.setter
+    def _streaming(self, streaming: bool) -> None:
+        self._inner._streaming = streaming
 
     # -- prompts are the inner synthesizer's, under the same names
 
@@ -153,7 +176,8 @@ class DetoxSynthesizer(BaseSynthesizer):
         try:
             return self._reported(super().synthesize(query, readable, None, **response_kwargs))
         finally:
-            _call.reset(token)
+            with suppress(ValueError):  # finished in another context, which has no part in this call
+                _call.reset(token)
 
     async def asynthesize(
         self,
@@ -168,7 +192,8 @@ class DetoxSynthesizer(BaseSynthesizer):
         try:
             return self._reported(await super().asynthesize(query, readable, None, **response_kwargs))
         finally:
-            _call.reset(token)
+            with suppress(ValueError):  # finished in another context, which has no part in this call
+                _call.reset(token)
 
     def _screen(self, nodes: Sequence[NodeWithScore], policy: detox_guard.GuardPolicy) -> list[ScreenedNode]:
         if self._context is None:
@@ -207,7 +232,7 @@ class DetoxSynthesizer(BaseSynthesizer):
                 options["alpha"] = report["alpha"] = max(llm.params.alpha, self._toxic_context_alpha)
                 options["calm_share"] = 1.0  # what the model reads may have nothing toxic left
         report["guard"] = "decode" if ours and _only_asks(self._inner) else "hold"
-        scope = Scope({**outer.options, **options}, (*outer.collectors, replies))
+        scope = Scope({**outer.options, **options}, (*outer.collectors, replies), outer, outer.failures)
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
         readable = [node.readable for node in screened if node.readable is not None]
         return _Call(scope, policy, report, sources, replies), readable
@@ -230,6 +255,8 @@ class DetoxSynthesizer(BaseSynthesizer):
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """The guarded answer from plain chunks."""
         call, chunks = self._opened(text_chunks)
+        if self._is_refused(call, [query_str, *chunks]):
+            return _one(self._refusal(call)) if self._streaming else self._refusal(call)
         return self._answer(call, lambda: self._inner.get_response(query_str, chunks, **response_kwargs))
 
     async def aget_response(
@@ -237,6 +264,8 @@ class DetoxSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """The guarded answer from plain chunks; the event loop is not blocked."""
         call, chunks = await asyncio.to_thread(self._opened, text_chunks)
+        if await asyncio.to_thread(self._is_refused, call, [query_str, *chunks]):
+            return _aone(self._refusal(call)) if self._streaming else self._refusal(call)
         with entered(call.scope):
             answer = await self._inner.aget_response(query_str, chunks, **response_kwargs)
         return await self._aguarded(call, answer)
@@ -246,6 +275,8 @@ class DetoxSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """The guarded answer of a multimodal synthesizer; its chunks are screened as nodes, in `synthesize`."""
         call, _ = self._opened([])
+        if self._is_refused(call, [query_str, *texts_of(message_chunks)]):
+            return _one(self._refusal(call)) if self._streaming else self._refusal(call)
         return self._answer(
             call, lambda: self._inner.get_response_from_messages(query_str, message_chunks, **response_kwargs)
         )
@@ -255,6 +286,8 @@ class DetoxSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response_from_messages` without blocking the event loop."""
         call, _ = await asyncio.to_thread(self._opened, [])
+        if await asyncio.to_thread(self._is_refused, call, [query_str, *texts_of(message_chunks)]):
+            return _aone(self._refusal(call)) if self._streaming else self._refusal(call)
         with entered(call.scope):
             answer = await self._inner.aget_response_from_messages(query_str, message_chunks, **response_kwargs)
         return await self._aguarded(call, answer)
@@ -266,6 +299,32 @@ class DetoxSynthesizer(BaseSynthesizer):
             return call, list(text_chunks)
         call, readable = self._open([NodeWithScore(node=TextNode(text=chunk)) for chunk in text_chunks])
         return call, [node.node.get_content() for node in readable]
+
+    def _is_refused(self, call: _Call, texts: Sequence[str]) -> bool:
+        """With `scan_input`: was any of what the LLM is to read flagged? A `DetoxiGenLLM` scans by itself.
+
+        Raises `GuardError` as the policy says, and where a structured answer was to come.
+        """
+        policy = call.policy
+        if not (policy.scan_input and call.holds) or isinstance(self._inner, _ASK_NO_LLM):
+            return False
+        from detox_guard.guard import scan  # which loads torch
+
+        score = scan([*texts_of(self.history), *texts], policy)
+        if score <= policy.threshold:
+            return False
+        taken = detox_guard.Intervention(
+            unit=-1, start=0, tokens=0, score=score, threshold=policy.threshold, alpha=0.0, next_alpha=None,
+            action=policy.on_exhausted,
+        )  # fmt: skip
+        report_event(policy, taken, None)
+        call.note(taken)
+        if policy.on_exhausted == "raise" or self._output_cls is not None or isinstance(self._llm, StructuredLLM):
+            raise detox_guard.GuardError(f"the prompt scored {score:.2f}, over {policy.threshold:g}")
+        return True
+
+    def _refusal(self, call: _Call) -> str:
+        return call.policy.replacement if call.policy.on_exhausted == "replace" else ""
 
     def _answer(self, call: _Call, ask: Callable[[], RESPONSE_TEXT_TYPE]) -> RESPONSE_TEXT_TYPE:
         with entered(call.scope):
@@ -282,35 +341,21 @@ class DetoxSynthesizer(BaseSynthesizer):
         return await asyncio.to_thread(self._whole, call, answer)
 
     def _stream(self, call: _Call, answer: Generator[str, None, None]) -> Generator[str, None, None]:
-        def steps() -> Generator[str, None, None]:
-            # Some synthesizers ask the LLM only while their stream is read: each step runs under the call's options.
-            while True:
-                with entered(call.scope):
-                    delta = next(answer, None)
-                if delta is None:
-                    return
-                yield delta
-
+        # Some synthesizers ask the LLM only while their stream is read: each step runs under the call's options.
+        steps = held(call.scope, answer)
         try:
-            yield from detox_guard.guard_text(steps(), call.policy, call.note) if call.holds else steps()
+            yield from detox_guard.guard_text(steps, call.policy, call.note) if call.holds else steps
         finally:
-            answer.close()
+            steps.close()
             call.finish()
 
     async def _astream(self, call: _Call, answer: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        async def steps() -> AsyncGenerator[str, None]:
-            while True:
-                with entered(call.scope):
-                    delta = await anext(answer, None)
-                if delta is None:
-                    return
-                yield delta
-
+        steps = aheld(call.scope, answer)
         try:
-            async for delta in detox_guard.aguard_text(steps(), call.policy, call.note) if call.holds else steps():
+            async for delta in detox_guard.aguard_text(steps, call.policy, call.note) if call.holds else steps:
                 yield delta
         finally:
-            await answer.aclose()
+            await steps.aclose()
             call.finish()
 
     def _whole(self, call: _Call, answer: RESPONSE_TEXT_TYPE) -> RESPONSE_TEXT_TYPE:
@@ -330,6 +375,53 @@ class DetoxSynthesizer(BaseSynthesizer):
         return judged(str(answer))
 
 
+for _name in ("asynthesize", "aget_response", "aget_response_from_messages"):
+    setattr(DetoxSynthesizer, _name, made_here(inspect.getattr_static(DetoxSynthesizer, _name)))
+
+
+def _one(text: str) -> Generator[str, None, None]:
+    yield text
+
+
+async def _aone(text: str) -> AsyncGenerator[str, None]:
+    yield text
+
+
+def texts_of(messages: Sequence[ChatMessage]) -> list[str]:
+    return [message.content for message in messages if message.content]
+
+
+def check_options(
+    *,
+    policy: Any = None,
+    context: Any = "mask",
+    context_threshold: Any = None,
+    toxic_context_alpha: Any = 6.0,
+    redact_sources: Any = True,
+    **unknown: Any,
+) -> None:
+    """Raises `InvalidParamsError` for an option that `DetoxSynthesizer` does not take."""
+    for name, value in unknown.items():
+        raise InvalidParamsError(name, value, "no option of DetoxSynthesizer")
+    if policy is not None and not isinstance(policy, detox_guard.GuardPolicy):
+        raise InvalidParamsError("policy", policy, "a GuardPolicy or None")
+    if context is not None and context not in get_args(Action):
+        raise InvalidParamsError("context", context, f"None or one of {', '.join(get_args(Action))}")
+    _check_number("context_threshold", 0.0 if context_threshold is None else context_threshold, 1)
+    _check_number("toxic_context_alpha", toxic_context_alpha, 100)
+    if not isinstance(redact_sources, bool):
+        raise InvalidParamsError("redact_sources", redact_sources, "True or False")
+
+
+def _check_number(name: str, value: Any, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise InvalidParamsError(name, value, f"a number from 0 to {most:g}")
+
+
+def is_ours(llm: LLM) -> bool:
+    return isinstance(_asked(llm), DetoxiGenLLM)
+
+
 def _asked(llm: LLM) -> LLM:
     return llm.llm if isinstance(llm, StructuredLLM) else llm
 
@@ -346,11 +438,13 @@ def _figures(where: str, taken: detox_guard.Intervention) -> dict[str, Any]:
 
 
 def _rewritten(answer: BaseModel, judged: Callable[[str], str]) -> BaseModel:
-    """The structured answer with every string judged. Raises `GuardError` if what is left breaks its schema."""
+    """The structured answer with every string judged, and every key that is not its schema's. Raises `GuardError` if
+    what is left breaks its schema."""
+    named = _property_names(type(answer).model_json_schema())
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
+            return {key if key in named or not key else judged(key): walk(item) for key, item in value.items()}
         if isinstance(value, list):
             return [walk(item) for item in value]
         return judged(value) if isinstance(value, str) and value else value
@@ -365,3 +459,13 @@ def _rewritten(answer: BaseModel, judged: Callable[[str], str]) -> BaseModel:
         raise detox_guard.GuardError(
             f"a guarded {type(answer).__name__} no longer fits its schema: {error.error_count()} fields"
         ) from error
+
+
+def _property_names(schema: Any) -> set[str]:
+    if isinstance(schema, list):
+        return {name for part in schema for name in _property_names(part)}
+    if not isinstance(schema, dict):
+        return set()
+    own = schema.get("properties")
+    names = set(own) if isinstance(own, dict) else set()
+    return names.union(*(_property_names(part) for part in schema.values()))

@@ -1,0 +1,156 @@
+"""The words that a reader or a tool finds in a message, and how they are replaced. Knows messages; scores nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from detox_guard import GuardError
+from langchain_core.messages import BaseMessage
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import BaseModel
+
+_TECHNICAL = frozenset({
+    "usage_metadata", "type", "status", "index", "role", "mime_type", "signature", "thought_signature",
+    "encrypted_content", "model_name", "model", "model_provider", "finish_reason", "stop_reason", "system_fingerprint",
+    "service_tier", "object", "created_at", "token_usage", "chunk_position", "example",
+})  # fmt: skip
+"""Fields whose values are a provider's, where they are one plain word: no reader takes them for text."""
+_VOCABULARY = _TECHNICAL | {
+    "text", "id", "name", "args", "input", "arguments", "function", "reasoning", "reasoning_content", "thinking",
+    "summary", "refusal", "content", "annotations", "title", "url", "extras", "data", "source", "value", "output",
+    "tool_calls", "tool_call", "tool_use", "tool_call_id", "image_url", "json", "file", "audio", "error", "citation",
+    "additional_kwargs", "response_metadata", "invalid_tool_calls", "artifact", "code", "transcript", "logprobs",
+}  # fmt: skip
+"""Keys that providers and LangChain use; any other key may be a model's own words."""
+_IDS = ("id", "tool_call_id", "call_id")
+_ONE_WORD = re.compile(r"[\w./:-]{1,64}")
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_OPAQUE = re.compile(r"\w*\d\w*|[0-9a-fA-F]+|\w*[a-z][A-Z]\w*")
+
+
+def words_of(value: object, known: frozenset[str] = frozenset()) -> list[str]:
+    """Every string in a message, a mapping, a list, a model or a dataclass, keys too, and JSON text decoded; each once.
+
+    `known` words (names of tools, of their parameters) are the developer's own and left out, and so is what only
+    programs read.
+    """
+    found: dict[str, None] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, object]] = [("", value)]
+    while waiting:  # no recursion: what a model wrote may be nested deeper than Python's stack
+        field, one = waiting.pop()
+        if isinstance(one, bytes | bytearray):
+            one = bytes(one).decode(errors="replace")
+        if isinstance(one, str):
+            text = _spoken(field, one)
+            if text.strip() and text not in known:
+                found[text] = None
+                waiting += [("", part) for part in _decoded(text)]
+            continue
+        if (inside := _fields_of(one)) is not None and id(one) not in seen:
+            seen.add(id(one))
+            for key, part in inside:
+                if isinstance(key, str) and key not in _VOCABULARY:
+                    waiting.append(("", key))
+                waiting.append((key if isinstance(key, str) else "", part))
+    return list(found)
+
+
+def replaced(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with every string changed, keys too. What this cannot look into stays as it is.
+
+    Raises `GuardError` for what is nested too deep to be changed.
+    """
+    try:
+        return _replaced(value, change)
+    except RecursionError:
+        raise GuardError("flagged words are nested too deep to be masked") from None
+
+
+def _replaced(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, bytes):
+        text = value.decode(errors="replace")
+        return value if (new := change(text)) == text else new.encode()
+    if isinstance(value, Mapping):
+        return {
+            change(key) if isinstance(key, str) and key not in _VOCABULARY else key: _replaced(part, change)
+            for key, part in value.items()
+        }
+    if isinstance(value, list):
+        return [_replaced(part, change) for part in value]
+    if isinstance(value, tuple | set | frozenset):
+        parts = [_replaced(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, BaseModel):
+        changed = {key: _replaced(part, change) for key, part in value}
+        return value.model_copy(update={key: part for key, part in changed.items() if part is not getattr(value, key)})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: _replaced(getattr(value, name), change) for name in names})
+    return value
+
+
+def names_in(tools: Any) -> frozenset[str]:
+    """The developer's own words: the names of tools, and of their parameters at any depth."""
+    words: set[str] = set()
+    for tool in tools:
+        try:
+            function = convert_to_openai_tool(tool)["function"]
+        except Exception:  # a provider's own tool: it has no schema
+            continue
+        words.add(function["name"])
+        waiting = [function.get("parameters")]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, Mapping):
+                properties = one.get("properties")
+                words.update(properties if isinstance(properties, Mapping) else ())
+                waiting += one.values()
+            elif isinstance(one, list):
+                waiting += one
+    return frozenset(words)
+
+
+def _fields_of(value: object) -> list[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, BaseModel):
+        fields = list(value)
+        if isinstance(value, BaseMessage):
+            fields = [("text", str(value.text)), *fields]  # as a reader joins its blocks
+            ours = value.response_metadata.get("model_provider") == "detox_guard"
+            # What we tell of a reply is no part of it.
+            fields = [(key, {} if ours and key == "response_metadata" else part) for key, part in fields]
+        return fields
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [(None, part) for part in value]
+    return None
+
+
+def _spoken(field: str, text: str) -> str:
+    """What of a string is words: of an id, the parts that no program drew; of a provider's field, none."""
+    if (field not in _TECHNICAL and field not in _IDS) or not _ONE_WORD.fullmatch(text):
+        return text
+    parts = [part for part in re.split(r"[\W_]+", text) if part and not _OPAQUE.fullmatch(part)]
+    return "" if field in _TECHNICAL and len(parts) < 2 else " ".join(parts)
+
+
+def _decoded(text: str) -> list[Any]:
+    """JSON inside a string, decoded; where it is cut or is none, its escapes at least."""
+    if text.lstrip()[:1] in ("{", "[", '"'):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            return [] if value == text else [value]
+    plain = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    return [plain] if plain != text else []
