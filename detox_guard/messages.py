@@ -80,13 +80,13 @@ def checked_text(field: str, value: object, *, may_be_empty: bool = False) -> st
 
 
 def strings_in(value: object) -> list[str]:
-    """All strings among the values of nested mappings and lists, as in the arguments of a tool call."""
+    """All strings among the keys and values of nested mappings and lists, as in the arguments of a tool call."""
     texts = []
     left = [value]
     while left:
         part = left.pop()
         if isinstance(part, Mapping):
-            part = list(part.values())
+            part = [one for pair in part.items() for one in pair]
         if isinstance(part, list | tuple):
             left += reversed(part)
         elif isinstance(part, str):

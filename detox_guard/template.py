@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from detox_guard.errors import PromptError
+from detox_guard.errors import InvalidParamsError, PromptError
 from detox_guard.messages import Layout, layouts, read_messages, strings_in
 from detox_guard.plain import as_plain, json_fault
 from detox_guard.tools import function_of, knows_tools
@@ -56,6 +56,8 @@ def encode_messages(
     `kwargs` are variables of the template. Raises `PromptError`, and `InvalidParamsError` for `tools`.
     """
     said = read_messages(messages)
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise InvalidParamsError("tools", tools, "a list of tools")
     for i, tool in enumerate(tools):
         function_of(tool, f"tools[{i}]")
     variables = _variables(backbone.tokenizer, kwargs)
@@ -132,7 +134,7 @@ class _Rendering:
         """
         spelt = self._control.spelt
         inputs = (layout.messages, layout.tools, self._variables)
-        if spelt and any(spelt.search(self._seen(one)) for one in _all_strings(inputs)):
+        if spelt and any(spelt.search(self._seen(one)) for one in strings_in(inputs)):
             if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
                 raise PromptError(
                     "messages", "a control token as text", "only with a newer transformers", hint="upgrade transformers"
@@ -256,18 +258,6 @@ def _probe_call(call: dict[str, Any], word: str) -> dict[str, Any]:
 def _opened(found: re.Match[str]) -> str:
     """A control token in the name of an argument, broken so that it is none."""
     return f"{found[0][:1]} {found[0][1:]}"
-
-
-def _all_strings(value: object) -> list[str]:
-    """As `strings_in`, and all keys."""
-    keys: list[str] = []
-
-    def note(key: str) -> str:
-        keys.append(key)
-        return key
-
-    _changed(value, str, note)
-    return keys + strings_in(value)
 
 
 def _changed(value: Any, text: Callable[[str], str], key: Callable[[str], str]) -> Any:

@@ -234,12 +234,12 @@ def test_what_is_read_has_the_words_of_calls() -> None:
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    assert prompt_texts(ChatPrompt(said)) == ["Hi", "", "One.", "Two."]
+    assert prompt_texts(ChatPrompt(said)) == ["Hi", "", "lines", "One.", "b", "Two.", "count"]
     call["function"]["arguments"] = json.dumps(arguments)
     said[0]["content"] = [{"type": "text", "text": "Hi"}, "there"]
     documents = [{"title": "T", "text": "Read."}]
     assert prompt_texts(ChatPrompt(said, chat_template_kwargs={"documents": documents, "mode": "on"})) == [
-        "Hi\nthere", "", "One.", "Two.", "T", "Read.",
+        "Hi\nthere", "", "lines", "One.", "b", "Two.", "count", "title", "T", "text", "Read.",
     ]  # fmt: skip
 
 
