@@ -62,8 +62,8 @@ def as_langchain(error: DetoxGuardError) -> DetoxGuardError:
     """The same error, also of LangChain's class for it where this langchain-core has one."""
     for ours, name in _THEIRS:
         theirs = getattr(exceptions, name, None)  # some came late in 1.x
-        if isinstance(error, ours) and theirs is not None and not isinstance(error, theirs):
-            return _copied(error, _both(type(error), theirs))  # type: ignore[arg-type]
+        if isinstance(error, ours) and theirs is not None:
+            return error if isinstance(error, theirs) else _copied(error, _both(type(error), theirs))  # type: ignore[arg-type]
     return error
 
 

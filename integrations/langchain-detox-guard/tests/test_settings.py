@@ -1,0 +1,329 @@
+"""What was configured stays so, or the way there is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
+from detox_guard.errors import NotPicklableError
+from langchain_core import exceptions
+from langchain_core.caches import InMemoryCache
+from langchain_core.globals import set_llm_cache
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.load import dumpd, load
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables.base import RunnableBinding
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from langchain_detox_guard import ChatDetoxiGen, DetoxDocumentScreen, DetoxiGenLLM, DetoxMiddleware, DetoxRetriever
+from langchain_detox_guard._errors import as_langchain
+from scripted_engine import ScriptedEngine, WordScorer
+
+BOTH = pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
+POLICY = GuardPolicy(threshold=0.3, ladder=(2.5,))  # type: ignore[arg-type]
+
+
+class Town(BaseModel):
+    """A town."""
+
+    name: str
+
+
+@tool
+def look_up(town: str) -> str:
+    """Look it up."""
+    return "nothing"
+
+
+def asked(engine: ScriptedEngine) -> DecodingParams:
+    return engine.calls[-1][2]
+
+
+# -- copies
+
+
+@BOTH
+def test_a_deep_copy_shares_what_belongs_to_the_process(kind: Any, engine: ScriptedEngine) -> None:
+    policy = GuardPolicy(scorer=WordScorer())
+    limiter, cache = InMemoryRateLimiter(), InMemoryCache()
+    limits = {"rate_limiter": limiter} if kind is ChatDetoxiGen else {}
+    llm = kind(engine=engine, guard=policy, cache=cache, stop=["x"], metadata={"a": [1]}, **limits)
+    for twin in (copy.deepcopy(llm), llm.model_copy(deep=True), copy.deepcopy([llm])[0], copy.copy(llm)):
+        assert twin.engine is engine
+        assert twin.guard.scorer is policy.scorer
+        assert twin.cache is cache
+        assert twin == llm
+        assert getattr(twin, "rate_limiter", limiter) is limiter
+    twin = copy.deepcopy(llm)
+    twin.stop.append("y")
+    twin.metadata["a"].append(2)
+    assert (llm.stop, llm.metadata) == (["x"], {"a": [1]})
+
+
+@BOTH
+def test_a_changed_copy_is_checked_and_keeps_the_rest(kind: Any, engine: ScriptedEngine) -> None:
+    llm = kind(engine=engine, guard=POLICY, seed=4, tags=["t"])
+    other = llm.model_copy(update={"alpha": 1.5, "guard": {"threshold": 0.2}})
+    assert (other.alpha, other.guard, other.seed, other.engine) == (1.5, GuardPolicy(threshold=0.2), 4, engine)
+    assert (other.tags, llm.alpha, llm.guard) == (["t"], 3.0, POLICY)
+    for field, value in {"alpha": -1, "guard": "strict", "top_k": True, "stop": [3], "model": "other/model"}.items():
+        with pytest.raises(InvalidParamsError, match=field):
+            llm.model_copy(update={field: value})
+    with pytest.raises(InvalidParamsError, match="apha"):
+        llm.model_copy(update={"apha": 1.0})
+
+
+@BOTH
+def test_a_dump_holds_the_engine_or_fails(kind: Any, engine: ScriptedEngine) -> None:
+    llm = kind(engine=engine, guard=POLICY)
+    assert kind(**llm.model_dump(exclude={"profile"})).engine is engine
+    with pytest.raises(ValueError, match="serialize"):
+        llm.model_dump_json()
+
+
+# -- pickles
+
+
+def around(model: Any) -> list[Any]:
+    """The model in everything that LangChain puts around one."""
+    return [
+        model,
+        model.bind(top_p=0.5),
+        model.with_config(tags=["t"]),
+        model.with_retry(),
+        model.with_fallbacks([model]),
+        model.configurable_fields(alpha=ConfigurableField(id="alpha")),
+        model.configurable_alternatives(ConfigurableField(id="which"), other=model),
+    ]
+
+
+@BOTH
+def test_a_pickle_keeps_everything(kind: Any) -> None:
+    own = {"chat_template_kwargs": {"thinking": False}} if kind is ChatDetoxiGen else {}
+    llm = kind(model="some/model", alpha=1.5, guard=POLICY, stop=["x"], tags=["t"], metadata={"m": 1}, **own)
+    for one in around(llm):
+        again = pickle.loads(pickle.dumps(one))
+        assert again == one
+    assert pickle.loads(pickle.dumps(llm)).guard == POLICY
+
+
+@BOTH
+@pytest.mark.parametrize("given", ["engine", "scorer", "hook", "cache"])
+def test_or_is_refused_by_name(kind: Any, given: str) -> None:
+    fields: Any = {
+        "engine": {"engine": ScriptedEngine()},
+        "scorer": {"guard": GuardPolicy(scorer=WordScorer())},
+        "hook": {"guard": GuardPolicy(on_event=lambda _: None)},
+        "cache": {"cache": Unpicklable()},
+    }[given]
+    for one in around(kind(**fields)):
+        with pytest.raises(NotPicklableError):
+            pickle.dumps(one)
+
+
+class Unpicklable(InMemoryCache):
+    """A cache that holds a connection, say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connection = lambda: None
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_screens_and_middleware_alike(guarded: bool) -> None:
+    scorer = WordScorer()
+    parts: list[Any] = [DetoxDocumentScreen(scorer=scorer), DetoxMiddleware(scorer=scorer)]
+    parts.append(DetoxMiddleware(guard=GuardPolicy(scorer=scorer)) if guarded else DetoxMiddleware(scorer=scorer))
+    for part in parts:
+        assert copy.deepcopy(part).scorer is scorer
+        with pytest.raises(NotPicklableError):
+            pickle.dumps(part)
+    screen = DetoxDocumentScreen(action="drop", threshold=0.25)
+    assert pickle.loads(pickle.dumps(screen)) == screen
+    middleware = pickle.loads(pickle.dumps(DetoxMiddleware(guard=POLICY, alpha=2.0)))
+    assert (middleware.guard, middleware.alpha) == (POLICY, 2.0)
+    with pytest.raises(InvalidParamsError, match="action"):
+        screen.model_copy(update={"action": "hide"})
+
+
+def test_a_screen_inside_a_retriever_too() -> None:
+    screen = DetoxDocumentScreen(scorer=WordScorer())
+    retriever = DetoxRetriever(retriever=DetoxRetriever.model_construct(), screen=screen)
+    assert copy.deepcopy(retriever).screen.scorer is screen.scorer
+    with pytest.raises(NotPicklableError):
+        pickle.dumps(retriever)
+
+
+# -- what LangChain puts around a model
+
+
+def test_what_was_bound_is_kept_by_what_is_bound_next(engine: ScriptedEngine) -> None:
+    chat = ChatDetoxiGen(engine=engine, seed=1)
+    bound = chat.bind(alpha=1.5).bind(guard=POLICY).with_config(tags=["t"]).bind(seed=9)
+    for one in (bound, bound.bind_tools([look_up]), bound.with_structured_output(Town)):
+        one.invoke("Hi")
+        assert (asked(engine).alpha, asked(engine).guard, asked(engine).seed) == (1.5, POLICY, 9)
+    assert bound.bind_tools([look_up]).config["tags"] == ["t"]
+    assert bound.bind_tools([look_up]).invoke("Hi").tool_calls
+    assert chat.with_config(tags=["t"]).bind(alpha=0.5).bind(alpha=2.5).bound.alpha == 2.5
+    plain = DetoxiGenLLM(engine=engine).bind(alpha=1.5, stop=["you"]).bind(seed=3)
+    assert plain.invoke("Hi").startswith("Hello, dear reader!")
+    assert (asked(engine).alpha, asked(engine).stop, asked(engine).seed) == (1.5, ("you",), 3)
+
+
+def test_fallbacks_take_tools_and_schemas(engine: ScriptedEngine) -> None:
+    model: Any = ChatDetoxiGen(engine=engine, guard=POLICY).with_fallbacks([ChatDetoxiGen(engine=engine, seed=2)])
+    assert model.bind_tools([look_up]).invoke("Hi").tool_calls
+    assert model.with_structured_output(Town).invoke("Hi") == Town(name="some name")
+    assert asked(engine).guard == POLICY
+    assert model.get_num_tokens_from_messages([HumanMessage("Hi")])
+
+
+def test_configurable_models_stay_so_under_tools_and_schemas(engine: ScriptedEngine) -> None:
+    model: Any = ChatDetoxiGen(engine=engine, seed=1, guard=POLICY).configurable_fields(
+        alpha=ConfigurableField(id="alpha")
+    )
+    config: Any = {"configurable": {"alpha": 7.0}}
+    for one in (model, model.bind_tools([look_up]), model.with_structured_output(Town)):
+        one.invoke("Hi", config)
+        assert (asked(engine).alpha, asked(engine).guard) == (7.0, POLICY)
+    with pytest.raises(InvalidParamsError, match="alpha"):
+        model.invoke("Hi", {"configurable": {"alpha": "much"}})
+    model = ChatDetoxiGen(engine=engine).configurable_alternatives(
+        ConfigurableField(id="which"),
+        strong=ChatDetoxiGen(engine=engine, alpha=8.0),
+        late=lambda: ChatDetoxiGen(engine=engine, alpha=9.0),
+        other=GenericFakeChatModel(messages=iter([AIMessage("Foreign.")])),
+    )
+    assert model.invoke("Hi", {"configurable": {"which": "other"}}).content == "Foreign."
+    tools = ChatDetoxiGen(engine=engine).configurable_alternatives(
+        ConfigurableField(id="which"), late=lambda: ChatDetoxiGen(engine=engine, alpha=9.0)
+    )
+    for which, alpha in {"default": 3.0, "late": 9.0}.items():
+        assert tools.bind_tools([look_up]).invoke("Hi", {"configurable": {"which": which}}).tool_calls  # type: ignore[attr-defined]
+        assert asked(engine).alpha == alpha
+
+
+def test_what_is_bound_survives_serialization() -> None:
+    bound = ChatDetoxiGen(model="some/model").bind(alpha=1.5, guard=POLICY).with_config(tags=["t"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = load(
+            dumpd(bound),
+            valid_namespaces=["langchain_detox_guard"],
+            allowed_objects=[ChatDetoxiGen, RunnableBinding],
+        )
+    assert again.bound == ChatDetoxiGen(model="some/model", alpha=1.5, guard=POLICY)
+    assert again.config["tags"] == ["t"]
+
+
+# -- bad values
+
+BAD = [
+    {"temperature": "warm"}, {"temperature": None}, {"alpha": [1]}, {"top_k": 1.5}, {"max_tokens": 0}, {"seed": -1},
+    {"guard": "strict"}, {"guard": {"threshold": 7}}, {"stop": 5}, {"stop": [""]}, {"rule": "other"}, {"top_p": True},
+]  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("bad", BAD, ids=str)
+async def test_a_bad_value_is_named_wherever_it_is_given(
+    kind: Any, bad: dict[str, Any], engine: ScriptedEngine
+) -> None:
+    llm = kind(engine=engine)
+    (field,) = bad
+    for way in (
+        lambda: kind(engine=engine, **bad),
+        lambda: llm.invoke("Hi", **bad),
+        lambda: list(llm.stream("Hi", **bad)),
+        lambda: llm.batch(["Hi", "you"], **bad),
+        lambda: list(llm.batch_as_completed(["Hi", "you"], **bad)),
+        lambda: llm.bind(**bad),
+        lambda: llm.with_retry(stop_after_attempt=1).bind(**bad).invoke("Hi"),
+    ):
+        with pytest.raises(InvalidParamsError) as told:
+            way()
+        assert told.value.field.split(".")[0] == field
+    with pytest.raises(InvalidParamsError, match=field):
+        await llm.ainvoke("Hi", **bad)
+    with pytest.raises(InvalidParamsError, match=field):
+        _ = [chunk async for chunk in llm.astream("Hi", **bad)]
+    assert not engine.calls
+
+
+@BOTH
+def test_a_call_reads_values_as_the_constructor_does(kind: Any, engine: ScriptedEngine) -> None:
+    given: Any = {"temperature": "0.5", "guard": {"threshold": 0.3}, "stop": "you"}
+    kind(engine=engine, **given).invoke("Hi")
+    built = asked(engine)
+    kind(engine=engine).invoke("Hi", **given)
+    assert asked(engine) == built
+    assert (built.temperature, built.guard, built.stop) == (0.5, GuardPolicy(threshold=0.3), ("you",))
+
+
+@BOTH
+def test_what_was_assigned_is_checked_at_the_call(kind: Any, engine: ScriptedEngine) -> None:
+    llm = kind(engine=engine)
+    llm.alpha = "much"
+    with pytest.raises(InvalidParamsError, match="alpha"):
+        llm.invoke("Hi")
+
+
+# -- caches
+
+
+@BOTH
+def test_the_cache_knows_engines_apart(kind: Any) -> None:
+    """Two of one name may hold other weights."""
+    set_llm_cache(InMemoryCache())
+    one, other = ScriptedEngine(), ScriptedEngine(lambda *_: "Something else.")
+    assert kind(engine=one, seed=1).invoke("Hi") != kind(engine=other, seed=1).invoke("Hi")
+    for engine in (one, other, one):
+        kind(engine=engine, seed=1).invoke("Hi")
+    assert (len(one.calls), len(other.calls)) == (1, 1)
+
+
+@BOTH
+@pytest.mark.parametrize("cache", [True, InMemoryCache()])
+def test_no_scorer_object_is_taken_for_another(kind: Any, cache: Any, engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    for word in ("rotten", "stale"):
+        kind(engine=engine, seed=1, cache=cache, guard=GuardPolicy(scorer=WordScorer(word))).invoke("Hi")
+    assert len(engine.calls) == 2
+
+
+def test_variables_of_the_template_are_in_the_key(engine: ScriptedEngine) -> None:
+    set_llm_cache(InMemoryCache())
+    chat = ChatDetoxiGen(engine=engine, seed=1)
+    for variables in (None, {"thinking": True}, {"thinking": False}, {"thinking": False}):
+        chat.invoke("Hi", chat_template_kwargs=variables)
+    assert len(engine.calls) == 3
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "theirs"),
+    [
+        (InvalidParamsError("alpha", object(), "at most 100", hint="h"), "ModelInvalidRequestError"),
+        (PromptTooLongError("prompt", 9, "at most 8", hint="h"), "ContextOverflowError"),
+        (EngineBusyError("full", hint="h"), "ModelRateLimitError"),
+    ],
+)
+def test_a_twin_crosses_processes_as_itself(error: Any, theirs: str) -> None:
+    sent = as_langchain(error)
+    for twin in (pickle.loads(pickle.dumps(sent)), copy.deepcopy(sent), as_langchain(sent)):
+        assert type(twin) is type(sent)
+        assert isinstance(twin, type(error))
+        assert (str(twin), twin.hint) == (str(error), "h")
+        assert getattr(twin, "field", None) == getattr(error, "field", None)
+        if (base := getattr(exceptions, theirs, None)) is not None:
+            assert isinstance(twin, base)

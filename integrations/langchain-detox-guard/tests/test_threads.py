@@ -1,0 +1,120 @@
+"""Batches of threads: whoever gives up frees their seats."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from detox_guard import StepError
+from langchain_core.runnables import RunnableLambda
+
+from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
+from scripted_engine import ScriptedEngine
+
+LONG = "word " * 100_000
+
+
+def slow() -> ScriptedEngine:
+    """An engine whose replies take hours."""
+    return ScriptedEngine(lambda *_: LONG, step_s=0.05)
+
+
+def interrupt_when(ready: Any) -> threading.Thread:
+    def wait() -> None:
+        while not ready():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("around", ["model", "chain", "retry", "bound", "completed", "queued", "streamed"])
+@pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
+def test_an_interrupt_ends_a_batch_and_frees_its_seats(kind: Any, around: str) -> None:
+    engine = slow()
+    llm = kind(engine=engine, max_tokens=100_000, streaming=around == "streamed")
+    runnable = {
+        "chain": RunnableLambda(str) | llm, "retry": llm.with_retry(), "bound": llm.bind(alpha=1.0),
+    }.get(around, llm)  # fmt: skip
+    config: Any = {"max_concurrency": 2} if around == "queued" else None
+    thread = interrupt_when(lambda: engine.active >= 2)
+    with pytest.raises(KeyboardInterrupt):
+        if around == "completed":
+            list(runnable.batch_as_completed(["a", "b", "c"]))
+        else:
+            # (LangChain's own chains and retries hand an interrupt back as a result, if they are to return exceptions.)
+            runnable.batch(["a", "b", "c"], config, return_exceptions=around not in ("chain", "retry"))
+    thread.join()
+    assert engine.active == 0
+    assert len(engine.calls) <= 3
+
+
+def test_the_first_error_ends_the_rest() -> None:
+    engine = ScriptedEngine(lambda prompt, _: "Hello, dear reader!" if "break" in str(prompt) else LONG, step_s=0.05)
+    with pytest.raises(StepError):
+        ChatDetoxiGen(engine=engine, max_tokens=100_000).batch(["a", "break", "c"])
+    assert engine.active == 0
+
+
+def test_leaving_the_loop_ends_the_rest() -> None:
+    engine = ScriptedEngine(lambda prompt, _: "Done." if "short" in str(prompt) else LONG, step_s=0.02)
+    for place, reply in ChatDetoxiGen(engine=engine, max_tokens=100_000).batch_as_completed(["a", "short"]):
+        assert (place, reply.content) == (1, "Done.")
+        break
+    for _ in range(500):
+        if engine.active == 0:
+            break
+        time.sleep(0.01)
+    assert engine.active == 0
+
+
+def test_order_errors_and_concurrency_are_langchains(engine: ScriptedEngine) -> None:
+    chat = ChatDetoxiGen(engine=engine, seed=1)
+    replies = chat.batch(["one", "break", "three"], return_exceptions=True)
+    assert [type(reply).__name__ for reply in replies] == ["AIMessage", "StepError", "AIMessage"]
+    assert "three" in str(replies[2].content)
+    assert chat.batch([]) == []
+    assert sorted(place for place, _ in chat.batch_as_completed(["a", "b"])) == [0, 1]
+    assert [reply.content for reply in chat.batch(["one", "three"])] == [replies[0].content, replies[2].content]
+
+
+def test_a_thread_that_outlives_its_batch_may_ask(engine: ScriptedEngine) -> None:
+    """Its context is still the batch's."""
+    chat = ChatDetoxiGen(engine=engine, seed=1)
+    late: list[Any] = []
+    go = threading.Event()
+
+    def spawn(value: Any) -> Any:
+        import contextvars
+
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: (go.wait(), late.append(context.run(chat.invoke, "late"))))
+        thread.start()
+        late_threads.append(thread)
+        return value
+
+    late_threads: list[threading.Thread] = []
+
+    class Spawning(ChatDetoxiGen):
+        def invoke(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().invoke(spawn(value), *args, **kwargs)
+
+    Spawning(engine=engine, seed=1).batch(["a", "b"])
+    go.set()
+    for thread in late_threads:
+        thread.join()
+    assert len(late) == 2
+
+
+async def test_thousands_may_be_gathered() -> None:
+    engine = ScriptedEngine()
+    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=1)
+    replies = await asyncio.gather(*(chat.ainvoke(f"Hi {i}") for i in range(2000)))
+    assert len(replies) == 2000
