@@ -45,7 +45,7 @@ def test_an_interrupt_ends_a_batch_and_frees_its_seats(kind: Any, around: str) -
     }.get(around, llm)  # fmt: skip
     config: Any = {"max_concurrency": 2} if around == "queued" else None
     thread = interrupt_when(lambda: engine.active >= 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         if around == "completed":
             list(runnable.batch_as_completed(["a", "b", "c"]))
         else:
