@@ -58,12 +58,11 @@ FLOORS = (15.0, 30.0)
 """Least norms of the two blocks: about those of a sentence of six words."""
 HARMLESS, RUDE, MARGIN = -1.0, 1.3, 2.0
 """Logits, before calibration: harmless texts stay below, mild insults above, a rude sentence so far above its rewriting."""
-SIDE_WEIGHT, SHORT_WEIGHT, PAIR_WEIGHT, PAIR_SHARE = 0.1, 0.25, 0.3, 0.2
+SIDE_WEIGHT, SHORT_WEIGHT, PAIR_WEIGHT, PAIR_SHARE = 0.1, 0.1, 0.3, 0.2
 SHORT = 3
 """Words up to which a harmless text weighs more: a word alone has no others to calm it."""
 MADE_UP, INSULTS = 14_000, 3_000
 RTP, PARADETOX = "rtp/scorer_train.jsonl", "detoxifier/paradetox_pairs.jsonl"
-WORDS = "words.txt"
 WIKITEXT, XQUAD = "quality/wikitext2_valid.txt", "quality/xquad_en_1190.json"
 SOURCES = {
     "scorer_train.jsonl": {"source": "RealToxicityPrompts", "licence": "Apache-2.0"},
@@ -259,6 +258,14 @@ def fragments(texts: list[str], count: int, seed: int) -> list[str]:
     return cut
 
 
+def _vocabulary() -> list[str]:
+    """The words of four letters or more that the minilm scorer's encoder knows: ordinary English."""
+    from detox_guard.minilm import encoder_dir
+
+    words = (encoder_dir() / "vocab.txt").read_text(encoding="utf-8").split()
+    return [word for word in words if len(word) > 3 and word.isascii() and word.isalpha()]
+
+
 def _pairs(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         return []
@@ -303,18 +310,14 @@ def train(
     if len(np.unique(rows.group)) < FOLDS or not 0 < (rows.toxicity >= 0.5).sum() < len(rows.texts):
         raise DataError(f"{file.name!r} needs at least {FOLDS} rows, toxic and non-toxic ones")
     rude, kind = contrasts(made_up[1], SEED)
-    pairs = (_pairs(folder / PARADETOX) if data.is_dir() else []) or list(zip(rude, kind, strict=True))
+    pairs = [*(_pairs(folder / PARADETOX) if data.is_dir() else []), *zip(rude, kind, strict=True)]
     corpora = harmless_texts(folder) if data.is_dir() else {}
     harmless = [*clean_texts(made_up[0], SEED), *kind, *(text for texts in corpora.values() for text in texts)]
     harmless += [piece for texts in corpora.values() for piece in fragments(texts, len(texts) // 2, SEED)]
-    if data.is_dir() and (folder / WORDS).is_file():
-        seen_rude = " ".join(
-            [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.4]
-            + [r for r, _ in pairs]
-            + rude
-        )
-        known = set(re.findall(r"[a-z]+", normalised(seen_rude)))
-        harmless += [word for word in (folder / WORDS).read_text().split() if word not in known]
+    if data.is_dir():
+        said = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.4]
+        rude_words = set(re.findall(r"[a-z]+", normalised(" ".join([*said, *rude, *(toxic for toxic, _ in pairs)]))))
+        harmless += [word for word in _vocabulary() if word not in rude_words]
     held = [text for texts in harmless_texts(folder, held_out=True).values() for text in texts] if corpora else kind
     short, longer = ([text for text in harmless if (len(text.split()) <= SHORT) is few] for few in (True, False))
     others = _Others(*map(_count_blocks, (short, longer, rude)), tuple(map(_count_blocks, zip(*pairs, strict=True))))  # type: ignore[arg-type]
