@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["clean_texts", "contrasts"]
+__all__ = ["GROUPS", "IDENTITY_WORDS", "ONES", "clean_texts", "contrasts", "salads"]
 
 
 def _words(text: str) -> list[str]:
@@ -259,7 +259,7 @@ def clean_texts(count: int, seed: int) -> list[str]:
         *THINGS,
         *TOPICS,
     ]
-    texts = [*IDENTITY_WORDS] * (8 if count >= 10_000 else 0)  # a word alone has no others to calm it
+    texts: list[str] = []
     while len(texts) < count:
         kind = rng.random()
         if kind < 0.2:
@@ -291,6 +291,19 @@ def contrasts(count: int, seed: int) -> tuple[list[str], list[str]]:
     rude = [_filled(rng.choice(RUDE), rng) for _ in range(count)]
     kind = [_filled(rng.choice(KIND), rng) for _ in range(count)]
     return [_articles(text) for text in rude], [_articles(text) for text in kind]
+
+
+def salads(words: list[str], count: int, seed: int) -> list[str]:
+    """Ordinary words thrown together: none of them is to score high beside others, "you" and "your" included."""
+    rng = random.Random(seed)
+    small = (
+        "you your you're is are the a an he she they his her and or to of in my me it that this not be all who what so"
+    )
+    often = small.split()
+    return [
+        " ".join(rng.choice(words) if rng.random() < 0.6 else rng.choice(often) for _ in range(rng.randint(3, 10)))
+        for _ in range(count)
+    ]
 
 
 def _articles(text: str) -> str:
