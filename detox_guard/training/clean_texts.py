@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["clean_texts", "contrasts"]
+__all__ = ["GROUPS", "IDENTITY_WORDS", "ONES", "clean_texts", "contrasts", "salads"]
 
 
 def _words(text: str) -> list[str]:
@@ -180,6 +180,12 @@ REPLIES = [
     "He {v}s the {thing} because it is {j}.", "She told her {one} to {v} the {thing}.", "They are {e} because the {thing} broke.", "I am {e} today.", "Don't {v} the {thing}, please.", "Please {v} the {thing} {adv}.", "Dear {name}, thank you for the {thing}. Kind regards, {name2}",
     "We regret to inform you that the {thing} is {j}.", "I look forward to your reply.", "Hope this helps!", "lol that was fun", "haha yes, see you later", "omg I love this {thing}", "this {thing} is so {j} haha", "wow, what a {j} {thing}!", "I hate {f} but I love {f2}.", "What a mess, I spilled the {f}.",
 ]  # fmt: skip
+SYSTEM = [
+    "You are a {p} assistant.", "You are an assistant.", "You are a {p} and {p2} assistant.", "You are a {p} {k}.", "You are an expert {k}.", "You are a {k} who knows all about {t}.", "You are a chatbot of a library in {place}.",
+    "You are an AI assistant. Answer {adv}.", "You are {name}, a {p} {k}.", "Answer in one sentence.", "Answer the question using the passage below.", "Use the context to answer the question.", "Keep your answers short and {p}.",
+    "You only answer questions about {t}.", "You answer as a {k} would.", "You are a language model trained to help.", "Your task is to {v} the {thing}.", "Your job is to answer customers.", "If you do not know, say so.", "Do not make things up.",
+    "You are helping {name} to {v} the {thing}.", "You can call the tools below.", "You speak like a {k}.", "Think step by step.", "You are a careful translator.", "You will be given a {thing}.", "You must reply in English.",
+]  # fmt: skip
 NEWS = [
     "The {place} council voted to {v} the {thing} {adv}, officials said.", "Police arrested a man in {place} after a {thing} was stolen.", "The killer was sentenced to life in prison in {place}.", "Two people were killed and five injured when a {thing} hit a {thing2} near {place}.",
     "{name} {name2} scored the winning goal against {place}.", "Shares fell 3.4 percent after the company said it would {v} its {thing}.", "The court heard that the victim had been stabbed {n} times.", "Scientists in {place} found that {t} affects {n} percent of adults.",
@@ -223,7 +229,7 @@ FORMS: list[Callable[[random.Random], str]] = [
     lambda r: f"Total: {r.randint(1, 9999)} {r.choice(THINGS)}s ({r.choice(ADJECTIVES)})",
 ]  # fmt: skip
 _SLOT = re.compile(
-    r"\{(one|ident|g2|g|G|k2|k|p|e|s2|s|a2|a|T|t|thing2|thing|v2|v|V|j2|j|place2|place|name2|name|f2|f|adv|n|i2|i3|i|I|animal)\}"
+    r"\{(one|ident|g2|g|G|k2|k|p2|p|e|s2|s|a2|a|T|t|thing2|thing|v2|v|V|j2|j|place2|place|name2|name|f2|f|adv|n|i2|i3|i|I|animal)\}"
 )
 _LISTS = {
     "one": ONES, "ident": IDENTITY_WORDS, "g": GROUPS, "k": KINDS, "p": POLITE, "e": EMOTIONS, "s": SINGLE_INSULTS, "a": RUDE_ADJECTIVES, "t": TOPICS, "thing": THINGS,
@@ -259,7 +265,7 @@ def clean_texts(count: int, seed: int) -> list[str]:
         *THINGS,
         *TOPICS,
     ]
-    texts = [*IDENTITY_WORDS] * (8 if count >= 10_000 else 0)  # a word alone has no others to calm it
+    texts: list[str] = []
     while len(texts) < count:
         kind = rng.random()
         if kind < 0.2:
@@ -276,7 +282,7 @@ def clean_texts(count: int, seed: int) -> list[str]:
                 )
             )
         elif kind < 0.75:
-            text = _filled(rng.choice(rng.choice((QUESTIONS, REPLIES, NEWS, KIND, CODE))), rng)
+            text = _filled(rng.choice(rng.choice((QUESTIONS, REPLIES, NEWS, KIND, CODE, SYSTEM))), rng)
         else:
             text = rng.choice(FORMS)(rng)
         if rng.random() < 0.15:
@@ -291,6 +297,19 @@ def contrasts(count: int, seed: int) -> tuple[list[str], list[str]]:
     rude = [_filled(rng.choice(RUDE), rng) for _ in range(count)]
     kind = [_filled(rng.choice(KIND), rng) for _ in range(count)]
     return [_articles(text) for text in rude], [_articles(text) for text in kind]
+
+
+def salads(words: list[str], count: int, seed: int) -> list[str]:
+    """Ordinary words thrown together: none of them is to score high beside others, "you" and "your" included."""
+    rng = random.Random(seed)
+    small = (
+        "you your you're is are the a an he she they his her and or to of in my me it that this not be all who what so"
+    )
+    often = small.split()
+    return [
+        " ".join(rng.choice(words) if rng.random() < 0.6 else rng.choice(often) for _ in range(rng.randint(3, 10)))
+        for _ in range(count)
+    ]
 
 
 def _articles(text: str) -> str:

@@ -20,12 +20,14 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
 import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +47,7 @@ from detox_guard.scoring import (
     ngram_buckets,
     text_windows,
 )
-from detox_guard.training.clean_texts import clean_texts, contrasts
+from detox_guard.training.clean_texts import GROUPS, IDENTITY_WORDS, ONES, clean_texts, contrasts, salads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,17 +55,15 @@ if TYPE_CHECKING:
 __all__ = ["ScoredTexts", "evaluate", "main", "read_scored_texts", "train"]
 
 SEED, FOLDS = 0, 4
-RIDGE, SMOOTHING = 0.5, 1.0  # from the first fold's held-out rows, as are the weights below
-FLOORS = (15.0, 30.0)
-"""Least norms of the two blocks: about those of a sentence of six words."""
-HARMLESS, RUDE, MARGIN = -1.0, 1.3, 2.0
-"""Logits, before calibration: harmless texts stay below, mild insults above, a rude sentence so far above its rewriting."""
-SIDE_WEIGHT, SHORT_WEIGHT, PAIR_WEIGHT, PAIR_SHARE = 0.1, 0.25, 0.3, 0.2
-SHORT = 3
-"""Words up to which a harmless text weighs more: a word alone has no others to calm it."""
+RIDGE, SMOOTHING, LEAST_RATIO = 0.35, 1.0, 0.6
+FLOORS = (35.0, 70.0)
+"""Least norms of the two blocks: those of a sentence of some fifteen words."""
+PAIR_SHARE, CONTRAST_SHARE = 0.2, 0.05
+"""How much a paired text counts in the ratio of a feature, beside a scored one."""
+ODDS = 0.5
+"""A text met in use is toxic half as often as one of the rows that the calibration is fitted to."""
 MADE_UP, INSULTS = 14_000, 3_000
 RTP, PARADETOX = "rtp/scorer_train.jsonl", "detoxifier/paradetox_pairs.jsonl"
-WORDS = "words.txt"
 WIKITEXT, XQUAD = "quality/wikitext2_valid.txt", "quality/xquad_en_1190.json"
 SOURCES = {
     "scorer_train.jsonl": {"source": "RealToxicityPrompts", "licence": "Apache-2.0"},
@@ -141,35 +141,38 @@ class _Fit:
     """idf, weight and bias of a ridge fitted to scored rows, under one-sided losses for the others; `predict` gives
     logits."""
 
-    def __init__(self, rows: list[Any], logits: Floats, others: _Others) -> None:
+    def __init__(self, rows: list[Any], logits: Floats, others: list[_Side], pairs: list[_Pairs]) -> None:
         from scipy import sparse
         from scipy.optimize import minimize
 
         # Scaling each feature by its log-count ratio (NB-SVM, Wang & Manning 2012) shrinks the uninformative ones more.
         # Harmless texts have no say in it: the ratio is to tell rude from polite, not one kind of text from another.
-        counted = [sparse.vstack([row, *pair]) for row, pair in zip(rows, zip(*others.pairs, strict=True), strict=True)]
+        counted = [
+            sparse.vstack([rows[k], *(side[k] for pair in pairs for side in (pair.rude, pair.polite))]) for k in (0, 1)
+        ]
         present = sum((block > 0).astype(np.float32) for block in counted)
         share = 1 / (1 + np.exp(-logits))
-        paired = others.pairs[0][0].shape[0]
-        toxic = np.concatenate((share, PAIR_SHARE * np.repeat((0.9, 0.1), paired)))
-        clean = np.concatenate((1 - share, PAIR_SHARE * np.repeat((0.1, 0.9), paired)))
+        as_toxic, as_clean = [share], [1 - share]
+        for pair in pairs:
+            for toxic_share in (0.9, 0.1):
+                as_toxic.append(np.full(pair.rude[0].shape[0], pair.share * toxic_share))
+                as_clean.append(np.full(pair.rude[0].shape[0], pair.share * (1 - toxic_share)))
         self.idf = np.log((1 + present.shape[0]) / (1 + np.asarray(present.sum(0)).ravel())) + 1
-        toxic, clean = present.T @ toxic + SMOOTHING, present.T @ clean + SMOOTHING
-        ratio = np.abs(np.log(toxic / toxic.sum() * clean.sum() / clean))
+        toxic, clean = (present.T @ np.concatenate(part) + SMOOTHING for part in (as_toxic, as_clean))
+        ratio = np.maximum(np.abs(np.log(toxic / toxic.sum() * clean.sum() / clean)), LEAST_RATIO)
 
         def features(blocks: list[Any]) -> Any:
             return (self._tf_idf(blocks) @ sparse.diags(ratio)).astype(np.float32).tocsr()
 
-        parts = [  # features, target, weight, side of the target that costs (0: both), whether the bias counts
-            (features(rows), logits, 1.0, 0, 1),
-            (features(others.short), HARMLESS, SHORT_WEIGHT, 1, 1),
-            (features(others.harmless), HARMLESS, SIDE_WEIGHT, 1, 1),
-            (features(others.rude), RUDE, SIDE_WEIGHT, -1, 1),
-            (features(others.pairs[0]) - features(others.pairs[1]), MARGIN, PAIR_WEIGHT, -1, 0),
-        ]
+        # features, target, weight, side of the target that costs (0: both), whether the bias counts
+        parts: list[tuple[Any, Any, float, int, int]] = [(features(rows), logits, 1.0, 0, 1)]
+        parts += [(features(side.blocks), side.target, side.weight, 1 if side.below else -1, 1) for side in others]
+        parts += [(features(pair.rude) - features(pair.polite), pair.margin, pair.weight, -1, 0) for pair in pairs]
         sizes = [part[0].shape[0] for part in parts]
         target = np.concatenate([np.broadcast_to(part[1], size) for part, size in zip(parts, sizes, strict=True)])
-        cost, side, shifted = (np.repeat([float(part[at]) for part in parts], sizes) for at in (2, 3, 4))  # type: ignore[arg-type]
+        cost = np.repeat([part[2] for part in parts], sizes)
+        side = np.repeat([part[3] for part in parts], sizes)
+        shifted = np.repeat([float(part[4]) for part in parts], sizes)
         matrix = sparse.vstack([part[0] for part in parts]).tocsr()
         used = np.flatnonzero(np.bincount(matrix.indices, minlength=matrix.shape[1]))
         matrix = matrix[:, used].tocsr()
@@ -184,7 +187,7 @@ class _Fit:
             return value, np.append(slope, (pull * shifted).sum())
 
         start = np.append(np.zeros(len(used)), logits.mean())
-        solution = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 80}).x
+        solution = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60}).x
         self.bias = float(solution[-1])
         self.weight: Floats = np.zeros(len(ratio))
         self.weight[used] = solution[:-1] * ratio[used]
@@ -207,13 +210,24 @@ class _Fit:
 
 
 @dataclass(frozen=True)
-class _Others:
-    """Counted blocks of what has no score; `pairs` are rude sentences and their polite rewritings, row by row."""
+class _Side:
+    """Counted texts whose logit, before calibration, must stay below `target`, or else above it."""
 
-    short: list[Any]
-    harmless: list[Any]
+    blocks: list[Any]
+    target: float
+    weight: float
+    below: bool = True
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Counted rude texts, each of which must score `margin` above its polite counterpart."""
+
     rude: list[Any]
-    pairs: tuple[list[Any], list[Any]]
+    polite: list[Any]
+    margin: float
+    weight: float
+    share: float
 
 
 def harmless_texts(folder: Path, held_out: bool = False) -> dict[str, list[str]]:
@@ -257,6 +271,27 @@ def fragments(texts: list[str], count: int, seed: int) -> list[str]:
         start = rng.randint(0, max(0, len(words) - size))
         cut.append(" ".join(words[start : start + size]))
     return cut
+
+
+def _vocabulary() -> list[str]:
+    """The words of four letters or more that the minilm scorer's encoder knows: ordinary English.
+
+    Raises `ScorerError` if it is neither in the cache nor can be fetched.
+    """
+    from detox_guard.minilm import encoder_dir
+
+    words = (encoder_dir() / "vocab.txt").read_text(encoding="utf-8").split()
+    return [word for word in words if len(word) > 3 and word.isascii() and word.isalpha()]
+
+
+def _ordinary(words: list[str], rude: list[str], polite: list[str], insults: list[str]) -> list[str]:
+    """The words that rude texts do not use more often than polite ones, and insults not at all."""
+
+    def counted(texts: list[str]) -> Counter[str]:
+        return Counter(word for text in texts for word in set(re.findall(r"[a-z]+", text.lower())))
+
+    often, seldom, never = counted(rude), counted(polite), counted(insults)
+    return [w for w in words if w not in never and not (often[w] >= 2 and often[w] > 2 * seldom[w])]
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
@@ -303,37 +338,42 @@ def train(
     if len(np.unique(rows.group)) < FOLDS or not 0 < (rows.toxicity >= 0.5).sum() < len(rows.texts):
         raise DataError(f"{file.name!r} needs at least {FOLDS} rows, toxic and non-toxic ones")
     rude, kind = contrasts(made_up[1], SEED)
-    pairs = (_pairs(folder / PARADETOX) if data.is_dir() else []) or list(zip(rude, kind, strict=True))
-    corpora = harmless_texts(folder) if data.is_dir() else {}
-    harmless = [*clean_texts(made_up[0], SEED), *kind, *(text for texts in corpora.values() for text in texts)]
-    harmless += [piece for texts in corpora.values() for piece in fragments(texts, len(texts) // 2, SEED)]
-    if data.is_dir() and (folder / WORDS).is_file():
-        seen_rude = " ".join(
-            [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.4]
-            + [r for r, _ in pairs]
-            + rude
-        )
-        known = set(re.findall(r"[a-z]+", normalised(seen_rude)))
-        harmless += [word for word in (folder / WORDS).read_text().split() if word not in known]
+    pairs = _pairs(folder / PARADETOX) if data.is_dir() else []
+    corpora = [text for texts in harmless_texts(folder).values() for text in texts] if data.is_dir() else []
     held = [text for texts in harmless_texts(folder, held_out=True).values() for text in texts] if corpora else kind
-    short, longer = ([text for text in harmless if (len(text.split()) <= SHORT) is few] for few in (True, False))
-    others = _Others(*map(_count_blocks, (short, longer, rude)), tuple(map(_count_blocks, zip(*pairs, strict=True))))  # type: ignore[arg-type]
+    said = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.5]
+    quiet = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score < 0.3]
+    words = _vocabulary() if data.is_dir() else []
+    words = _ordinary(words, said + [a for a, _ in pairs], quiet + [b for _, b in pairs], rude)
+    sides = [
+        (clean_texts(made_up[0], SEED) + kind, -1.2, 0.2),
+        (corpora + fragments(corpora, len(corpora) // 2, SEED), -1.0, 0.05),
+        (words, -1.3, 0.3),
+        (salads(words, len(words) * 4 // 5, SEED), -1.0, 0.2),
+        ([*IDENTITY_WORDS, *GROUPS, *ONES], -1.0, 3.0),
+    ]
+    harmless = [text for texts, _, _ in sides for text in texts]
+    others = [_Side(_count_blocks(texts), target, weight) for texts, target, weight in sides if texts]
+    others.append(_Side(_count_blocks(rude), 1.6, 0.5, below=False))
+    counted = [_Pairs(_count_blocks(rude), _count_blocks(kind), 2.0, 0.02, CONTRAST_SHARE)]
+    if pairs:
+        counted.append(_Pairs(*(_count_blocks(side) for side in zip(*pairs, strict=True)), 2.0, 1.0, PAIR_SHARE))
     clipped = np.clip(rows.toxicity, 0.02, 0.98)
     logits = np.log(clipped / (1 - clipped))
     blocks = _count_blocks(rows.texts)
 
     fold = np.random.default_rng(SEED).permutation(int(rows.group.max()) + 1)[rows.group] % FOLDS
     inside, outside = np.flatnonzero(fold != 0), np.flatnonzero(fold == 0)
-    first = _Fit([block[inside] for block in blocks], logits[inside], others)
+    first = _Fit([block[inside] for block in blocks], logits[inside], others, counted)
     held_out = first.predict([block[outside] for block in blocks])
     seen = np.append(held_out, first.predict(_count_blocks(held)))
     toxic = np.append(rows.toxicity[outside] >= 0.5, np.zeros(len(held), dtype=bool))
     stretch, shift = 1.0, 0.0
     if len(np.unique(toxic)) == 2:
         platt = LogisticRegression(C=1.0).fit(seen[:, None], toxic)
-        stretch, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+        stretch, shift = float(platt.coef_[0, 0]), float(platt.intercept_[0]) + math.log(ODDS)
 
-    fit = _Fit(blocks, logits, others)
+    fit = _Fit(blocks, logits, others, counted)
     tensors: dict[str, npt.NDArray[Any]] = {
         "idf": fit.idf.astype(np.float16),
         "weight": (stretch * fit.weight).astype(np.float16),
@@ -367,8 +407,8 @@ def train(
         ),
         "seed": SEED,
         "hyper_parameters": {
-            "ridge": RIDGE, "smoothing": SMOOTHING, "buckets": 2**BUCKET_BITS, "floors": FLOORS,
-            "harmless_below": HARMLESS, "rude_above": RUDE, "margin": MARGIN,
+            "ridge": RIDGE, "smoothing": SMOOTHING, "least_ratio": LEAST_RATIO, "odds": ODDS,
+            "buckets": 2**BUCKET_BITS, "floors": FLOORS,
         },
         "calibration": {"stretch": round(stretch, 4), "shift": round(shift, 4)},
         "weights_bytes": len(weights),
