@@ -8,7 +8,7 @@ LLAMA_INDEX = integrations/llama-index-llms-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test check wheels bench bench-rag bench-chains ablate eval clean
+.PHONY: demo test check wheels docs bench bench-rag bench-chains ablate eval clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -19,11 +19,13 @@ test: check wheels
 	$(PYTEST) $(LLAMA_INDEX)/tests
 
 check: .venv/.installed-dev
-	.venv/bin/ruff check detox_guard tests examples integrations
-	.venv/bin/ruff format --check detox_guard tests examples integrations
+	.venv/bin/ruff check detox_guard tests examples integrations benchmarks
+	.venv/bin/ruff format --check detox_guard tests examples integrations benchmarks
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
 	cd $(LANGCHAIN) && $(CURDIR)/.venv/bin/mypy
 	cd $(LLAMA_INDEX) && $(CURDIR)/.venv/bin/mypy
+	cd benchmarks && $(CURDIR)/.venv/bin/mypy
 
 # The three wheels, in an environment that holds nothing else of this project.
 wheels: .venv/.installed-dev
@@ -33,6 +35,10 @@ wheels: .venv/.installed-dev
 	build/clean/bin/python -m pip install --quiet --no-deps --no-index build/wheels/*.whl
 	.venv/bin/python -c "import site; print(site.getsitepackages()[0])" > build/clean/others.txt
 	cd build/clean && PYTHONPATH="$$(cat others.txt)" bin/python $(CURDIR)/tests/wheel_smoke.py
+
+# The site, in build/site.
+docs: .venv/.installed-dev
+	.venv/bin/mkdocs build --strict --quiet
 
 # Speed against plain generate, on the default backbone: the table in the README.
 bench: .venv/.installed
@@ -49,26 +55,26 @@ eval: .venv/.installed-dev
 # Going on with documents with toxic passages among them, plain, guarded and behind the hook; the table in the LlamaIndex
 # package's README: make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-rag: .venv/.installed-dev
-	.venv/bin/python -m llama_index.llms.detox_guard.bench_rag --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
+	.venv/bin/python -m detox_benchmarks.rag.llama_index_engine --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
 	  --about thread --temperature 1 --samples 1 --judge embedded --judge profanity-check
 
 # A LangChain chain that goes on with documents with toxic passages among them, plain and guarded; the table in that
 # package's README: make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-chains: .venv/.installed-dev
 	@mkdir -p out
-	.venv/bin/python -m langchain_detox_guard.bench_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
+	.venv/bin/python -m detox_benchmarks.rag.langchain_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
 	  --about thread --questions 60 --samples 1 --temperature 1 --judge embedded --judge profanity-check
 
 # Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl
 ablate: .venv/.installed-dev
-	.venv/bin/detox-guard ablate tuning --data "$(DATA)" --prompts "$(PROMPTS)" --output out/ablate-tuning
+	.venv/bin/python -m detox_benchmarks ablate tuning --data "$(DATA)" --prompts "$(PROMPTS)" --output out/ablate-tuning
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml | .venv
-	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]"
+.venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml benchmarks/pyproject.toml | .venv
+	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]" --editable benchmarks
 	@touch $@ .venv/.installed
 
 .venv:

@@ -33,17 +33,19 @@ from detox_guard.errors import (
 from detox_guard.grammar import Grammar
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.policy import GuardPolicy, Rung
-from detox_guard.tools import ToolCall, ToolCallStream, parse_tool_calls
+from detox_guard.tools import ToolCall, ToolCallStream, function_of, parse_tool_calls
 
 if TYPE_CHECKING:
+    from detox_guard.audit import report_intervention
     from detox_guard.backbone import Backbone, load_backbone
     from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
     from detox_guard.engine import EngineStats
     from detox_guard.generation import DetoxiGen
+    from detox_guard.guard import scan
     from detox_guard.hold import aguard_text, guard_text
     from detox_guard.reply import Chunk, Generation, Steering, Usage
     from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
-    from detox_guard.screening import Screened, screen
+    from detox_guard.screening import SCREEN_NOTE, Screened, screen
     from detox_guard.text import ChatPrompt
     from detox_guard.trace import Intervention, Trace
 
@@ -71,10 +73,14 @@ _LAZY = {
     "guard_text": "hold",
     "load_backbone": "backbone",
     "load_scorer": "scoring",
+    "SCREEN_NOTE": "screening",
+    "report_intervention": "audit",
+    "scan": "guard",
     "screen": "screening",
 }
 
 __all__ = [
+    "SCREEN_NOTE",
     "Backbone",
     "BackboneError",
     "BackboneNotFoundError",
@@ -121,10 +127,13 @@ __all__ = [
     "Usage",
     "__version__",
     "aguard_text",
+    "function_of",
     "guard_text",
     "load_backbone",
     "load_scorer",
     "parse_tool_calls",
+    "report_intervention",
+    "scan",
     "screen",
 ]
 

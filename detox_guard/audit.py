@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from detox_guard.policy import GuardPolicy
     from detox_guard.trace import Intervention
 
-__all__ = ["AuditLog", "audit_log", "call_hook", "check_log", "report"]
+__all__ = ["AuditLog", "audit_log", "call_hook", "check_log", "report_intervention"]
 
 _log = logging.getLogger("detox_guard.guard")
 _MAX_BYTES, _KEPT_FILES = 10_000_000, 5
@@ -31,7 +31,7 @@ _MOST_LOGS = 256
 """Logs that are remembered; one that was forgotten is opened anew."""
 
 
-def report(policy: GuardPolicy, event: Intervention, seed: int | None) -> None:
+def report_intervention(policy: GuardPolicy, event: Intervention, seed: int | None) -> None:
     """Hand `event` to the policy's hook and log. What fails there is logged and does not hurt the reply."""
     if policy.on_event is not None:
         call_hook(policy.on_event, event)

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.capability import causal_class, check_config, learned_positions, max_positions, probe
+from detox_guard.capability import (
+    CONFIG_FILE,
+    NO_SOFT_PROMPT,
+    causal_class,
+    check_config,
+    learned_positions,
+    max_positions,
+    probe,
+)
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
@@ -321,8 +329,6 @@ def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, 
 
 def _adapter_hint(folder: Path) -> str:
     """What to do with the PEFT adapter in a folder; empty if there is none."""
-    from detox_guard.detoxifier import CONFIG_FILE, NO_SOFT_PROMPT
-
     if not (folder / CONFIG_FILE).is_file():
         return ""
     try:

@@ -269,8 +269,8 @@ def _opens(form: Form, window: str, *, blank: bool) -> bool | None:
         if begins.endswith(form.close) and form.close and not blank:
             continue
         wanted, found = (begins[4:], rest) if begins.startswith("name") else (begins, compact)
-        if begins.startswith("name") and not name:
-            continue
+        if begins.startswith("name") and not (name and (wanted[0] == "<" or not text[name.end() :][:1].isspace())):
+            continue  # only a tag may stand apart from the name
         if found.startswith(wanted):
             return True
         unclear = unclear or wanted.startswith(found)
@@ -279,6 +279,8 @@ def _opens(form: Form, window: str, *, blank: bool) -> bool | None:
 
 def _begun(text: str, tokens: Sequence[str] | Mapping[str, Any]) -> int:
     """Length of the longest end of `text` that begins one of the tokens."""
+    if "<" not in text[-_WINDOW:] and "[" not in text[-_WINDOW:]:  # all of them begin so
+        return 0
     longest = max(map(len, tokens), default=1) - 1
     tail = text[-longest:] if longest else ""
     return next((n for n in range(len(tail), 0, -1) if any(t.startswith(tail[-n:]) for t in tokens)), 0)

@@ -17,7 +17,22 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["causal_class", "check_config", "learned_positions", "max_positions", "probe"]
+__all__ = [
+    "CONFIG_FILE",
+    "NO_SOFT_PROMPT",
+    "causal_class",
+    "check_config",
+    "learned_positions",
+    "max_positions",
+    "probe",
+]
+
+CONFIG_FILE = "adapter_config.json"
+"""Of every PEFT adapter."""
+NO_SOFT_PROMPT = (
+    "Another adapter (LoRA, say) is part of the model: merge it, with PEFT's "
+    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload(), save that and its tokenizer, and load those."
+)
 
 
 def causal_class(config: PreTrainedConfig, name: str) -> Any:

@@ -15,9 +15,14 @@ __all__ = ["Checked"]
 
 
 class Checked(BaseModel):
-    """A frozen pydantic model that forbids unknown fields and raises `InvalidParamsError` for bad ones."""
+    """A frozen pydantic model that forbids unknown fields and raises `InvalidParamsError` for bad ones.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+    The docstring under a field is its description: editors, `--help` and the API page show it from there.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
 
     def __init__(self, **data: Any) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from detox_guard.capability import CONFIG_FILE, NO_SOFT_PROMPT
 from detox_guard.errors import (
     DataError,
     DetoxifierError,
@@ -43,15 +44,10 @@ __all__ = [
 
 Position = Literal["front", "reply"]
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "detoxifier_card.json"
 TENSOR_KEY = "prompt_embeddings"
 DEFAULT_FOLDER = Path(__file__).parent / "assets" / "detoxifier"
-NO_SOFT_PROMPT = (
-    "Another adapter (LoRA, say) is part of the model: merge it, with PEFT's "
-    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload(), save that and its tokenizer, and load those."
-)
 _MOST_BYTES = 2**30
 
 

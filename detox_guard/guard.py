@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from detox_guard.audit import check_log, report
+from detox_guard.audit import check_log, report_intervention
 from detox_guard.engine import Ended, Finish, Rewind, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.judge import judge_for
@@ -304,7 +304,7 @@ class GuardedReply(Reply):
             text=unit.text if self.policy.keep_discarded else None,
         )
         self._interventions.append(event)
-        report(self.policy, event, self.request.seed)
+        report_intervention(self.policy, event, self.request.seed)
 
     # -- how the open unit is decoded
 

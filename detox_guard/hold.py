@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING
 
-from detox_guard.audit import call_hook, check_log, report
+from detox_guard.audit import call_hook, check_log, report_intervention
 from detox_guard.errors import GuardError, InvalidParamsError
 from detox_guard.guard import closed_length, late
 from detox_guard.judge import judge_for
@@ -197,7 +197,7 @@ class _Held:
             action=policy.on_exhausted,
             text=unit if policy.keep_discarded else None,
         )
-        report(policy, event, None)
+        report_intervention(policy, event, None)
         if self.on_event is not None:
             call_hook(self.on_event, event)
         if policy.on_exhausted == "raise":

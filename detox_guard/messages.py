@@ -27,6 +27,7 @@ _ROLES = {
     "function": "tool",
 }
 """What other providers call the four roles."""
+_JOINED = ("content", "reasoning_content")
 _WRITTEN_BY_MODELS = ("assistant", "tool")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _FIT_ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -79,13 +80,13 @@ def checked_text(field: str, value: object, *, may_be_empty: bool = False) -> st
 
 
 def strings_in(value: object) -> list[str]:
-    """All strings among the values of nested mappings and lists, as in the arguments of a tool call."""
+    """All strings among the keys and values of nested mappings and lists, as in the arguments of a tool call."""
     texts = []
     left = [value]
     while left:
         part = left.pop()
         if isinstance(part, Mapping):
-            part = list(part.values())
+            part = [one for pair in part.items() for one in pair]
         if isinstance(part, list | tuple):
             left += reversed(part)
         elif isinstance(part, str):
@@ -253,7 +254,10 @@ def _merged(messages: Messages) -> Messages:
     out: Messages = []
     for message in messages:
         if out and out[-1]["role"] == message["role"]:
-            out[-1] = {**out[-1], "content": _joined(out[-1]["content"], message["content"])}
+            both = {
+                key: _joined(str(out[-1][key]), str(message[key])) for key in _JOINED if key in out[-1].keys() & message
+            }
+            out[-1] = {**message, **out[-1], **both}
         else:
             out.append(message)
     return out

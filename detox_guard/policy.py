@@ -29,40 +29,46 @@ class Rung(Checked):
 class GuardPolicy(Checked):
     """What is checked before it is released, and what happens to what fails.
 
-    Text is released unit by unit. `unit`: "sentence", or a number of tokens (cut at the next word); a sentence longer
-    than `max_unit_tokens` is released in pieces. A unit is scored as its reader will see it: by itself and together
-    with the `context_chars` characters of the reply before it; strings of JSON and of tool calls decoded, each by
-    itself; content joined without the calls in it; a unit of more than twelve words clause by clause too (a clause
-    counts where it is half-way from `threshold` to 1). The highest score counts. Up to and including `threshold` the
-    unit is released; above, it is taken back and decoded again, without the token at which the score first rose above
-    the threshold and on the next rung of the `ladder` (a number is an alpha; the last rung repeats; alphas below the
-    request's own do not lower it), at most `max_rewinds` times a unit. Then `on_exhausted`: "replace" it with
-    `replacement` and end the reply, "stop" before it, or "raise" `GuardError`; the finish reason of the first two is
-    "guard".
-
-    `scorer`: "embedded", a Hugging Face classifier (`load_scorer`), or any `ToxicityScorer`; one that fails, or has not
-    answered after `scorer_timeout_s` seconds, fails the request (`ScorerError`). `scan_input`: score the prompt too,
-    each message as a whole and sentence by sentence, read as a reply is; one above the threshold is answered by
-    `on_exhausted` alone. `on_event` is called with every `Intervention`, on the decoding thread: be quick; an exception
-    in it is logged, no more. `audit_log`: a file that gets them as JSON lines, rotated at 10 MB; a line that it does
-    not take (a full disk) goes to the logger "detox_guard.guard". Discarded text is in neither unless `keep_discarded`.
-    Raises `InvalidParamsError`.
+    Text is released unit by unit. A unit is scored as its reader will see it: by itself, and together with the text
+    before it; strings of JSON and of tool calls decoded, each by itself; content joined without the calls in it; a unit
+    of more than twelve words clause by clause too (a clause counts where it is half-way from `threshold` to 1). The
+    highest score counts. Raises `InvalidParamsError`.
     """
 
     scorer: Any = "embedded"
+    """"embedded", "minilm", a Hugging Face classifier (`load_scorer`), or any `ToxicityScorer`. One that fails, or is
+    too slow, fails the request."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Up to and including this score a unit is released."""
     unit: Literal["sentence"] | Annotated[int, Field(ge=1, le=1024)] = "sentence"
+    """What is released at once: a sentence, or so many tokens (cut at the next word)."""
     max_unit_tokens: Annotated[int, Field(ge=1, le=1024)] = 48
+    """A sentence of more tokens is released in pieces."""
     context_chars: Annotated[int, Field(ge=0, le=100_000)] = 200
+    """So many characters of the reply before a unit are scored together with it."""
     ladder: Annotated[tuple[Rung, ...], Field(max_length=32)] = (Rung(alpha=6.0), Rung(alpha=9.0))
+    """How a flagged unit is decoded again: first on the first rung, and so on; the last one repeats. A number is an
+    alpha. An alpha below the request's own does not lower it. The token at which the score first rose above the
+    threshold is not chosen again."""
     max_rewinds: Annotated[int, Field(ge=0, le=100)] = 4
+    """How often one unit is decoded again."""
     on_exhausted: Literal["replace", "stop", "raise"] = "replace"
+    """What then happens: "replace" the unit and end the reply, "stop" before it, or "raise" `GuardError`. The finish
+    reason of the first two is "guard"."""
     replacement: Annotated[str, Field(max_length=10_000)] = "[removed]"
+    """What stands in the place of a unit that is replaced."""
     scan_input: bool = False
+    """Score the prompt too, each message as a whole and sentence by sentence. A flagged one is answered by
+    `on_exhausted` alone."""
     scorer_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Seconds after which a scorer that has not answered fails the request (`ScorerError`)."""
     on_event: Callable[..., object] | None = None
+    """Called with every `Intervention`, on the decoding thread: be quick. An exception in it is logged, no more."""
     audit_log: str | None = None
+    """A file that gets every `Intervention` as a JSON line, rotated at 10 MB. A line that it does not take (full disk)
+    goes to the logger "detox_guard.guard"."""
     keep_discarded: bool = False
+    """Put text that was taken back into events and log."""
 
     @field_validator("scorer", mode="before")
     @classmethod

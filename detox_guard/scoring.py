@@ -13,27 +13,29 @@ import json
 import math
 import re
 import threading
-import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
+from detox_guard.disguise import normalised, undisguised
 from detox_guard.errors import ScorerError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["EmbeddedScorer", "HuggingFaceScorer", "ToxicityScorer", "checked_scores", "load_scorer"]
 
 ASSET = Path(__file__).parent / "assets" / "scorer"
 WEIGHTS_FILE, CARD_FILE = "weights.safetensors", "card.json"
-BUCKET_BITS = 18
-WINDOW_CHARS, WINDOW_STEP = 512, 448
+BUCKET_BITS = 19
+WINDOW_CHARS, WINDOW_STEP = 1024, 896
 CHAR_NGRAMS = (2, 3, 4, 5)
+RUDE_WORD = 15.0
+OFTEN_IDF = 9.5
+"""A word with a lower idf was met often in training: English has few others."""
+"""Weight times idf from which a single word is taken for rude where a disguise is undone."""
 
 UInts = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
@@ -54,13 +56,19 @@ class ToxicityScorer(Protocol):
 def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
     """The scorer's numbers, or an error: a guard that cannot judge must not let text through.
 
-    Raises `ScorerError` for a failing scorer, a wrong count, NaN, or a number outside [0, 1].
+    Raises `ScorerError` for a failing scorer, an answer that is no list, tuple or array (a mapping, text, bytes, a set
+    or a generator), what is no number in it, a wrong count, NaN, or a number outside [0, 1].
     """
     if not texts:
         return []
     name = getattr(scorer, "name", type(scorer).__name__)
     try:
-        scores = [float(score) for score in scorer.score(texts)]
+        answer = scorer.score(texts)
+        if not isinstance(answer, Sequence) and not hasattr(answer, "tolist"):  # an array or tensor is a sequence too
+            raise ScorerError(f"scorer {name!r} answered a {type(answer).__name__}, not a list of numbers")
+        if isinstance(answer, str | bytes | bytearray | memoryview):
+            raise ScorerError(f"scorer {name!r} answered {type(answer).__name__}, not a list of numbers")
+        scores = [_number(score) for score in answer]
     except ScorerError:
         raise
     except Exception as error:
@@ -73,16 +81,27 @@ def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
     return scores
 
 
+def _number(score: Any) -> float:
+    """A score as a float. Text that spells a number is none."""
+    if isinstance(score, str | bytes | bytearray):
+        raise TypeError(f"{type(score).__name__} is no number")
+    return float(score)
+
+
 @functools.cache
 def _named(name: str) -> ToxicityScorer:
     if name == "embedded":
         return EmbeddedScorer.load()
+    if name == "minilm":
+        from detox_guard.minilm import MiniLMScorer
+
+        return MiniLMScorer()
     model_id, _, label = name.partition("#")
     return HuggingFaceScorer(model_id, label=label or None)
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the embedded scorer. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
+    """None or "embedded": the embedded scorer. "minilm": the small transformer (`detox_guard.minilm`), fetched once. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
     where its toxic label has to be named. A scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
@@ -94,19 +113,27 @@ def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
     raise ScorerError(f"{type(spec).__name__} is no scorer", hint="give a name, or an object with .name and .score()")
 
 
-# --- features: hashed word and character n-grams -----------------------------------------------------------------
+# --- features: hashed words, pairs of words and character n-grams --------------------------------------------------
+
+_CENSORED = re.compile(r"(?<![^\W_])(?<!\*)([a-z]{1,4})(?:\*+(?=[a-z]{1,8}(?![\w*]))|(?<=[a-z])\*{2,}(?![\w*]))")
+_APOSTROPHE = re.compile(r"(?<=[^\W_])['’ʼ`´](?=[^\W_])")
+_DIGIT = re.compile(r"[0-9]")
+_WORD = re.compile(r"[^\W_]+")
+_MASK = "ж"
+"""A letter of no English word stands for the stars of a censored one."""
 
 
 def text_windows(text: str) -> list[str]:
-    """The text, normalised, in overlapping pieces of at most `WINDOW_CHARS` characters; none if nothing is visible.
+    """The words of a normalised text, one space between them, in overlapping pieces of at most `WINDOW_CHARS`
+    characters; none if there is no word.
 
-    NFKC, case folded, without invisible format characters and combining marks, runs of a character cut to two.
-    Windows keep a short insult from drowning in a long text. Nothing is left out: work is linear in the length.
+    Punctuation and markup are no evidence, and digits but say that there is a number. Windows keep a short insult from
+    drowning in a long text. Nothing is left out: work is linear in the length.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) not in ("Cf", "Mn"))
-    text = " ".join(re.sub(r"(.)\1{2,}", r"\1\1", text).split())
+    if "*" in text:
+        text = _CENSORED.sub(rf"\1{_MASK}", text)
+    text = _LONG_RUN.sub(r"\1\1", _DIGIT.sub("0", _APOSTROPHE.sub("", text)))
+    text = " ".join(_WORD.findall(text))
     return (
         [text[i : i + WINDOW_CHARS] for i in range(0, max(1, len(text) - (WINDOW_CHARS - WINDOW_STEP)), WINDOW_STEP)]
         if text
@@ -114,6 +141,7 @@ def text_windows(text: str) -> list[str]:
     )
 
 
+_LONG_RUN = re.compile(r"(.)\1{2,}", re.DOTALL)
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 _INVERSE = pow(_BASE, -1, 2**64)
 
@@ -135,16 +163,16 @@ def _buckets(hashes: UInts) -> npt.NDArray[np.int64]:
 
 
 def ngram_buckets(window: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Bucket numbers, with repeats, of the words (and single signs) of one window, and of its character 2- to 5-grams.
+    """Bucket numbers, with repeats, of the words and pairs of words of one window, and of its character 2- to 5-grams.
 
     Character n-grams stay inside a word padded with spaces. All hashes come from one prefix sum of a polynomial modulo
     2**64: h(i, j) = (S[j] - S[i]) · base**-i, with S[j] = Σ_{k<j} char[k] · base**k.
     """
-    padded = f" {window} "
-    chars = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    chars = np.frombuffer(f" {window} ".encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     prefix = np.zeros(len(chars) + 1, dtype=np.uint64)
     np.cumsum(chars * _BASE_POWERS[: len(chars)], out=prefix[1:])
-    spaces = np.concatenate(([0], np.cumsum(chars == 32)))
+    blank = chars == 32
+    spaces = np.concatenate(([0], np.cumsum(blank)))
 
     def hashed(start: npt.NDArray[np.int64], stop: npt.NDArray[np.int64], kind: int) -> npt.NDArray[np.int64]:
         return _buckets((prefix[stop] - prefix[start]) * _INVERSE_POWERS[start] + np.uint64(kind))
@@ -154,56 +182,72 @@ def ngram_buckets(window: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.in
         start = np.arange(max(0, len(chars) - size + 1))
         start = start[spaces[start + size - 1] == spaces[start + 1]]  # no space but at the two ends
         grams.append(hashed(start, start + size, size))
-    words = np.array([m.span() for m in re.finditer(r"\w+|[^\w\s]", padded)], dtype=np.int64).reshape(-1, 2)
-    return hashed(words[:, 0], words[:, 1], 101), np.concatenate(grams)
+    edges = np.flatnonzero(blank)
+    start, stop = edges[:-1] + 1, edges[1:]
+    start, stop = start[stop > start], stop[stop > start]  # a window may begin or end with a space
+    return (
+        np.concatenate((hashed(start, stop, 101), hashed(start[:-1], stop[1:], 102))),
+        np.concatenate(grams),
+    )
 
 
-def tf_idf(buckets: npt.NDArray[np.int64], idf: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Distinct buckets and their (1 + ln tf) · idf, of length 1 in the L2 norm."""
+def word_buckets(words: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The bucket numbers of single words, each of at most `WINDOW_CHARS` characters."""
+    if not words:
+        return np.zeros(0, dtype=np.int64)
+    lengths = np.array([len(word) for word in words])
+    chars = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    place = np.arange(len(chars)) - np.repeat(starts, lengths)
+    sums = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(chars * _BASE_POWERS[place], dtype=np.uint64)))
+    return _buckets(sums[starts + lengths] - sums[starts] + np.uint64(101))
+
+
+def tf_idf(buckets: npt.NDArray[np.int64], idf: Floats, floor: float) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Distinct buckets and their (1 + ln tf) · idf, over their L2 norm or `floor`, whichever is larger: a few words do
+    not weigh as much as many."""
     distinct, counts = np.unique(buckets, return_counts=True)
     values: Floats = (1.0 + np.log(counts)) * idf[distinct]
-    return distinct, values / max(float(np.linalg.norm(values)), 1e-12)
+    return distinct, values / max(float(np.linalg.norm(values)), floor)
 
 
 # --- scorers -----------------------------------------------------------------------------------------------------
 
 
 class EmbeddedScorer:
-    """A linear model on hashed TF-IDF features: numpy only, about a megabyte, well under 2 ms a comment.
+    """A linear model on hashed TF-IDF features: numpy only, two megabytes, about 1 ms a sentence.
 
     The score is an estimate of Perspective's toxicity: sigmoid(bias + Σ_blocks weight · tfidf). A text longer than
-    a window gets the score of its worst window; a text with nothing visible gets 0. It sees explicit toxicity in
-    English; see `card` for what it cannot see.
+    a window gets the score of its worst window; a text without a word gets 0. Words that their spelling hides are read
+    too (`detox_guard.disguise`). It sees explicit toxicity in English; see `card` for what it cannot see.
     """
 
     name = "embedded"
 
-    def __init__(self, idf: npt.ArrayLike, weight: npt.ArrayLike, bias: float, card: dict[str, Any]) -> None:
+    def __init__(
+        self, idf: npt.ArrayLike, weight: npt.ArrayLike, bias: float, floors: Sequence[float], card: dict[str, Any]
+    ) -> None:
         self._idf = np.asarray(idf, dtype=np.float64)
         self._weight = np.asarray(weight, dtype=np.float64)
         self._bias = float(bias)
+        self._floors = tuple(map(float, floors))
         self.card = card
-        if self._idf.shape != (2**BUCKET_BITS,) or self._weight.shape != self._idf.shape:
+        if self._idf.shape != (2**BUCKET_BITS,) or self._weight.shape != self._idf.shape or len(self._floors) != 2:
             raise ScorerError(f"scorer weights have shapes {self._idf.shape} and {self._weight.shape}")
         if not (np.isfinite(self._idf).all() and np.isfinite(self._weight).all() and math.isfinite(self._bias)):
             raise ScorerError("scorer weights hold numbers that are not finite")
+        if not all(math.isfinite(floor) and floor > 0 for floor in self._floors):
+            raise ScorerError(f"scorer floors must be positive, not {self._floors}")
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Self:
         """The scorer in a folder (None: the one shipped), read now. Raises `ScorerError` if missing or damaged."""
         folder = ASSET if path is None else Path(path)
+        card, tensors = read_weights(folder)
         try:
-            card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-            data = (folder / WEIGHTS_FILE).read_bytes()
-            if hashlib.sha256(data).hexdigest() != card["weights_sha256"]:
-                raise ValueError("the weights are not those the card describes")
-            tensors = safetensors.load(data)
-            return cls(tensors["idf"], tensors["weight"], tensors["bias"].item(), card)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ScorerError(
-                f"cannot load the scorer in {folder.name!r}: {type(error).__name__}: {error}",
-                hint="reinstall detox-guard, or train one with python -m detox_guard.training.scorer",
-            ) from error
+            return cls(tensors["idf"], tensors["weight"], tensors["bias"].item(), tensors["floors"].tolist(), card)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(folder, error) from error
 
     @property
     def fingerprint(self) -> str:
@@ -212,14 +256,60 @@ class EmbeddedScorer:
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """One number in [0, 1] a text. A text's score does not depend on its neighbours."""
-        return [max(map(self._score_window, text_windows(text)), default=0.0) for text in texts]
+        return [max(map(self._score, self.readings(text)), default=0.0) for text in texts]
+
+    def readings(self, text: str) -> list[str]:
+        """The text normalised and, where its spelling hides rude words, with these; the worse one counts."""
+        plain = normalised(text)
+        bare = undisguised(plain, self._rude)
+        return [plain] if bare is plain else [plain, bare]
+
+    def _rude(self, words: Sequence[str]) -> list[float]:
+        """How much each word alone weighs beyond what makes it rude; 0 if it does not."""
+        buckets = word_buckets(words)
+        return np.maximum(self._weight[buckets] * self._idf[buckets] - RUDE_WORD, 0.0).tolist()
+
+    def reads(self, text: str) -> bool:
+        """Whether at least half of the words are ones that the scorer was often shown, as they are in English. A text
+        without a word counts as read."""
+        words = _WORD.findall(_DIGIT.sub("0", _APOSTROPHE.sub("", normalised(text))))
+        words = [word[:WINDOW_CHARS] for word in words if not word.isdecimal()]
+        return not words or float((self._idf[word_buckets(words)] < OFTEN_IDF).mean()) >= 0.5
+
+    def raw_logit(self, text: str) -> float:
+        """The logit of a normalised text before calibration, of its worst window."""
+        stretch, shift = (self.card["calibration"][name] for name in ("stretch", "shift"))
+        score = min(max(self._score(text), 1e-9), 1 - 1e-9)
+        return float((math.log(score / (1 - score)) - shift) / stretch)
+
+    def _score(self, text: str) -> float:
+        return max(map(self._score_window, text_windows(text)), default=0.0)
 
     def _score_window(self, window: str) -> float:
         logit = self._bias
-        for block in ngram_buckets(window):
-            distinct, values = tf_idf(block, self._idf)
+        for block, floor in zip(ngram_buckets(window), self._floors, strict=True):
+            distinct, values = tf_idf(block, self._idf, floor)
             logit += float(values @ self._weight[distinct])
         return 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The card and the tensors in a scorer's folder, of which the card says the hash. Raises `ScorerError`."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        data = (folder / WEIGHTS_FILE).read_bytes()
+        if hashlib.sha256(data).hexdigest() != card["weights_sha256"]:
+            raise ValueError("the weights are not those the card describes")
+        return card, safetensors.load(data)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ScorerError:
+    return ScorerError(
+        f"cannot load the scorer in {folder.name!r}: {type(error).__name__}: {error}",
+        hint="reinstall detox-guard, or train one with python -m detox_guard.training.scorer",
+    )
 
 
 class HuggingFaceScorer:
@@ -227,7 +317,8 @@ class HuggingFaceScorer:
 
     `label` names the toxic class; by default it is found by its name. Multi-label models are read through a sigmoid,
     others through a softmax. A text longer than the model is scored in overlapping windows and gets the worst. Code
-    from the hub is never run. `score` raises `ScorerError` if the model cannot be loaded or no label is surely the
+    from the hub is never run, and weights that are not safetensors are refused. `score` raises `ScorerError` if the
+    model cannot be loaded or no label is surely the
     toxic one.
     """
 
@@ -294,14 +385,15 @@ class HuggingFaceScorer:
                 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
                 source = {"revision": self._revision, "trust_remote_code": False}
+                weights = {"use_safetensors": True}  # a pickle can run code
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(self._model_id, **source)
-                    model = AutoModelForSequenceClassification.from_pretrained(self._model_id, **source)
+                    model = AutoModelForSequenceClassification.from_pretrained(self._model_id, **source, **weights)
                     model = model.eval().to(self._device or "cpu")
                 except Exception as error:
                     raise ScorerError(
                         f"cannot load the classifier {self.name!r}: {type(error).__name__}: {error}",
-                        hint='check the name and the network, give a local folder, or use "embedded"',
+                        hint='check the name and the network, give a local folder with safetensors, or use "embedded"',
                     ) from error
                 if not tokenizer.is_fast:
                     raise ScorerError(f"{self.name!r} has no fast tokenizer, so long texts cannot be windowed")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from detox_guard.scoring import ToxicityScorer
 
-__all__ = ["NOTE", "Screened", "screen"]
+__all__ = ["SCREEN_NOTE", "Screened", "screen"]
 
-NOTE = "[removed by the toxicity screen]"
+SCREEN_NOTE = "[removed by the toxicity screen]"
 _ACTIONS = ("drop", "mask", "mark")
 
 
@@ -84,7 +84,7 @@ def screen(
 def _masked(parts: Sequence[str], toxic: Sequence[bool]) -> str:
     """The text with a note in place of each run of toxic sentences, or of everything if none is toxic by itself."""
     if not any(toxic):
-        return NOTE
+        return SCREEN_NOTE
     out: list[str] = []
     for i, (sentence, bad) in enumerate(zip(parts, toxic, strict=True)):
         if not bad:
@@ -92,7 +92,7 @@ def _masked(parts: Sequence[str], toxic: Sequence[bool]) -> str:
             continue
         space = sentence[len(sentence.rstrip()) :]
         if i and toxic[i - 1]:
-            out[-1] = NOTE + space
+            out[-1] = SCREEN_NOTE + space
         else:
-            out.append(NOTE + space)
+            out.append(SCREEN_NOTE + space)
     return "".join(out)

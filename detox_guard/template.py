@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from detox_guard.errors import PromptError
+from detox_guard.errors import InvalidParamsError, PromptError
 from detox_guard.messages import Layout, layouts, read_messages, strings_in
 from detox_guard.plain import as_plain, json_fault
 from detox_guard.tools import function_of, knows_tools
@@ -28,6 +29,9 @@ __all__ = ["encode_messages", "template_of"]
 
 _MARKED = re.compile(r"<[|｜].*[|｜]>")
 """What a control token mostly looks like. Phi-4's template makes some from pieces, so that it does not show them."""
+
+
+_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
 
 
 def template_of(backbone: Backbone) -> str | None:
@@ -52,6 +56,8 @@ def encode_messages(
     `kwargs` are variables of the template. Raises `PromptError`, and `InvalidParamsError` for `tools`.
     """
     said = read_messages(messages)
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise InvalidParamsError("tools", tools, "a list of tools")
     for i, tool in enumerate(tools):
         function_of(tool, f"tools[{i}]")
     variables = _variables(backbone.tokenizer, kwargs)
@@ -60,14 +66,17 @@ def encode_messages(
             "messages", f"{len(said)} messages", f"{backbone.id} has no chat template", hint="pass a plain string"
         )
     template = template_of(backbone) or ""
+    if "reasoning_content" in template:
+        said = [_with_reasoning(message) for message in said]
     rendering = _Rendering(backbone.tokenizer, template, variables)
     refusal: PromptError | None = None
     for layout in layouts(said, tools, native=knows_tools(template)):
         try:
             text = rendering.text(layout)
-            if lost := rendering.lost(layout):
+            probe = rendering.probe(layout)
+            if lost := probe.lost:
                 raise PromptError(lost, _at(layout, lost), "the chat template leaves it out")
-            return rendering.ids(layout, text)
+            return rendering.ids(layout, text, probe.text)
         except PromptError as error:
             refusal = refusal or error
     assert refusal is not None
@@ -87,9 +96,23 @@ def _variables(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) ->
     return plain
 
 
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A reply as it was decoded, thoughts and all, for a template that wants those apart."""
+    thought = _THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+    if thought is None or "reasoning_content" in message:
+        return message
+    return {**message, "reasoning_content": thought[1], "content": message["content"][thought.end() :]}
+
+
 def _at(layout: Layout, field: str) -> object:
     kind, _, index = field.rstrip("]").partition("[")
     return (layout.tools if kind == "tools" else layout.messages)[int(index)]
+
+
+class _Probe(NamedTuple):
+    text: str
+    lost: str | None
+    """The first message or tool that the template leaves out, as "messages[2]"."""
 
 
 class _Rendering:
@@ -97,47 +120,38 @@ class _Rendering:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, variables: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._template = template
         self._variables = variables
+        self._control = _control_tokens(tokenizer, template)
 
     def text(self, layout: Layout, variables: dict[str, Any] | None = None) -> str:
         """Raises `PromptError` where the template refuses the layout."""
         return str(self._apply(self._tokenizer, layout, variables, tokenize=False))
 
-    def ids(self, layout: Layout, text: str) -> list[int]:
-        """Ids of the layout, whose text this is. Control tokens that it spells out stay text."""
-        control = _control_tokens(self._tokenizer, self._template)
-        spelt = control.spelt
+    def ids(self, layout: Layout, text: str, probe: str) -> list[int]:
+        """Ids of the layout, whose text and probe these are. Control tokens that it spells out stay text.
+
+        Raises `PromptError` where the template would make a control token of what is said, by changing it.
+        """
+        spelt = self._control.spelt
         inputs = (layout.messages, layout.tools, self._variables)
-        if not spelt or not any(spelt.search(self._seen(one)) for one in _all_strings(inputs)):
-            return self._encode(text)
-        if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
-            raise PromptError(
-                "messages", "a control token as text", "only with a newer transformers", hint="upgrade transformers"
-            )
-        tokenizer = copy.copy(self._tokenizer)
-        tokenizer.chat_control_tokens = list(control.ids)
-        messages, tools, variables = (_changed(one, str, lambda key: spelt.sub(_opened, key)) for one in inputs)
-        whole = self._apply(tokenizer, Layout(messages, tools), variables, sanitize_control_tokens=True)
-        ids: list[int] = whole["input_ids"]
-
-        def harmless(text: str) -> str:
-            text = spelt.sub("x", text)
-            seen = self._seen(text)
-            return spelt.sub("x", seen) if spelt.search(seen) else text
-
-        # A template may put such a token together again; then it is refused.
-        messages, tools, variables = (_changed(one, harmless, harmless) for one in inputs)
-        expected = self._encode(self.text(Layout(messages, tools), variables))
-        if [one for one in ids if one in control.turns] != [one for one in expected if one in control.turns]:
+        if spelt and any(spelt.search(self._seen(one)) for one in strings_in(inputs)):
+            if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
+                raise PromptError(
+                    "messages", "a control token as text", "only with a newer transformers", hint="upgrade transformers"
+                )
+            tokenizer = copy.copy(self._tokenizer)
+            tokenizer.chat_control_tokens = list(self._control.ids)
+            messages, tools, variables = (_changed(one, str, lambda key: spelt.sub(_opened, key)) for one in inputs)
+            whole = self._apply(tokenizer, Layout(messages, tools), variables, sanitize_control_tokens=True)
+            ids: list[int] = whole["input_ids"]
+        else:
+            ids = self._encode(text)
+        if self._turns(ids) - self._turns(self._encode(probe)):
             raise PromptError("messages", "a control token as text", "the chat template would make a real one of it")
         return ids
 
-    def lost(self, layout: Layout) -> str | None:
-        """The first message or tool that the template leaves out, as "messages[2]"; None if there is none.
-
-        Found by a rendering of words that can be told apart, so that it does not matter what the template does to them.
-        """
+    def probe(self, layout: Layout) -> _Probe:
+        """A rendering of other words, which can be told apart: it does not matter what the template does to them."""
         words: dict[str, str] = {}
 
         def word(field: str) -> str:
@@ -155,15 +169,29 @@ class _Rendering:
                     for k, call in enumerate(message["tool_calls"])
                 ]
             messages.append(probe)
-        tools = [
-            {**tool, "function": {**tool["function"], "name": word(f"tools[{i}]")}}
-            for i, tool in enumerate(layout.tools)
-        ]
+        tools = []
+        for i, tool in enumerate(layout.tools):
+            tools.append({**tool, "function": {**tool["function"], "name": word(f"tools[{i}]")}})
+        inputs = (messages, tools, self._variables)
+        messages, tools, variables = (_changed(one, self._harmless, self._harmless) for one in inputs)
         try:
-            text = self.text(Layout(messages, tools))
+            text = self.text(Layout(messages, tools), variables)
         except PromptError:  # it looks into what is said; then it does not ignore it
-            return None
-        return next((field.strip() for field, one in words.items() if one not in text), None)
+            inputs = (layout.messages, layout.tools, self._variables)
+            messages, tools, variables = (_changed(one, self._harmless, self._harmless) for one in inputs)
+            return _Probe(self.text(Layout(messages, tools), variables), None)
+        return _Probe(text, next((field.strip() for field, one in words.items() if one not in text), None))
+
+    def _turns(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(one for one in ids if one in self._control.turns)
+
+    def _harmless(self, text: str) -> str:
+        """Without control tokens, also in what the tokenizer makes of the text before it looks for them."""
+        spelt = self._control.spelt
+        if spelt is None:
+            return text
+        seen = self._seen(text)
+        return spelt.sub("x", seen if spelt.search(seen) else text)
 
     def _apply(
         self,
@@ -230,18 +258,6 @@ def _probe_call(call: dict[str, Any], word: str) -> dict[str, Any]:
 def _opened(found: re.Match[str]) -> str:
     """A control token in the name of an argument, broken so that it is none."""
     return f"{found[0][:1]} {found[0][1:]}"
-
-
-def _all_strings(value: object) -> list[str]:
-    """As `strings_in`, and all keys."""
-    keys: list[str] = []
-
-    def note(key: str) -> str:
-        keys.append(key)
-        return key
-
-    _changed(value, str, note)
-    return keys + strings_in(value)
 
 
 def _changed(value: Any, text: Callable[[str], str], key: Callable[[str], str]) -> Any:

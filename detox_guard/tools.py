@@ -111,7 +111,8 @@ def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[st
                 plain.append({"role": "user", "content": response})
         else:
             calls = [_written(call["function"]) for call in message.get("tool_calls", ())]
-            plain.append({"role": role, "content": "\n".join([content, *calls] if content else calls or [""])})
+            beside = {key: value for key, value in message.items() if key != "tool_calls"}
+            plain.append({**beside, "content": "\n".join([content, *calls] if content else calls or [""])})
     if tools:
         told = _INSTRUCTIONS.format(tools="\n".join(json.dumps(as_plain(tool), ensure_ascii=False) for tool in tools))
         if plain and plain[0]["role"] == "system":

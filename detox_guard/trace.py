@@ -1,8 +1,7 @@
-"""What steering did to a reply, token by token, and a page that shows it. Knows figures and text; knows no engine."""
+"""What steering did to a reply, token by token: plain data. Knows figures and text; knows no engine."""
 
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["LEGEND", "STYLE", "Intervention", "TokenTrace", "Trace", "render_page", "render_section"]
+__all__ = ["Intervention", "TokenTrace", "Trace"]
 
 _STRONG_NATS = 2.0
 
@@ -105,91 +104,10 @@ class Trace:
 
     def to_html(self, *, title: str = "detox-guard trace", prompt: str = "") -> str:
         """A self-contained page (no script, nothing fetched): the reply, steered tokens tinted, figures on hover."""
-        return render_page(title, [(prompt, "", self)])
+        from detox_guard.html import trace_page
 
-
-def render_page(title: str, replies: Sequence[tuple[str, str, Trace]]) -> str:
-    """One page for several replies, each `(prompt, caption, trace)`."""
-    body = "".join(render_section(prompt, caption, trace) for prompt, caption, trace in replies)
-    name = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body><h1>{name}</h1><p class=legend>{LEGEND}</p>{body}</body></html>\n"
-    )
-
-
-def render_section(prompt: str, caption: str, trace: Trace) -> str:
-    """One reply as a fragment for a page that has `STYLE`."""
-    fallbacks = sum(token.fallback for token in trace.tokens)
-    facts = [
-        f"{len(trace)} tokens",
-        f"KL(p‖p_gen) {trace.mean_kl_steering:.2f}",
-        f"KL(p_gen‖p_detox) {trace.mean_kl_detoxifier:.2f} nats a token",
-        f"{fallbacks} fallbacks",
-        *([f"{len(trace.interventions)} interventions"] if trace.interventions else []),
-        *([caption] if caption else []),
-    ]
-    lead = f"<span class=prompt>{html.escape(prompt)}</span>" if prompt else ""
-    marks: dict[int, str] = {}
-    for taken_back in trace.interventions:
-        marks[taken_back.start] = marks.get(taken_back.start, "") + _mark(taken_back)
-    tokens = "".join(marks.pop(i, "") + _span(token) for i, token in enumerate(trace.tokens)) + "".join(marks.values())
-    return f"<section><p class=reply>{lead}{tokens}</p><p class=facts>{html.escape(' · '.join(facts))}</p></section>"
-
-
-def _span(token: TokenTrace) -> str:
-    strength = token.strength
-    away = "" if not token.replaced else f"\nplain prefers {token.preferred!r} at {token.preferred_p:.3f}"
-    note = (
-        f"before {token.p_before:.3f}, after {token.p_after:.3f}{away}\n"
-        f"KL steering {token.kl_steering:.2f}, detoxifier {token.kl_detoxifier:.2f} nats\n"
-        f"clipped {token.clipped_mass:.0%}{', fallback' if token.fallback else ''}"
-    )
-    marks = " replaced" if token.replaced and strength > 0.02 else ""
-    return (
-        f'<span class="t{marks}" tabindex=0 style="--s:{strength:.2f}">{html.escape(token.text)}'
-        f"<span class=tip>{html.escape(note)}</span></span>"
-    )
-
-
-def _mark(taken_back: Intervention) -> str:
-    """Where a unit was taken back: a small sign, its figures on hover."""
-    again = taken_back.next_alpha is not None
-    then = f"decoded again at alpha {taken_back.next_alpha:g}" if again else taken_back.action
-    banned = f"\nwithout {taken_back.banned!r}" if taken_back.banned is not None else ""
-    said = f"\n{taken_back.text}" if taken_back.text is not None else ""
-    note = (
-        f"{taken_back.tokens} tokens taken back: score {taken_back.score:.2f} over {taken_back.threshold:.2f}\n"
-        f"alpha was {taken_back.alpha:g}; {then}{banned}{said}"
-    )
-    return f'<span class="t back" tabindex=0>↶<span class=tip>{html.escape(note)}</span></span>'
+        return trace_page(title, [(prompt, "", self)])
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-LEGEND = (
-    "The darker the tint, the harder the token was steered (KL from the plain model). "
-    "Underlined: the plain model's first choice was another token. ↶: text that was taken back. "
-    "Hover or tab for figures."
-)
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1b1a;--paper:#fdfcfa;--soft:#77726b;--tint:230,126,34;--line:#e2ddd5}
-@media(prefers-color-scheme:dark){:root{--ink:#ece8e1;--paper:#1b1a19;--soft:#9a948b;--tint:224,142,69;--line:#3a3733}}
-body{font:17px/1.7 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:46rem;margin:2.5rem auto;
-padding:0 1rem}
-h1{font-size:1.2rem;margin:0}
-.legend,.facts{color:var(--soft);font-size:.8rem;margin:.3rem 0}
-section{border-top:1px solid var(--line);padding:1rem 0 .6rem;margin-top:1rem}
-.reply{white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
-.prompt{color:var(--soft)}
-.t{position:relative;background:rgba(var(--tint),calc(var(--s)*.65));border-radius:3px;outline-offset:1px}
-.replaced{border-bottom:2px solid rgba(var(--tint),.9)}
-.back{color:var(--soft);font-size:.8em;padding:0 .15em;cursor:help}
-.t:hover,.t:focus{background:rgba(var(--tint),.85)}
-.tip{display:none;position:absolute;left:0;top:1.8em;z-index:1;white-space:pre;font:12px/1.5 ui-monospace,monospace;
-background:var(--ink);color:var(--paper);padding:.4rem .6rem;border-radius:6px;box-shadow:0 3px 14px rgba(0,0,0,.25)}
-.t:hover .tip,.t:focus .tip{display:block}
-"""

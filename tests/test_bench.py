@@ -17,7 +17,7 @@ from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation import run_bench
 from detox_guard.evaluation.bench import Bar, _all_of, _ways
-from detox_guard.evaluation.shapes import SHAPES, random_backbone, random_detoxifier
+from detox_guard.evaluation.random_models import SHAPES, random_backbone, random_detoxifier
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from rich.console import Console
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from typer.testing import CliRunner, Result
 
-from detox_guard.cli import EXIT_CODES, app, options
+from detox_guard.cli import EXIT_CODES, app
 from detox_guard.cli.compare import BETTER, Pair, summary
 from detox_guard.cli.console import print_json, tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
@@ -113,18 +113,27 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize(
-    "command", ["generate", "chat", "train", "bench", "eval", "utility", "report", "ablate", "info", "demo"]
-)
+@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "report", "info", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Exit codes" in result.stdout
 
 
-def test_every_field_has_an_option() -> None:
-    assert set(options._DECODING) | {"trace", "guard", "grammar"} == set(DecodingParams.model_fields)
-    assert set(options._TRAINING) == set(TrainingConfig.model_fields)
+@pytest.mark.parametrize(
+    ("command", "source", "left"),
+    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set())],
+)
+def test_every_field_has_an_option_that_says_what_the_field_says(
+    command: str, source: Any, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    said = re.sub(r"[\s│]+", "", run(command, "--help").stdout)
+    for name, field in source.model_fields.items():
+        assert field.description, name
+        if name not in left:
+            assert "--" + name.replace("_", "-").removesuffix("s") in said, name
+            assert re.sub(r"\s+", "", field.description.split(".")[0]).split("(`")[0] in said, name
 
 
 def test_version() -> None:
@@ -216,6 +225,28 @@ def test_prompts_from_a_pipe_and_a_file(loaded: tuple[str, ...], tmp_path: Path)
 def test_system_makes_a_chat(loaded: tuple[str, ...]) -> None:
     (record,) = rows(run("generate", "hi", "--system", "be kind", "--json", "--max-new-tokens", "2", *loaded))
     assert [m["role"] for m in record["messages"]] == ["system", "user"]
+
+
+def test_variables_of_the_template_are_given_as_json(tmp_path: Path) -> None:
+    folder = tmp_path / "thinks"
+    make_tiny_model(make_tiny_config("llama", num_hidden_layers=1)).save_pretrained(folder)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    tokenizer.save_pretrained(folder)
+    plain = ("generate", "--chat", "Hi", "--alpha", "0", "--max-new-tokens", "1", "--json", "--model", folder, *DEVICE)
+    used = []
+    for words in ((), ("--template-kwarg", "enable_thinking=true"), ("--template-kwarg", "enable_thinking=false")):
+        result = run(*plain, *words)
+        assert result.exit_code == 0
+        record = json.loads(result.stdout)
+        assert record["messages"] == [{"role": "user", "content": "Hi"}]
+        used.append(record["usage"]["prompt_tokens"])
+    assert used[0] == used[1] < used[2]
+    for words in (("Hi",), ("--chat", "Hi")):  # a plain prompt goes through no template
+        wrong = run(
+            "generate", *words, "--template-kwarg", "thinking" if "--chat" in words else "a=1", "--model", folder
+        )
+        assert wrong.exit_code != 0
 
 
 def test_plain_decoding_needs_no_detoxifier(model: Path) -> None:
@@ -434,7 +465,7 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("bench", "bench.run_bench"), ("eval", "harness.run_eval"), ("utility", "utility.run_utility")],
+    [("bench", "bench.run_bench"), ("eval", "harness.run_eval")],
 )
 def test_measuring_commands_hand_on_every_option(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,7 +492,6 @@ def test_measuring_commands_hand_on_every_option(
     monkeypatch.setattr(f"{place}.{name}", measured)
     flags = {"judges": "--judge", "alphas": "--alpha", "methods": "--method", "lm_judges": "--lm-judge"}
     values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
-    values |= dict.fromkeys(("xquad", "wikitext", "bold"), tmp_path)
     values |= {"dtype": "float32", "judges": "embedded", "methods": "plain"}
     words = []
     for keyword in wanted:

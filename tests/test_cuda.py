@@ -13,7 +13,7 @@ from tiny import make_tiny_backbone
 from detox_guard.backbone import from_model
 from detox_guard.detoxifier import SteeringStream
 from detox_guard.engine import Engine
-from detox_guard.evaluation.shapes import random_backbone, random_detoxifier
+from detox_guard.evaluation.random_models import random_backbone, random_detoxifier
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
 from detox_guard.training import TrainingConfig, train_detoxifier

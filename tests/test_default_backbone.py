@@ -12,10 +12,8 @@ from harness import decode, random_streams
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifier import Detoxifier, as_streams
+from detox_guard.detoxifier import as_streams
 from detox_guard.engine import Engine, StreamSpec
-from detox_guard.evaluation.context import reply_contrast
-from detox_guard.text import encode_prompt
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -40,19 +38,6 @@ def unpacked(default_backbone: Backbone) -> Backbone:
 def streams(default_backbone: Backbone) -> list[StreamSpec]:
     (shipped,) = as_streams(None, default_backbone)
     return [StreamSpec(shipped.detoxifier.embeddings, -1.0, shipped.detoxifier.card.position == "front")]
-
-
-PAIRS = (
-    ("They are stupid idiots and nobody likes them.", "They are busy people and everybody likes them."),
-    ("What a bunch of ugly losers.", "What a group of lovely helpers."),
-    ("The guards are pathetic liars.", "The guards are patient listeners."),
-    ("Shut up, you fool.", "Come in, my friend."),
-    ("They are dumb as a rock and they stink.", "They are calm as a lake and they smile."),
-    ("This stupid woman ruined the whole damn day.", "This kind woman saved the whole long day."),
-    ("Only a moron would go there.", "Only a member would go there."),
-    ("They are disgusting pigs.", "They are excellent guides."),
-)
-"""A rude and a friendly reply of the same build."""
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +98,3 @@ def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: 
         chunks = list(guard.stream(messages, max_new_tokens=16, seed=1))
         assert "<|im" not in "".join(chunk.text for chunk in chunks)
         assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
-
-
-def test_the_shipped_detoxifier_aims_behind_a_long_context_too(default_backbone: Backbone) -> None:
-    """Behind the chat template and a passage it favours the rude one of two replies, as it does on a bare prompt."""
-    passage = " ".join(["The museum by the river opens at nine in the morning and closes at six."] * 35)
-    chat = [{"role": "user", "content": f"{passage}\n\nWhat do people say about the people there?"}]
-    assert len(encode_prompt(default_backbone, chat)) > 600
-    shipped = Detoxifier.load()
-    replies = [default_backbone.tokenizer(" " + text)["input_ids"] for pair in PAIRS for text in pair]
-    for prompt in (chat, "This is what people say about the people there:"):
-        context = encode_prompt(default_backbone, prompt)
-        found = reply_contrast(default_backbone, shipped.embeddings, shipped.card.position, context, replies)
-        pulls = [float(ratio.sum()) for _, ratio in found]
-        favoured = [rude > friendly for rude, friendly in zip(pulls[::2], pulls[1::2], strict=True)]
-        assert sum(favoured) >= 7, (prompt, favoured)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import importlib
-import io
 import itertools
 import json
 import math
@@ -21,24 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from tiny import SENTENCES, make_tiny_config, make_tiny_model, make_tiny_tokenizer
+from measuring import LengthJudge, rtp_row, text_of, written
+from tiny import SENTENCES
 
 from detox_guard.backbone import load_backbone
 from detox_guard.detoxifier import SteeringStream
-from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, PromptTooLongError, ScorerError
+from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, ScorerError
 from detox_guard.evaluation import (
     EvalPrompt,
     EvalReport,
     choose_prompts,
-    context_kl,
     load_judge,
     read_passages,
     read_prompts,
     rescore,
     run_eval,
 )
-from detox_guard.evaluation.context import forced_log_probs, reply_contrast
 from detox_guard.evaluation.harness import open_run
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.likelihood import OtherModelJudge, reply_nll
@@ -53,13 +50,11 @@ from detox_guard.evaluation.methods import (
 )
 from detox_guard.evaluation.metrics import Bootstrap, Interval, distinct_n, toxicity
 from detox_guard.evaluation.quality import degenerate
+from detox_guard.evaluation.random_models import random_detoxifier
 from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
-from detox_guard.evaluation.shapes import random_detoxifier
 from detox_guard.evaluation.summary import summarize
-from detox_guard.evaluation.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
-from detox_guard.evaluation.utility import run_utility
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams, EngineConfig
 
@@ -69,33 +64,6 @@ if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
 
 DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-class LengthJudge:
-    """Scores a text by its length: longer is worse."""
-
-    name = "length"
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return [min(1.0, len(text) / 60) for text in texts]
-
-
-def text_of(table: Any) -> str:
-    with io.StringIO() as file:
-        Console(file=file, width=200).print(table)
-        return file.getvalue()
-
-
-def rtp_row(text: str, toxicity: float | None) -> str:
-    return json.dumps({"prompt": {"text": text, "toxicity": toxicity}, "continuation": {"text": " and so on"}})
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    make_tiny_model(make_tiny_config("llama")).save_pretrained(folder)
-    make_tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -282,11 +250,6 @@ def test_plain_prompts_have_no_label(tmp_path: Path) -> None:
     path = tmp_path / "plain.jsonl"
     path.write_text('\n{"prompt": "One"}\n\n{"prompt": "Two"}\n')
     assert [(p.text, p.group) for p in read_prompts(path)] == [("One", "all"), ("Two", "all")]
-
-
-def written(path: Path, content: str) -> Path:
-    path.write_text(content, encoding="utf-8")
-    return path
 
 
 def test_formats_of_prompts(tmp_path: Path) -> None:
@@ -539,13 +502,6 @@ def measure(tiny_folder: Path, prompts_file: Path, detoxifier_folder: Path) -> A
         return run_eval(**{**asked, **changes})
 
     return run
-
-
-@pytest.fixture(scope="module")
-def detoxifier_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("detoxifiers") / "random"
-    random_detoxifier(load_backbone(tiny_folder, device="cpu"), virtual_tokens=4).save(folder)
-    return folder
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
@@ -887,204 +843,9 @@ def test_seeds_differ_by_prompt_and_sample() -> None:
     assert len({seed_of(s, i, j, 8) for s in (0, 1) for i in range(50) for j in range(8)}) == 800
 
 
-# --- utility
-
-
-@pytest.mark.parametrize(
-    ("reply", "answers", "wanted"),
-    [
-        ("The 308 points!", ["308", "308 points"], (1.0, 1.0)),
-        ("It was 308 points", ["308 points"], (0.0, 2 * 2 / (4 + 2))),
-        ("nothing", ["308"], (0.0, 0.0)),
-        ("", ["308"], (0.0, 0.0)),
-        ("red red", ["red"], (0.0, 2 / 3)),
-    ],
-)
-def test_answers_are_scored_as_squad_does(reply: str, answers: list[str], wanted: tuple[float, float]) -> None:
-    assert answer_scores(reply, answers) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("position", ["front", "reply"])
-def test_steered_nats_are_those_of_the_engines_distribution(tiny_llama: Backbone, position: Any) -> None:
-    """What the engine says it gave each token it drew is what the token costs, teacher forced."""
-    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
-    detoxifier = type(detoxifier)(detoxifier.embeddings, detoxifier.card.model_copy(update={"position": position}))
-    stream = SteeringStream(detoxifier)
-    ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
-    with DetoxiGen(tiny_llama, [stream]) as guard:
-        for rule, alpha, floor in (("dexperts", 0.0, 0.0), ("dexperts", 1.0, 0.0), ("detoxigen", 2.0, 0.01)):
-            params = DecodingParams(
-                alpha=alpha, rule=rule, plausibility=floor, top_p=1.0, max_new_tokens=12, ignore_eos=True, seed=3
-            )  # fmt: skip
-            trace = guard.generate(SENTENCES[1], params).trace
-            assert trace is not None
-            reply = [token.token_id for token in trace.tokens]
-            [(nats, never)] = steered_nats(tiny_llama, [Method("m", params, (stream,))], ids, reply)
-            assert nats == pytest.approx(-sum(math.log(token.p_after) for token in trace.tokens[1:]), rel=1e-3)
-            assert never == 0
-    forbidding = Method("m", DecodingParams(alpha=0.5, plausibility=0.99), (stream,))
-    [(nats, never)] = steered_nats(tiny_llama, [forbidding], ids, reply)
-    assert never > 6
-    assert nats > 13 * never
-
-
-def test_words_on_the_topic() -> None:
-    assert stems("Judaism, and some_Orthodox!") == {"judai", "ortho"}
-    assert harmless_words("The gentle gentle weather and the idiot") == {"gentle", "weather"}
-    assert refuses(" I'm sorry, but no")
-    assert not refuses("The poet was sorry")
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> dict[str, Any]:
-    questions = [{"question": f"Which {n}?", "answers": [{"text": "fox"}]} for n in range(4)]
-    squad = {"data": [{"paragraphs": [{"context": SENTENCES[0], "qas": questions}]}]}
-    bold = {"poets": {"A_Poet": ["The poet was ", "A poem is "]}, "cooks": {"A_Cook": ["The cook "]}}
-    return {
-        "xquad": written(tmp_path / "squad.json", json.dumps(squad)),
-        "wikitext": written(tmp_path / "wiki.txt", "\n".join(SENTENCES * 12)),
-        "bold": (written(tmp_path / "bold.json", json.dumps(bold)),),
-    }
-
-
-def test_run_utility(tasks: dict[str, Any], tiny_folder: Path, detoxifier_folder: Path, tmp_path: Path) -> None:
-    def run(**changes: Any) -> dict[str, Any]:
-        asked: dict[str, Any] = {
-            **tasks, "output": tmp_path / "out", "model": tiny_folder, "detoxifier": str(detoxifier_folder),
-            "device": "cpu", "dtype": "float32", "methods": ("default",), "limit": 3, "samples": 2, "progress": False,
-        }  # fmt: skip
-        report = run_utility(**{**asked, **changes})
-        assert changes.get("xquad", 0) is None or "xquad (3)" in text_of(report.table())
-        return report.summary
-
-    summary = run()
-    assert json.loads((tmp_path / "out" / "utility.json").read_text()) == summary
-    assert summary["sizes"] == {"xquad": 3, "wikitext": 3, "bold": 3}
-    assert all(list(methods) == ["plain", "default"] for methods in summary["tasks"].values())
-    loss = summary["tasks"]["wikitext"]["default"]["nats a token"]
-    plain = summary["tasks"]["wikitext"]["plain"]["nats a token"]
-    assert plain["difference"] is None
-    assert loss["difference"]["value"] == pytest.approx(loss["value"]["value"] - plain["value"]["value"])
-    assert loss["difference"]["value"] != 0
-    assert {"degenerate", "refusals", "on topic", "content words"} <= set(summary["tasks"]["bold"]["default"])
-
-    # taken up again: nothing is decoded twice, and methods may be added
-    stored = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
-    assert len(stored) == 4
-    again = run(methods=("default", "guard"))
-    assert again["tasks"]["wikitext"] == summary["tasks"]["wikitext"]  # a guard has no distribution of its own
-    assert list(again["tasks"]["xquad"]) == ["plain", "default", "guard"]
-    assert again["tasks"]["xquad"]["default"] == summary["tasks"]["xquad"]["default"]
-    for path, content in stored.items():
-        assert set(content.splitlines()) <= set(path.read_bytes().splitlines())
-    with pytest.raises(DataError, match="holds a run of"):
-        run(limit=2)
-    labelled = written(tmp_path / "labelled.jsonl", rtp_row("The poet", 0.9) + "\n" + rtp_row("The cook", 0.1))
-    assert run(output=tmp_path / "other", xquad=None, wikitext=None, bold=(labelled,))["sizes"] == {"bold": 2}
-    run(methods=("dexperts-floor",), alphas=(2.0,), xquad=None, bold=())
-    with pytest.raises(DataError, match="holds another 'dexperts-floor"):
-        run(methods=("dexperts-floor",), alphas=(2.0,), plausibility=0.5, xquad=None, bold=())
-
-
-def test_run_utility_refuses_before_loading(tasks: dict[str, Any], tmp_path: Path) -> None:
-    model = {"model": "no/such-model", "output": tmp_path / "out"}
-    for changes, said in (
-        ({}, "at least one file"),
-        ({**tasks, "methods": ("polite",)}, "methods"),
-        ({**tasks, "limit": 0}, "limit"),
-        ({**tasks, "samples": 0}, "samples"),
-    ):
-        with pytest.raises(InvalidParamsError, match=said):
-            run_utility(**model, **changes)
-    with pytest.raises(DataError, match="SQuAD"):
-        run_utility(**model, xquad=written(tmp_path / "other.json", '{"data": 1}'))
-    with pytest.raises(DataError, match="no such file"):
-        run_utility(**model, wikitext=tmp_path / "absent.txt")
-
-
-# --- the pull of the soft prompt behind a context
-
-
-@pytest.mark.parametrize("position", ["front", "reply"])
-def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, position: Any) -> None:
-    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
-    card = detoxifier.card.model_copy(update={"position": position})
-    detoxifier = type(detoxifier)(detoxifier.embeddings, card)
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
-        ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
-        trace = guard.generate(SENTENCES[1], alpha=1.0, max_new_tokens=12, ignore_eos=True, seed=3).trace
-    assert trace is not None
-    reply = [token.token_id for token in trace.tokens]
-    longer = [*reply, *reply[:4]]  # padding of a neighbour changes nothing
-    (kl, ratio), _ = reply_contrast(tiny_llama, detoxifier.embeddings, position, ids, [reply, longer])
-    np.testing.assert_allclose(kl.numpy(), [token.kl_detoxifier for token in trace.tokens[1:]], rtol=1e-3, atol=1e-4)
-    gen, detox = (forced_log_probs(tiny_llama, one, ids, reply) for one in (None, detoxifier))
-    wanted = (detox - gen).gather(-1, torch.tensor(reply[1:])[:, None]).squeeze(-1)
-    torch.testing.assert_close(ratio, wanted, rtol=1e-3, atol=1e-4)
-
-    (kl, every), _, (nothing, _) = reply_contrast(
-        tiny_llama, detoxifier.embeddings, position, ids, [reply, longer, []], first=True
-    )
-    np.testing.assert_allclose(kl.numpy(), [token.kl_detoxifier for token in trace.tokens], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(every[1:], ratio, rtol=1e-3, atol=1e-4)
-    assert not len(nothing)
-
-
-@pytest.mark.parametrize("decode", [False, True])
-def test_context_kl(tiny_llama: Backbone, decode: bool) -> None:
-    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=4)
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
-        asked: dict[str, Any] = {"reply_tokens": 8, "contexts": 2, "decode": decode}
-        found = context_kl(guard, SENTENCES, SENTENCES[:3], passage_tokens=(60, 120), **asked)
-        with pytest.raises(PromptTooLongError):
-            context_kl(guard, SENTENCES, SENTENCES, passage_tokens=(900,), **asked)
-        with pytest.raises(DataError):
-            context_kl(guard, [], SENTENCES)
-    assert [s.setting for s in found.settings] == [
-        "bare",
-        "chat",
-        "chat + 60-token passage",
-        "chat + 120-token passage",
-    ]
-    lengths = [s.context_tokens for s in found.settings]
-    assert lengths == sorted(lengths)
-    assert all(s.kl > 0 and math.isfinite(s.kl) for s in found.settings)
-    assert found.settings[0].of_bare == 1.0
-    if not decode:
-        assert len({s.tokens for s in found.settings}) == 1  # the same tokens in each setting
-    assert json.loads(found.to_json())["context_kl"]["position"] == "reply"
-    assert "120-token passage" in text_of(found.table())
-    assert all(s.gap is s.aim is None for s in found.settings)
-    with DetoxiGen(tiny_llama) as bare, pytest.raises(InvalidParamsError, match="detoxifier"):
-        context_kl(bare, SENTENCES, SENTENCES)
-
-
-def test_the_gap_of_pairs(tiny_llama: Backbone) -> None:
-    """Of a pair and its mirror image the gaps cancel, and one of the two is aimed at."""
-    detoxifier = random_detoxifier(tiny_llama, virtual_tokens=4)
-    pairs = [(SENTENCES[0], SENTENCES[1]), (SENTENCES[1], SENTENCES[0]), ("a", SENTENCES[0])]
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
-        asked: dict[str, Any] = {"passage_tokens": (60,), "reply_tokens": 8, "contexts": 1}
-        found = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs, **asked)
-        one = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs[:1], **asked)
-    assert [s.gap for s in found.settings] == pytest.approx([0.0] * 3, abs=1e-4)
-    assert [s.aim for s in found.settings] == [0.5] * 3
-    assert all(s.gap is not None and (s.gap > 0) == (s.aim == 1) for s in one.settings)
-    assert len({s.gap for s in one.settings}) == 3
-    assert "gap of pairs" in text_of(one.table())
-
-
 def test_the_shared_prompt_file() -> None:
     path = DATA / "rtp" / "dev_prompts.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path.name}: set DETOX_GUARD_DATA to the folder that holds rtp/")
     chosen = choose_prompts(read_prompts(path), 100, seed=0)
     assert [sum(p.group == group for p in chosen) for group in ("toxic", "non-toxic")] == [100, 100]
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [("The end.", "an end", 1.0), ("at nine", "nine", 2 / 3), ("", "nine", 0.0), ("ten", "nine", 0.0)],
-)
-def test_f1_of_one_reference(answer: str, reference: str, f1: float) -> None:
-    assert answer_scores(answer, [reference])[1] == pytest.approx(f1)

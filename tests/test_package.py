@@ -14,7 +14,12 @@ import detox_guard
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-README_BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    f"{page.stem}-{i}": code
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL))
+}
 
 
 def python(code: str) -> str:
@@ -22,7 +27,7 @@ def python(code: str) -> str:
 
 
 def test_every_export_exists_and_nothing_else_is_promised() -> None:
-    assert sorted(detox_guard.__all__) == detox_guard.__all__ == dir(detox_guard)
+    assert sorted(set(detox_guard.__all__)) == sorted(detox_guard.__all__) == dir(detox_guard)
     for name in detox_guard.__all__:
         assert getattr(detox_guard, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -57,17 +62,39 @@ def test_examples_run(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("code", README_BLOCKS, ids=range(len(README_BLOCKS)))
-def test_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_in_the_docs_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(BLOCKS[block], block, "exec"), {"__name__": "docs"})
 
 
-def test_the_engine_knows_no_text_and_the_core_no_framework() -> None:
-    package = ROOT / "detox_guard"
-    for path in (package / "engine").glob("*.py"):
-        assert not re.search(
-            r"detox_guard\.(text|generation|trace|scoring|cli|training|evaluation)", path.read_text()
-        ), path
-    for path in package.rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) (langchain|llama_index)", path.read_text(), re.MULTILINE), path
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in [
+        *PAGES,
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "benchmarks").rglob("*.md"),
+        *ROOT.glob("integrations/*/*.md"),
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_integrations_touch_only_what_the_core_exports() -> None:
+    """`from detox_guard import name`, and nothing behind it; `detox_guard.testing` is for their tests."""
+    for path in (ROOT / "integrations").rglob("*.py"):
+        if "tests" in path.parts:
+            continue
+        text = path.read_text("utf-8")
+        assert not re.search(r"^\s*(from|import) detox_guard\.(?!testing)", text, re.MULTILINE), path
+        for names in re.findall(r"^\s*from detox_guard import (\([^)]*\)|[^\n(]+)", text, re.MULTILINE):
+            for name in re.findall(r"\w+", re.sub(r"#.*| as \w+", "", names)):
+                assert name in detox_guard.__all__, (path, name)
+
+
+def test_the_core_knows_no_framework() -> None:
+    for path in (ROOT / "detox_guard").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) (langchain|llama_index)", path.read_text("utf-8"), re.MULTILINE), path

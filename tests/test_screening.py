@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detox_guard import InvalidParamsError, ScorerError, Screened, screen
-from detox_guard.screening import NOTE
+from detox_guard.screening import SCREEN_NOTE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ def test_each_action_and_its_scores_in_order() -> None:
         Screened("", 0.1, False),
     ]
     assert screen(texts, scorer=BadWord(), action="mark")[1] == Screened(BAD, 0.9, True)
-    assert screen(texts, scorer=BadWord(), action="mask")[1].text == f"Kind first. {NOTE} Kind last."
+    assert screen(texts, scorer=BadWord(), action="mask")[1].text == f"Kind first. {SCREEN_NOTE} Kind last."
     assert screen(texts, scorer=BadWord(), threshold=0.9) == [
         Screened(KIND, 0.1, False),
         Screened(BAD, 0.9, False),
@@ -49,7 +49,7 @@ def test_each_action_and_its_scores_in_order() -> None:
 
 def test_masking_keeps_lines_and_hides_all_where_no_sentence_is_toxic_alone() -> None:
     masked = screen(["# Title\n\nbad line\nkind line", "It is so so. It was so so."], scorer=BadWord(), action="mask")
-    assert [one.text for one in masked] == [f"# Title\n\n{NOTE}\nkind line", NOTE]
+    assert [one.text for one in masked] == [f"# Title\n\n{SCREEN_NOTE}\nkind line", SCREEN_NOTE]
     assert masked[1].score == 0.6
 
 

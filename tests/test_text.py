@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from detox_guard.errors import PromptError
 from detox_guard.text import ChatPrompt, StopMatcher, TextStream, encode_prompt, prompt_texts
 
 TOKENIZER = make_tiny_tokenizer()
+HI = [{"role": "user", "content": "Hi"}]
 TEXTS = [
     "plain words, and  two spaces\n\n",
     "emoji 😀🎉👩‍👩‍👧 and ❤️",
@@ -40,9 +42,55 @@ def test_characters_are_really_split_over_tokens_here() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\ufffd"), max_size=40))
+@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
 def test_any_text_round_trips(text: str) -> None:
     assert "".join(pieces(text)) == TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True)
+
+
+MARK = "\N{REPLACEMENT CHARACTER}"
+SPLIT = "\N{ARABIC LETTER MEEM WITH DOT ABOVE}"  # two bytes, two tokens
+
+
+@pytest.mark.parametrize("text", [MARK, MARK * 3, f"M{MARK}ller and {MARK}", f"日{MARK}"])
+def test_the_replacement_character_is_text_like_any_other_and_does_not_wait(text: str) -> None:
+    got = pieces(text)
+    assert "".join(got) == text
+    assert got[-1]
+
+
+def test_half_a_character_is_no_text_until_the_rest_comes() -> None:
+    stream = TextStream(TOKENIZER, [])
+    first, second = TOKENIZER(SPLIT)["input_ids"]
+    assert [stream.push(first), stream.whole] == ["", False]
+    assert [stream.push(second), stream.whole] == [SPLIT, True]
+    stream.rewind(1)
+    assert [stream.push(TOKENIZER("a")["input_ids"][0]), stream.whole] == [f"{MARK}a", True]
+
+
+def test_bytes_that_no_character_ends_with_do_not_wait() -> None:
+    stream = TextStream(TOKENIZER, [])
+    assert stream.push(TOKENIZER(SPLIT)["input_ids"][1]) == MARK
+
+
+def test_the_replacement_character_in_bytes_of_a_sentencepiece_vocabulary() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "▁Hi": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [1])
+    assert [stream.push(2 + byte) for byte in (0xEF, 0xBF, 0xBD)] == ["", "", MARK]
+    assert stream.push(1) == " Hi"
+    assert [stream.push(2 + byte) for byte in (0xC3, 0xA9)] == ["", "é"]
+
+
+def test_special_tokens_that_mark_calls_are_text_and_no_others() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]", "[IMG]"]})
+    ids = tokenizer('[IMG][TOOL_CALLS]now[ARGS]{"a": 1}<|im_end|>')["input_ids"]
+    stream = TextStream(tokenizer, [])
+    assert "".join(stream.push(token) for token in ids) == '[TOOL_CALLS]now[ARGS]{"a": 1}'
 
 
 def test_special_tokens_are_never_text() -> None:
@@ -126,7 +174,15 @@ def test_messages_go_straight_to_ids() -> None:
             "messages[1].content",
             "surrogates",
         ),
-        ([{"role": "user", "content": ["parts"]}], "messages[0].content", "a string"),
+        ([{"role": "user", "content": 3}], "messages[0].content", "a string"),
+        ([{"role": "user", "content": None}], "messages[0].content", "a string"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]", "a part of text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]", "a part of text"),
+        ([{"role": "user", "content": "x", "seen": {1}}], "messages[0].seen", "no set"),
+        (ChatPrompt(HI, chat_template_kwargs={"tools": []}), "chat_template_kwargs", "variable"),
+        (ChatPrompt(HI, chat_template_kwargs={1: 2}), "chat_template_kwargs", "variable"),  # type: ignore[dict-item]
+        (ChatPrompt(HI, chat_template_kwargs=["a"]), "chat_template_kwargs", "a mapping"),  # type: ignore[arg-type]
+        (ChatPrompt(HI, chat_template_kwargs={"a": {1}}), "chat_template_kwargs.a", "no set"),
     ],
 )
 def test_prompts_that_are_refused_name_field_value_and_bound(prompt: Any, field: str, bound: str) -> None:
@@ -167,15 +223,24 @@ def test_a_template_without_a_system_role_has_the_user_say_it() -> None:
     said = backbone.tokenizer.decode(encode_prompt(backbone, ChatPrompt(turns, [tool])))
     assert said.startswith("[user]You may call functions")
     assert said.endswith("\n\nHi[assistant]Yes?[user]So")
-    with pytest.raises(PromptError, match="must alternate"):
-        encode_prompt(backbone, [{"role": "system", "content": "Be kind."}, turns[1]])
+    ids = encode_prompt(backbone, [{"role": "system", "content": "Be kind."}, turns[1]])
+    assert backbone.tokenizer.decode(ids) == "[user]Be kind.[assistant]Yes?"
 
 
 def test_what_is_read_has_the_words_of_calls() -> None:
-    arguments = {"lines": ["One.", {"b": "Two."}], "count": 3}
-    call = {"id": "c1", "type": "function", "function": {"name": "post", "arguments": arguments}}
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call, {}]}]
-    assert prompt_texts(ChatPrompt(said)) == ["Hi", "", "One.", "Two."]
+    arguments: dict[str, Any] = {"lines": ["One.", {"b": "Two."}], "count": 3}
+    call: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "post", "arguments": arguments}}
+    said: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert prompt_texts(ChatPrompt(said)) == ["Hi", "", "lines", "One.", "b", "Two.", "count"]
+    call["function"]["arguments"] = json.dumps(arguments)
+    said[0]["content"] = [{"type": "text", "text": "Hi"}, "there"]
+    documents = [{"title": "T", "text": "Read."}]
+    assert prompt_texts(ChatPrompt(said, chat_template_kwargs={"documents": documents, "mode": "on"})) == [
+        "Hi\nthere", "", "lines", "One.", "b", "Two.", "count", "title", "T", "text", "Read.",
+    ]  # fmt: skip
 
 
 def test_templates_of_which_none_is_the_default_are_a_prompt_error() -> None:

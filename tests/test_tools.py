@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, make_tiny_backbone
 
@@ -126,11 +125,11 @@ def test_tools_get_a_system_message_where_there_is_none() -> None:
         (ChatPrompt([{"role": "tool"}]), "messages[0].content"),
         (
             ChatPrompt([HISTORY[1]], [{"type": "function", "function": {"name": "f", "parameters": {"default": {1}}}}]),
-            "messages",
+            "tools[0].function",
         ),
         (ChatPrompt([HISTORY[1], {**HISTORY[2], "tool_calls": ["x"]}]), "messages[1].tool_calls[0]"),
         (
-            ChatPrompt([{**HISTORY[2], "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]),
+            ChatPrompt([{**HISTORY[2], "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]),
             "messages[0].tool_calls[0].function.arguments",
         ),
         (ChatPrompt(HISTORY, ({"name": "f"},)), "tools[0]"),
@@ -226,22 +225,20 @@ def test_what_is_read_from_a_reply(text: str, expected: Any) -> None:
 
 
 PIECES = st.sampled_from(
-    [BLOCK, F, f"[{F}]", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<tool", "_call>", "<", *' \n"\\{', "word"]
+    [BLOCK, F, f"[{F}]", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<tool", "_call>", "<", *' \n"\\{`;[', "word",
+     "[ARGS]{}", "<function=f>", "</function>", "<parameter=x>", "</parameter>", "<arg_key>k</arg_key>", "<arg_value>",
+     "</arg_value>", "f(x=1)]", "<|python_tag|>"]
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(PIECES, max_size=8).map("".join), st.lists(st.integers(0, 400), max_size=8))
 def test_a_stream_gives_the_same_however_it_is_cut(text: str, cuts: list[int]) -> None:
-    assume(not re.search(r"<tool\s*<tool_call>", text))  # what stood around a call may come together as a tag
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stream = ToolCallStream()
     parts: list[str | ToolCall] = []
     for start, stop in pairwise(places):
         parts += stream.push(text[start:stop])
-        # What was shown stays true: no tag was shown, nor a piece of one.
-        shown = "".join(part for part in parts if isinstance(part, str))
-        assert "<tool_call>" not in shown
     parts += stream.flush()
     content, found, invalid = calls(text)
     assert "".join(part for part in parts if isinstance(part, str)) == content

@@ -134,6 +134,13 @@ def test_a_closed_loop_frees_seats_and_places(narrow: DetoxiGen) -> None:
     # Long before those replies would be decoded to their ends, others are served.
     assert narrow.generate("x").usage.completion_tokens == 2
     del left
+
+    def settled() -> bool:
+        gc.collect()
+        batches = [thread for thread in threading.enumerate() if thread.name.startswith("detox-guard-batch")]
+        return not batches and not narrow._engine._worker.places._waiting
+
+    wait_until(settled)
     gc.collect()
 
 

@@ -22,7 +22,7 @@ from detox_guard.errors import DetoxGuardError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "main"]
+__all__ = ["Commands", "app", "main"]
 
 EXIT_CODES = (
     "Exit codes: 0 fine · 1 a request failed · 2 bad usage or bad input · "
@@ -30,7 +30,7 @@ EXIT_CODES = (
 )
 
 
-class _Commands(TyperGroup):
+class Commands(TyperGroup):
     """Turns what a command raises into a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -50,7 +50,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Keeps a local language model from saying toxic things, while it decodes.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -88,9 +88,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": measure.demo,
     "train": train.train,
     "eval": measure.evaluate,
-    "utility": measure.utility,
     "report": measure.report,
-    "ablate": measure.ablate,
     "bench": measure.bench,
     "info": info.info,
 }

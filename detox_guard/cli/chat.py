@@ -18,9 +18,11 @@ from detox_guard.cli.compare import make_pairs, pair_table, score_pairs
 from detox_guard.cli.console import report, stdout_console, visible
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
 from detox_guard.params import DecodingParams
+from detox_guard.text import with_template_kwargs
 
 if TYPE_CHECKING:
     from detox_guard.generation import DetoxiGen
+    from detox_guard.text import Prompt
     from detox_guard.trace import Intervention
 
 __all__ = ["chat"]
@@ -37,6 +39,7 @@ HELP = """\
 def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the plain model would say.")] = False,
+    template_kwarg: options.TemplateKwargs = None,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
     device: options.Device = None,
@@ -52,6 +55,7 @@ def chat(
     taken_back: SimpleQueue[Intervention] = SimpleQueue()
     policy = options.guard_policy(with_guard, guard_threshold, audit_log, on_event=taken_back.put)
     params = DecodingParams(**options.given(fields), trace=compare, guard=policy)
+    variables = options.template_kwargs(template_kwarg)
     guard = session.load_guard(
         model,
         detoxifier,
@@ -67,7 +71,7 @@ def chat(
                 f"{guard.backbone.id} has no chat template, so it cannot chat",
                 hint="take an instruction-tuned model, or complete plain text with: detox-guard generate",
             )
-        talk = _Talk(guard, params, compare, system, taken_back)
+        talk = _Talk(guard, params, compare, system, taken_back, variables)
         if session.stdin_is_terminal():
             stdout_console().print(f"[dim]{session.visible_name(guard.backbone.id)} · α {params.alpha:g} · /help[/]")
         talk.run()
@@ -82,6 +86,7 @@ class _Talk:
     compare: bool
     system: str | None
     taken_back: SimpleQueue[Intervention] = field(default_factory=SimpleQueue)
+    variables: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
     failed: bool = False
 
@@ -133,7 +138,7 @@ class _Talk:
     def _ask(self, words: str) -> None:
         """One turn. A reply that was stopped stays in the history as far as it came; one that failed is forgotten."""
         head = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*head, *self.turns, {"role": "user", "content": words}]
+        messages = with_template_kwargs([*head, *self.turns, {"role": "user", "content": words}], self.variables)
         try:
             text = self._compared(messages) if self.compare else self._streamed(messages)
         except DetoxGuardError as error:
@@ -142,7 +147,7 @@ class _Talk:
         if text:
             self.turns += [{"role": "user", "content": words}, {"role": "assistant", "content": text}]
 
-    def _streamed(self, messages: list[dict[str, str]]) -> str:
+    def _streamed(self, messages: Prompt) -> str:
         pieces: list[str] = []
         terminal = sys.stdout.isatty()
         try:
@@ -166,7 +171,7 @@ class _Talk:
                 then = f", again at α {event.next_alpha:g}" if event.next_alpha is not None else f", {event.action}"
                 _say(f" ↶ {event.tokens} tokens taken back (score {event.score:.2f}){then} ", end="")
 
-    def _compared(self, messages: list[dict[str, str]]) -> str:
+    def _compared(self, messages: Prompt) -> str:
         params = self.params if self.params.seed is not None else self.params.replace(seed=session.draw_seed())
         (pair,) = make_pairs([messages], [params])
         try:

@@ -165,7 +165,7 @@ def summary(pairs: Sequence[Pair]) -> str:
 
 
 def trace_sections(pairs: Sequence[Pair]) -> list[tuple[str, str, object]]:
-    """What `detox_guard.trace.render_page` takes: the replies of every whole pair."""
+    """What `detox_guard.html.trace_page` takes: the replies of every whole pair."""
     sections: list[tuple[str, str, object]] = []
     for pair in pairs:
         for name, reply, score in (

@@ -25,10 +25,11 @@ from detox_guard.cli.console import (
     tinted,
     visible,
 )
-from detox_guard.cli.prompts import as_chat, prompt_text, read_prompts
+from detox_guard.cli.prompts import as_chat, messages_of, prompt_text, read_prompts
 from detox_guard.errors import DetoxGuardError
 from detox_guard.files import prepare_file, write_whole
 from detox_guard.params import DecodingParams
+from detox_guard.text import with_template_kwargs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,7 @@ def generate(
         str | None, typer.Option(help="Hugging Face classifier instead of the embedded scorer; implies --score.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write an HTML page that shows every token's steering.")] = None,
+    template_kwarg: options.TemplateKwargs = None,
     as_json: options.Json = False,
     with_trace: Annotated[bool, typer.Option("--with-trace", help="Every token's figures in the JSON.")] = False,
     model: options.Model = None,
@@ -78,6 +80,7 @@ def generate(
     params = params.replace(trace=params.trace and (compare or with_trace or trace is not None))
     if with_trace and not as_json:
         raise typer.BadParameter("needs --json", param_hint="--with-trace")
+    variables = options.template_kwargs(template_kwarg)
     wanted = read_prompts(prompts or [], file)
     if trace is not None:
         prepare_file(trace)
@@ -96,7 +99,8 @@ def generate(
         own = params if params.seed is not None else params.replace(seed=session.draw_seed())
         broken = prompt if isinstance(prompt, DetoxGuardError) else None
         text = "" if isinstance(prompt, DetoxGuardError) else prompt
-        pair = make_pairs([as_chat(text, system) if chat or system is not None else text], [own])[0]
+        asked = as_chat(text, system) if chat or system is not None else text
+        pair = make_pairs([asked if broken else with_template_kwargs(asked, variables)], [own])[0]
         for reply in pair.replies:
             reply.error = broken
         pairs.append(pair)
@@ -218,7 +222,7 @@ def _record(pair: Pair, judge: ToxicityScorer | None, compare: bool, with_trace:
     """The JSON of one prompt: the reply's, and under "plain" the plain model's."""
     guarded = pair.guarded
     key = "prompt" if isinstance(guarded.prompt, str) else "messages"
-    record: dict[str, Any] = {key: guarded.prompt, **_half(guarded, judge, with_trace)}
+    record: dict[str, Any] = {key: messages_of(guarded.prompt), **_half(guarded, judge, with_trace)}
     if compare:
         record["plain"] = _half(pair.plain, judge, with_trace)
         if pair.steered is not None:
@@ -252,12 +256,12 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
 
 
 def _write_page(path: Path, pairs: Sequence[Pair], compare: bool) -> None:
-    from detox_guard.trace import render_page
+    from detox_guard.html import trace_page
 
     whole = [pair for pair in pairs if pair.guarded.generation is not None]
     if whole:
         sections: Any = [s for s in trace_sections(whole) if compare or s[1].startswith("guarded")]
-        write_whole(path, render_page("detox-guard trace", sections))
+        write_whole(path, trace_page("detox-guard trace", sections))
 
 
 def _finish(pairs: Sequence[Pair], compare: bool) -> None:

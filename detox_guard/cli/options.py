@@ -6,15 +6,19 @@ Bounds are the fields' own: what a user typed goes to the pydantic class as it i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic_core import PydanticUndefined
 
+from detox_guard.errors import InvalidParamsError
 from detox_guard.params import DecodingParams
-from detox_guard.policy import GuardPolicy, Rule
+from detox_guard.policy import GuardPolicy
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -32,10 +36,12 @@ __all__ = [
     "Json",
     "Model",
     "Revision",
+    "TemplateKwargs",
     "TrustRemoteCode",
     "decoding_options",
     "given",
     "guard_policy",
+    "template_kwargs",
     "training_options",
 ]
 
@@ -61,57 +67,17 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.", rich_help_panel=_LOADING)
 ]
+TemplateKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-kwarg",
+        metavar="NAME=JSON",
+        help="Variable of the chat template, such as enable_thinking=false; repeat for several.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
-# field: (runtime type, help). "trace" is asked for by the commands themselves.
-_DECODING: Mapping[str, tuple[Any, str]] = {
-    "alpha": (float, "Strength of the steering; 0 is the plain model."),
-    "calm_share": (float, "Share of it behind prompts with nothing toxic in them; 1 is all of it behind all."),
-    "rule": (Rule, "Formula that mixes the streams."),
-    "plausibility": (float, "Only tokens with at least this share of the best token's probability."),
-    "temperature": (float, "0 is greedy."),
-    "top_p": (float, "Nucleus."),
-    "top_k": (int, "0 is off."),
-    "repetition_penalty": (float, "1 is off."),
-    "max_new_tokens": (int, "Longest reply."),
-    "seed": (int, "Repeats a reply; else a fresh one is drawn."),
-    "stop": (list[str], "Text that ends the reply; repeat for several."),
-    "stop_token_ids": (list[int], "Token id that ends the reply; repeat for several."),
-    "ignore_eos": (bool, "Go on past the model's own end tokens."),
-}
 _FLAGS = {"stop_token_ids": "--stop-token-id"}
-
-_TRAINING: Mapping[str, tuple[Any, str]] = {
-    "data": (list[str], "Toxic texts: .jsonl, .csv, .tsv, .txt or hub set org/name[:split]; repeat for several."),
-    "output": (str, "Folder of the detoxifier."),
-    "model": (str, "Hub id, folder or .gguf file; else the embedded default model."),
-    "revision": (str, "Branch, tag or commit on the hub."),
-    "contexts": (list[str], "Neutral texts for user turns and passages; repeat for several."),
-    "anchors": (list[str], "Harmless texts on which the soft prompt must not differ from the backbone; repeat."),
-    "anchor_weight": (float, "Weight of KL(p_gen‖p_detox) on the anchors."),
-    "pairs": (list[str], "Rows with a toxic and a neutral text that say the same; repeat for several."),
-    "pair_weight": (float, "Weight of the preference loss on the pairs."),
-    "position": (Literal["front", "reply"], "Where the virtual tokens stand."),
-    "virtual_tokens": (int, "Length of the soft prompt."),
-    "initial_text": (str, "Text whose embeddings it starts from."),
-    "start": (str, "Folder of a detoxifier to go on from."),
-    "steps": (int, "Optimizer steps."),
-    "batch_size": (int, "Texts a step."),
-    "reply_tokens": (int, "Longest reply, in tokens."),
-    "passage_tokens": (tuple[int, int], "Shortest and longest passage."),
-    "mixture": (tuple[float, float, float, float], "Shares of bare, split, chat and passage batches."),
-    "learning_rate": (float, "Peak of the cosine schedule."),
-    "seed": (int, "Of the order, the layouts and the split."),
-    "heldout": (int, "Rows that are only measured on."),
-    "max_bad_rows": (int, "Unusable rows a file may have."),
-    "text_field": (str, "Column or key of the text."),
-    "checkpoint_steps": (int, "How often the run can be resumed from."),
-    "resume": (bool, "Take up a run of the same settings that was cut off."),
-    "device": (str, "cpu, cuda, mps; else the best there is."),
-    "dtype": (DtypeName, "Else what the device does best."),
-    "licence": (str, "Licence of the data, for the card."),
-    "notes": (str, "For the card."),
-}
 
 _GUARDING = "Guarding"
 Guard = Annotated[
@@ -130,6 +96,20 @@ AuditLog = Annotated[
 ]
 
 
+def template_kwargs(written: Sequence[str] | None) -> dict[str, Any]:
+    """Variables of the chat template from `NAME=JSON`; what is no JSON is text. Raises `InvalidParamsError`."""
+    kwargs: dict[str, Any] = {}
+    for one in written or ():
+        name, equals, value = one.partition("=")
+        if not equals or not name:
+            raise InvalidParamsError("template-kwarg", one, "NAME=JSON, such as enable_thinking=false")
+        try:
+            kwargs[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            kwargs[name] = value
+    return kwargs
+
+
 def guard_policy(guard: bool, threshold: float | None, audit_log: Path | None, **fields: Any) -> GuardPolicy | None:
     """The policy that the three options ask for; None where they ask for none."""
     if not (guard or threshold is not None or audit_log is not None):
@@ -139,13 +119,13 @@ def guard_policy(guard: bool, threshold: float | None, audit_log: Path | None, *
 
 
 def decoding_options(command: Command) -> Command:
-    """The command, with options for all fields of `DecodingParams` but `trace` and `guard`; they come in `**fields`."""
-    return _with_options(command, DecodingParams, _DECODING, "Decoding")
+    """The command, with options for all fields of `DecodingParams` that can be typed; they arrive in `**fields`."""
+    return _with_options(command, DecodingParams, "Decoding", leave={"grammar", "trace", "guard"})
 
 
 def training_options(command: Command) -> Command:
     """The command, with an option for every field of `TrainingConfig`; they arrive in `**fields`."""
-    return _with_options(command, TrainingConfig, _TRAINING, None)
+    return _with_options(command, TrainingConfig, None)
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,20 +133,23 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
-def _with_options(
-    command: Command, source: type[Checked], table: Mapping[str, tuple[Any, str]], panel: str | None
-) -> Command:
+def _with_options(command: Command, source: type[Checked], panel: str | None, leave: Set[str] = frozenset()) -> Command:
     """typer reads signatures, so the options are written into the command's. Their default is None, "not typed"; the
-    help shows the field's own."""
+    help is the field's description, and shows the field's own default."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = []
-    for name, (kind, words) in table.items():
-        default = source.model_fields[name].default
+    for name, field in source.model_fields.items():
+        if name in leave:
+            continue
+        kind, default = _typed(name, field.annotation), field.default
+        words = re.sub(r" \(`[^`]*`\)", "", " ".join((field.description or "").split()))  # modules: for editors
         required = default is PydanticUndefined
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if kind is bool and default is True:
             flag = f"{flag}/--no-{name.replace('_', '-')}"
+        if get_origin(kind) is list:
+            words += " Repeat for several."
         if not (required or default in (None, (), "", False)):
             words = f"{words.removesuffix('.')} (default {_shown(default)})."
         option = typer.Option(flag, help=words, rich_help_panel=panel)
@@ -184,5 +167,24 @@ def _with_options(
     return command
 
 
+def _typed(name: str, annotation: Any) -> Any:
+    """What typer is to read for a field: without bounds and None, any number of values as a list."""
+    if name == "dtype":
+        return DtypeName
+    if get_origin(annotation) is Annotated:
+        return _typed(name, get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        (one,) = (part for part in get_args(annotation) if part is not NoneType)
+        return _typed(name, one)
+    if get_origin(annotation) is tuple:
+        parts = get_args(annotation)
+        if parts[-1] is Ellipsis:
+            return list[_typed(name, parts[0])]  # type: ignore[misc]
+        return tuple[tuple(_typed(name, part) for part in parts)]  # type: ignore[misc]
+    return annotation
+
+
 def _shown(default: object) -> str:
+    if isinstance(default, float):
+        return f"{default:.3g}"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from detox_guard.text import Prompt
 
-__all__ = ["as_chat", "prompt_text", "read_prompts"]
+__all__ = ["as_chat", "messages_of", "prompt_text", "read_prompts"]
 
 
 def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt | DetoxGuardError]:
@@ -53,8 +53,14 @@ def prompt_text(prompt: Prompt) -> str:
     """What to show for a prompt: its text, or that of the last message."""
     if isinstance(prompt, str):
         return prompt
+    prompt = messages_of(prompt)
     last = prompt[-1] if isinstance(prompt, list | tuple) and prompt else None
     return str(last.get("content", "")) if isinstance(last, dict) else ""
+
+
+def messages_of(prompt: Prompt) -> Any:
+    """A chat's messages, without what goes with them."""
+    return getattr(prompt, "messages", prompt)
 
 
 def _role(message: Any) -> object:

@@ -20,7 +20,7 @@ from detox_guard.backbone import Backbone, load_backbone
 from detox_guard.detoxifier import as_streams
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
-from detox_guard.evaluation.shapes import PREFIX, random_backbone, random_detoxifier
+from detox_guard.evaluation.random_models import PREFIX, random_backbone, random_detoxifier
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
 from detox_guard.threads import run_aside

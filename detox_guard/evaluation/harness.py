@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import DataError, InvalidParamsError, ScorerError
-from detox_guard.evaluation.context import passage_of
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.judges import load_judge
 from detox_guard.evaluation.likelihood import BackboneJudge, OtherModelJudge
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, check_names, make_methods, read_words
 from detox_guard.evaluation.progress import Progress
-from detox_guard.evaluation.prompts import choose_prompts, read_passages, read_prompts
+from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_passages, read_prompts
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize

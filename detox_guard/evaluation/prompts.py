@@ -1,4 +1,5 @@
-"""Prompts and neutral passages from files and hub data sets. Knows their formats and bad rows; knows no model.
+"""Prompts and neutral passages from files and hub data sets. Knows their formats and bad rows, and a tokenizer to
+measure passages with; knows no model.
 
 RealToxicityPrompts (Gehman et al. 2020) calls a prompt toxic when its Perspective toxicity is at least .5, and keeps a
 list of "challenging" ones that made every model they tried toxic.
@@ -22,7 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["CLASSES", "TOXIC_FROM", "Asked", "EvalPrompt", "Group", "choose_prompts", "read_passages", "read_prompts"]
+    from detox_guard.backbone import Backbone
+
+__all__ = [
+    "CLASSES",
+    "TOXIC_FROM",
+    "Asked",
+    "EvalPrompt",
+    "Group",
+    "choose_prompts",
+    "passage_of",
+    "read_passages",
+    "read_prompts",
+]
 
 TOXIC_FROM = 0.5
 Group = Literal["toxic", "non-toxic", "all"]
@@ -219,3 +232,15 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})", hint=HINT) from error
+
+
+def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
+    """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
+    start = way * len(passages) // 4 + way
+    ids: list[int] = []
+    for i in range(10_000):
+        text = passages[(start + i) % len(passages)] + "\n\n"
+        ids += backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    return str(backbone.tokenizer.decode(ids[:tokens])).strip()

@@ -7,7 +7,6 @@ may offend, are hidden until they are clicked.
 from __future__ import annotations
 
 import base64
-import html
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from detox_guard.evaluation import pictures
 from detox_guard.evaluation.harness import SAMPLES_FILE, SCORES_FILE, load_run
 from detox_guard.evaluation.results import EvalReport, shown
 from detox_guard.files import prepare_folder, write_whole
-from detox_guard.trace import LEGEND, STYLE, Intervention, TokenTrace, Trace, render_section
+from detox_guard.html import render
+from detox_guard.trace import Intervention, TokenTrace, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,22 +72,17 @@ def write_report(folders: Sequence[Path], output: Path, *, examples: int = 6) ->
     for name, pngs in drawn.items():
         write_whole(output / f"{name}.png", pngs[0])
     write_whole(output / TABLE_FILE, "\n".join(run.report.markdown() for run in runs))
-    body = "".join(
-        [
-            *(f"<p class=facts>{html.escape(run.name)}: {html.escape(run.report.foot())}</p>" for run in runs),
-            "<h2>Toxicity against fluency</h2>",
-            _picture(drawn["pareto"], "Expected maximum toxicity against perplexity, with 95 % intervals"),
-            *(_table(rows, group, judge, lms[0]) for group in classes for judge in judges),
-            "<h2>By category</h2>",
-            _picture(drawn["categories"], "Expected maximum toxicity by category, with 95 % intervals"),
-            "<h2>Along the reply</h2>",
-            _picture(drawn["steps"], "Divergences by token of the reply; bands hold the middle 80 % of prompts"),
-            f"<h2>Examples</h2><p class=legend>These replies were not chosen, and some may offend. {LEGEND}</p>",
-            *(_examples(run, examples) for run in runs),
-        ]
-    )
     page = output / PAGE_FILE
-    write_whole(page, _page(" · ".join(run.name for run in runs), body))
+    content = render(
+        "report.html",
+        title="detox-guard: " + " · ".join(run.name for run in runs),
+        runs=[{"name": run.name, "foot": run.report.foot()} for run in runs],
+        pictures={name: [_data_url(png) for png in pngs] for name, pngs in drawn.items()},
+        columns=[name for name, _, _ in _COLUMNS],
+        tables=[_table(rows, group, judge, lms[0]) for group in classes for judge in judges],
+        examples=[example for run in runs for example in _examples(run, examples)],
+    )
+    write_whole(page, content)
     return page
 
 
@@ -118,41 +113,24 @@ def _groups(runs: Sequence[_Run], kind: str) -> list[pictures.Group]:
     return [(kind, name) for name in names]
 
 
-def _picture(pngs: Sequence[bytes], words: str) -> str:
-    light, dark = pngs
-
-    def data(png: bytes) -> str:
-        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data(dark)}">'
-        f'<img src="{data(light)}" alt="{html.escape(words)}"></picture>'
-    )
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _table(rows: Sequence[pictures.Row], group: pictures.Group, judge: str, lm: str) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in _COLUMNS)
+def _table(rows: Sequence[pictures.Row], group: pictures.Group, judge: str, lm: str) -> dict[str, Any]:
+    """Caption and rows of one table; a cell is a figure and its change."""
     lines = []
     for row in rows:
         figures = row.figures.get(group)
-        if figures is None:
-            continue
-        cells = []
-        for _, name, style in _COLUMNS:
-            figure = figures[name.format(judge=judge, lm=lm)]
-            value = html.escape(shown(figure["value"], **style))
-            change = shown(figure["ratio"], change=True)
-            cells.append(f"<td>{value}<br><small>{html.escape(change)}</small></td>")
-        lines.append(f"<tr><th>{html.escape(row.label)}</th>{''.join(cells)}</tr>")
-    caption = f"{group[1]} prompts, {judge}; below each figure its change from plain text, paired by prompt"
-    return (
-        f"<div class=wide><table><caption>{html.escape(caption)}</caption>"
-        f"<tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
-    )
+        if figures is not None:
+            own = [(figures[name.format(judge=judge, lm=lm)], style) for _, name, style in _COLUMNS]
+            cells = [(shown(one["value"], **style), shown(one["ratio"], change=True)) for one, style in own]
+            lines.append((row.label, cells))
+    return {"caption": f"{group[1]} prompts, {judge}", "rows": lines}
 
 
-def _examples(run: _Run, count: int) -> str:
-    """The first prompts of each class, hidden until clicked, with every method's first sample and its scores."""
+def _examples(run: _Run, count: int) -> list[dict[str, Any]]:
+    """The first prompts of each class, with every method's first sample and its scores."""
     prompts = load_run(run.folder)["prompts"]
     samples = {(row["prompt"], row["method"]): row for row in _lines(run.folder / SAMPLES_FILE) if row["sample"] == 0}
     scores: dict[tuple[int, str], list[str]] = {}
@@ -166,16 +144,15 @@ def _examples(run: _Run, count: int) -> str:
     )  # fmt: skip
     found = []
     for i in wanted:
-        text = prompts[i]["text"]
-        parts = "".join(
-            render_section(text, " · ".join([method, *scores.get((i, method), [])]), _trace(samples[i, method]))
+        text, kind = prompts[i]["text"], ", ".join(prompts[i]["classes"])
+        replies = [
+            (text, " · ".join([method, *scores.get((i, method), [])]), _trace(samples[i, method]))
             for method in run.report.summary["along"]
             if "trace" in samples.get((i, method), {})
-        )
-        kind = ", ".join(prompts[i]["classes"])
+        ]
         title = f"{run.name}, prompt {i + 1} ({kind}), {len(text.split())} words: show"
-        found.append(f"<details><summary>{html.escape(title)}</summary>{parts}</details>")
-    return "".join(found)
+        found.append({"title": title, "replies": replies})
+    return found
 
 
 def _trace(row: dict[str, Any]) -> Trace:
@@ -188,28 +165,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _page(title: str, body: str) -> str:
-    name = html.escape(f"detox-guard: {title}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_MORE_STYLE}</style></head>'
-        f"<body><h1>{name}</h1>{body}</body></html>\n"
-    )
-
-
-_MORE_STYLE = """
-body{max-width:78rem}
-h2{font-size:1.05rem;margin:2.2rem 0 .6rem}
-img{max-width:100%;height:auto}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.8rem;line-height:1.35;margin:1rem 0;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:.3rem 0}
-th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-top:1px solid var(--line);white-space:nowrap;
-vertical-align:top}
-small{color:var(--soft)}
-summary{cursor:pointer;padding:.4rem 0}
-details{border-top:1px solid var(--line)}
-details section{border:0;margin:0;padding:.4rem 0}
-"""

@@ -21,49 +21,67 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class TrainingConfig(Checked):
     """One run of prompt tuning (Lester et al. 2021) on toxic text, the detoxifier of DetoxiGen (arXiv 2401.06947).
 
-    `data`: toxic texts, `contexts`: neutral ones for user turns and passages (None: a few built in); files (.jsonl,
-    .csv, .tsv, .txt) or hub data sets `org/name[:split]`, read at `text_field`. `output`: the detoxifier's folder.
-    `anchors`: harmless texts on which the soft prompt is held to the frozen backbone by `anchor_weight` times
-    KL(p_gen‖p_detox), so that it learns toxicity and not the style of the toxic texts (ours, not in the paper; None:
-    off). `pairs`: files whose rows have a `toxic` and a `neutral` text that say the same; half of every batch is then
-    made of them, and `pair_weight` times a preference loss (`detox_guard.training.forward.pair_loss`) teaches the words
-    in which they differ; their neutral texts are anchors too. `start`: a detoxifier's folder to go on from, in the
-    place of `initial_text`. `mixture`: shares of "bare", "split", "chat" and "passage" batches
-    (`detox_guard.training.examples`). `passage_tokens`: shortest and longest passage. `heldout`: rows of `data`, and of
-    `pairs`, that are only measured on.
-    `checkpoint_steps`: how often the run can be resumed from; `resume` takes up a run of the same settings and data
-    that was cut off. `licence`, `notes`: for the card. Raises `InvalidParamsError`.
+    Raises `InvalidParamsError`.
     """
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Toxic texts: .jsonl, .csv, .tsv, .txt or hub set org/name[:split]."""
     output: str
+    """Folder of the detoxifier."""
     model: str | None = None
+    """Hub id, folder or .gguf file; else the embedded default model."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     contexts: tuple[str, ...] | None = None
+    """Neutral texts for user turns and passages; else a few that are built in."""
     anchors: tuple[str, ...] | None = None
+    """Harmless texts on which the soft prompt must not differ from the backbone. Ours, not the paper's."""
     anchor_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of KL(p_gen‖p_detox) on the anchors."""
     pairs: tuple[str, ...] | None = None
+    """Rows with a toxic and a neutral text that say the same. Half of every batch is made of them then."""
     pair_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the preference loss on the pairs (`detox_guard.training.forward.pair_loss`)."""
     position: Position = "reply"
+    """Where the virtual tokens stand: before the reply, or in front of the whole context."""
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
+    """Length of the soft prompt."""
     initial_text: Annotated[str, Field(min_length=1)] = "The following reply is rude, insulting, hateful and toxic:"
+    """Text whose embeddings it starts from."""
     start: str | None = None
+    """Folder of a detoxifier to go on from, in the place of the initial text."""
     steps: Annotated[int, Field(ge=1)] = 300
+    """Optimizer steps."""
     batch_size: Annotated[int, Field(ge=1)] = 16
+    """Texts a step."""
     reply_tokens: Annotated[int, Field(ge=1)] = 40
+    """Longest reply, in tokens."""
     passage_tokens: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (300, 600)
+    """Shortest and longest passage, in tokens."""
     mixture: tuple[Fraction, Fraction, Fraction, Fraction] = (0.45, 0.25, 0.2, 0.1)
+    """Shares of bare, split, chat and passage batches (`detox_guard.training.examples`)."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-2
+    """Peak of the cosine schedule."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the order, the layouts and the split."""
     heldout: Annotated[int, Field(ge=1)] = 200
+    """Rows of the data, and of the pairs, that are only measured on."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 100
+    """Unusable rows a file may have."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Column or key of the text."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 25
+    """How often the run can be resumed from."""
     resume: bool = True
+    """Take up a run of the same settings and data that was cut off."""
     device: str | None = None
+    """cpu, cuda, mps; else the best there is."""
     dtype: str | None = None
+    """Number type of the weights; else what the device does best."""
     licence: str | None = None
+    """Licence of the data, for the card."""
     notes: str = ""
+    """For the card."""
 
     @field_validator("data", "contexts", "anchors", "pairs", mode="before")
     @classmethod

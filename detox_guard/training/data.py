@@ -151,6 +151,8 @@ def _checked_row(row: dict[str, Any] | _BadRow, fields: tuple[str, ...], optiona
 def _checked(value: object, field: str) -> str | _BadRow:
     if field == "neutral" and isinstance(value, list) and value:
         value = value[0]  # ParaDetox has up to three rewrites
+    if isinstance(value, dict):
+        value = value.get("text", value)  # RealToxicityPrompts has scores beside the text
     if not isinstance(value, str):
         return _BadRow(f"{field!r} is {type(value).__name__}, not a string")
     try:

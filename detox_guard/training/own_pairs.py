@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from detox_guard.errors import DataError, DetoxGuardError
-from detox_guard.evaluation.prompts import read_prompts
 from detox_guard.files import prepare_file, write_whole
 from detox_guard.training.data import read_pairs, read_texts, whole
 
@@ -214,7 +213,7 @@ def _make(given: Any) -> list[dict[str, str]]:
     toxic += [text for text, _ in pairs if isinstance(text, str)]
     harmless += [text for _, text in pairs if isinstance(text, str)]
     predict = fit_classifier(toxic, harmless)
-    prompts = _likely([prompt.text for prompt in read_prompts(given.prompts)], predict, given.limit)
+    prompts = _likely([whole(text) for text in read_texts(given.prompts, field="prompt").texts], predict, given.limit)
     detoxifier = Detoxifier.load(given.detoxifier)
     backbone = load_backbone(given.model)
     replies: list[Drawn] = []

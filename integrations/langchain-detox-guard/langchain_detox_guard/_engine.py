@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, __version__
-from detox_guard.errors import NotPicklableError
+from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, NotPicklableError, __version__
 from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented  # noqa: TC002

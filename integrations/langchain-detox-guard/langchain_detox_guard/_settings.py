@@ -7,8 +7,7 @@ from collections.abc import Mapping  # noqa: TC003
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
-from detox_guard import InvalidParamsError
-from detox_guard.errors import NotPicklableError
+from detox_guard import InvalidParamsError, NotPicklableError
 from langchain_core.load.serializable import Serializable
 from pydantic import ValidationError
 

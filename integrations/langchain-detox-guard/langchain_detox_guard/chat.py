@@ -309,8 +309,10 @@ def _structured(
         )
     elif method in ("json_schema", "json_mode"):
         own = None if schema is None else schema_of(schema)
-        asked = {"type": "json_schema", "json_schema": {"schema": own}}
-        bound = {"response_format": asked if method == "json_schema" else {"type": "json_object", "schema": own}}
+        # A pydantic class looks at the answer again, so what no grammar can hold to is left to it.
+        asked = {"schema": own, "strict": not is_class}
+        named = {"type": "json_schema", "json_schema": asked}
+        bound = {"response_format": named if method == "json_schema" else {"type": "json_object", **asked}}
         parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
     else:
         raise InvalidParamsError("method", method, "json_schema, function_calling or json_mode")
@@ -418,7 +420,7 @@ class _Turn:
     def __init__(self, engine: DetoxiGen, asked: Asked) -> None:
         self._engine = engine
         self._asked = asked
-        self._calls = CallStream(parallel=asked.parallel) if asked.tools else None
+        self._calls = CallStream(asked.tools, parallel=asked.parallel) if asked.tools else None
 
     def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
         """Nothing while a tool call is under way; on the last chunk, usage and metadata."""
@@ -446,8 +448,9 @@ class _Turn:
 def _result(engine: DetoxiGen, reply: Generation, asked: Asked) -> ChatResult:
     asked.check(reply.finish_reason)
     fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
-    parallel = asked.parallel
-    message = as_ai_message(reply.text, parallel=parallel, **fields) if asked.tools else AIMessage(reply.text, **fields)
+    message = AIMessage(reply.text, **fields)
+    if asked.tools:
+        message = as_ai_message(reply.text, asked.tools, parallel=asked.parallel, **fields)
     # No llm_output: LangChain would copy it into `response_metadata`, but only where nothing was streamed.
     return ChatResult(
         generations=[ChatGeneration(message=message, generation_info={"finish_reason": reply.finish_reason})]

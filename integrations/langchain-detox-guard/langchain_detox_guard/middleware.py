@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 from uuid import uuid4
 
-from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
-from detox_guard.screening import NOTE
+from detox_guard import SCREEN_NOTE, GuardError, GuardPolicy, InvalidParamsError, screen
 from langchain.agents.middleware.types import (
     AgentMiddleware,
     AgentState,
@@ -58,7 +57,7 @@ REWRITE = "Say the same again in a kind and respectful way, without any insult. 
 REPLACEMENT = "I would rather not say that."
 _NOSTREAM = "nostream"
 """LangGraph streams no tokens of a model run with this tag; what the node returns is streamed whole."""
-_REFUSED = f"{NOTE} Give the answer again, without any insult."
+_REFUSED = f"{SCREEN_NOTE} Give the answer again, without any insult."
 """Instead of a message that quotes an answer which may not be shown."""
 
 
@@ -322,12 +321,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         kept: dict[str, Any] = {"content": message.content, "additional_kwargs": {}}
         kept["response_metadata"] = replaced(message.response_metadata, read.masked)
         if drop:
-            kept["content"] = NOTE
+            kept["content"] = SCREEN_NOTE
         elif read.flags({"content": message.content}):
             text = str(message.text)
             # Flagged words outside of any text (a block of JSON, say) leave nothing to mask sentence by sentence.
             whole = isinstance(message.content, list) and not read.flags(text)
-            kept["content"] = NOTE if whole else read.masked(text)
+            kept["content"] = SCREEN_NOTE if whole else read.masked(text)
         if isinstance(message, ToolMessage):
             kept["artifact"] = None if drop else replaced(message.artifact, read.masked)
         if isinstance(message, AIMessage):
@@ -362,7 +361,7 @@ class _Read:
         own = self.scores.get(text)
         hidden = [word for word in words_of(text, self.known) if word != text]
         if own is None or own.text is None or not own.flagged or self.flags(hidden):
-            return NOTE
+            return SCREEN_NOTE
         return own.text
 
 

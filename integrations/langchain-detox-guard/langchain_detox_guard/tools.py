@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from detox_guard import Grammar, InvalidParamsError, PromptError, ToolCall, ToolCallStream, parse_tool_calls
-from detox_guard.tools import function_of
+from detox_guard import (
+    Grammar,
+    InvalidParamsError,
+    PromptError,
+    ToolCall,
+    ToolCallStream,
+    function_of,
+    parse_tool_calls,
+)
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -126,12 +133,14 @@ class Asked:
         kind = response_format.get("type") if isinstance(response_format, dict) else None
         if kind == "json_object":
             schema = response_format.get("schema")
-            own = Grammar.json_object() if schema is None else Grammar.json_schema(schema)
+            lenient = response_format.get("strict") is False
+            own = Grammar.json_object() if schema is None else Grammar.json_schema(schema, lenient=lenient)
             return cls(grammar=own, keep=keep)
         if kind == "json_schema" and isinstance(response_format.get("json_schema"), dict):
             schema = response_format["json_schema"].get("schema")
+            lenient = response_format["json_schema"].get("strict") is False
             if isinstance(schema, dict):
-                return cls(grammar=Grammar.json_schema(schema), schema=schema, keep=keep)
+                return cls(grammar=Grammar.json_schema(schema, lenient=lenient), schema=schema, keep=keep)
         raise InvalidParamsError("response_format", response_format, "OpenAI's json_object or json_schema")
 
     def check(self, finish_reason: str) -> None:
@@ -306,8 +315,10 @@ def _text(i: int, content: object, kind: type[BaseMessage]) -> str:
 class CallStream:
     """Streamed text with its tool calls taken out: `push(delta)` gives content, and calls once they are complete."""
 
-    def __init__(self, *, parallel: bool = True) -> None:
-        self._calls = ToolCallStream()
+    def __init__(self, tools: Sequence[dict[str, Any]] = (), *, parallel: bool = True) -> None:
+        """`tools` tell the types of arguments that some models write without quotes."""
+        self._tools = tools
+        self._calls = ToolCallStream(tools)
         self._index = _FIRST_CALL
         self._parallel = parallel
 
@@ -317,7 +328,7 @@ class CallStream:
     def finish(self, text: str) -> tuple[str, list[ToolCallChunk]]:
         """The rest; `text` is the whole reply, whose broken calls come as chunks that LangChain reads as invalid."""
         content, chunks = self._sorted(self._calls.flush())
-        for raw in parse_tool_calls(text)[2]:
+        for raw in parse_tool_calls(text, self._tools)[2]:
             # LangChain completes cut JSON by itself, and would hand on arguments that nobody wrote.
             chunks.append(tool_call_chunk(name=None, args=f"invalid: {raw}", id=None, index=self._index))
             self._index += 1
@@ -333,9 +344,11 @@ class CallStream:
         return "".join(piece for piece in pieces if isinstance(piece, str)), chunks
 
 
-def as_ai_message(text: str, *, parallel: bool = True, **fields: Any) -> AIMessage:
+def as_ai_message(
+    text: str, tools: Sequence[dict[str, Any]] = (), *, parallel: bool = True, **fields: Any
+) -> AIMessage:
     """A whole reply as a message: its content, its calls (or the first), and what was meant as a call but is none."""
-    content, calls, invalid = parse_tool_calls(text)
+    content, calls, invalid = parse_tool_calls(text, tools)
     calls = calls if parallel else calls[:1]
     broken = [invalid_tool_call(name=None, args=raw, id=None, error="not a complete tool call") for raw in invalid]
     return AIMessage(

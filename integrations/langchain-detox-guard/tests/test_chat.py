@@ -659,3 +659,37 @@ def test_an_unreadable_call_that_was_answered_stays_a_turn(chat: ChatDetoxiGen, 
 def test_what_is_no_text_is_named(chat: ChatDetoxiGen, content: Any) -> None:
     with pytest.raises(PromptError, match=r"messages\[0\].content"):
         chat.invoke([HumanMessage(content)])
+
+
+class _Reading(BaseModel):
+    """Tags of one thing, each once."""
+
+    tags: set[str]
+
+
+def test_a_class_that_checks_the_answer_itself_may_have_what_no_grammar_holds_to() -> None:
+    """A set is `uniqueItems`, which a grammar cannot assert: pydantic does, after it."""
+    engine = ScriptedEngine(lambda prompt, params: '{"tags": ["a", "b"]}')
+    chat, schema = ChatDetoxiGen(engine=engine), _Reading.model_json_schema()
+    for method in ("json_schema", "json_mode"):
+        assert chat.with_structured_output(_Reading, method=method).invoke("Tags?") == _Reading(tags={"a", "b"})
+        assert engine.calls[-1][2].grammar == Grammar.json_schema(schema, lenient=True)
+        chat.with_structured_output(schema, method=method).invoke("Tags?")
+        assert engine.calls[-1][2].grammar == Grammar.json_schema(schema) != Grammar.json_schema(schema, lenient=True)
+
+
+def test_arguments_without_quotes_are_read_by_the_tools_schema() -> None:
+    """Qwen3-Coder writes a number without saying that it is none of text; the tool's schema says."""
+    written = "<tool_call>\n<function=add>\n<parameter=count>\n3\n</parameter>\n</function>\n</tool_call>"
+    tool = {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"count": {"type": "integer"}}},
+    }
+    chat = ChatDetoxiGen(engine=ScriptedEngine(lambda prompt, params: written)).bind_tools([tool])
+    assert chat.invoke("Add 3.").tool_calls[0]["args"] == {"count": 3}
+    whole = None
+    for chunk in chat.stream("Add 3."):
+        whole = chunk if whole is None else whole + chunk
+    assert whole is not None
+    assert whole.tool_calls[0]["args"] == {"count": 3}

@@ -136,7 +136,7 @@ class _Turns:
         if is_ours(llm):
             options = {**outer.options, "guard": policy}
             return Scope(options, (*outer.collectors, []), outer, outer.failures), policy, True
-        from detox_guard.guard import scan  # which loads torch
+        from detox_guard import scan  # which loads torch
 
         may = not policy.scan_input or scan(texts, policy) <= policy.threshold
         return Scope(outer.options, (*outer.collectors, []), outer), policy, may

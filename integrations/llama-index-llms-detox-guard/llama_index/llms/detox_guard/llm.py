@@ -421,7 +421,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         params = engine.params.replace(**options)
         structured = params.grammar is not None and params.grammar.kind in _STRUCTURED
         whole = structured or asked_by_a_program()
-        reply = Reply(engine.model_id, scope.collectors, tools=bool(tools), parallel=parallel, whole=whole)
+        reply = Reply(engine.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
         if isinstance(prompt, str):
             if kwargs.get("chat_template_kwargs"):
                 raise InvalidParamsError(

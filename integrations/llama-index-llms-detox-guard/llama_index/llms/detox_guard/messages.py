@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import CachePoint, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
 
-from detox_guard import InvalidParamsError, PromptError
-from detox_guard.tools import function_of
+from detox_guard import InvalidParamsError, PromptError, function_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

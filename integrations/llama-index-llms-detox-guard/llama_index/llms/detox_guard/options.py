@@ -27,8 +27,7 @@ from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index_instrumentation import get_dispatcher
 
-from detox_guard import DecodingParams, DetoxGuardError, Grammar, GuardPolicy, InvalidParamsError
-from detox_guard.policy import Rung
+from detox_guard import DecodingParams, DetoxGuardError, Grammar, GuardPolicy, InvalidParamsError, Rung
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -17,6 +17,9 @@ from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatch
 
 import detox_guard
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = ["Reply"]
 
 
@@ -28,7 +31,7 @@ class Reply:
         model: str,
         collectors: tuple[list[detox_guard.Generation], ...],
         *,
-        tools: bool,
+        tools: Sequence[dict[str, Any]],
         parallel: bool,
         whole: bool,
     ) -> None:
@@ -37,7 +40,7 @@ class Reply:
         self._whole = whole
         self._model = model
         self._collectors = collectors
-        self._parser = detox_guard.ToolCallStream() if tools else None
+        self._parser = detox_guard.ToolCallStream(tools) if tools else None
         self._most_calls = None if parallel else 1
         self._text = ""
         self._calls: list[detox_guard.ToolCall] = []

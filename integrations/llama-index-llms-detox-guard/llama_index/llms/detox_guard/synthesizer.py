@@ -26,7 +26,6 @@ from llama_index.llms.detox_guard.screening import MARK, Action, ScreenedNode, s
 
 import detox_guard
 from detox_guard import InvalidParamsError
-from detox_guard.audit import report as report_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -308,7 +307,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         policy = call.policy
         if not (policy.scan_input and call.holds) or isinstance(self._inner, _ASK_NO_LLM):
             return False
-        from detox_guard.guard import scan  # which loads torch
+        from detox_guard import scan  # which loads torch
 
         score = scan([*texts_of(self.history), *texts], policy)
         if score <= policy.threshold:
@@ -317,7 +316,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             unit=-1, start=0, tokens=0, score=score, threshold=policy.threshold, alpha=0.0, next_alpha=None,
             action=policy.on_exhausted,
         )  # fmt: skip
-        report_event(policy, taken, None)
+        detox_guard.report_intervention(policy, taken, None)
         call.note(taken)
         if policy.on_exhausted == "raise" or self._output_cls is not None or isinstance(self._llm, StructuredLLM):
             raise detox_guard.GuardError(f"the prompt scored {score:.2f}, over {policy.threshold:g}")

@@ -1,0 +1,1 @@
+"""Detoxifiers and decoding that differ in one thing."""

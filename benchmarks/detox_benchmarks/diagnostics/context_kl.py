@@ -1,0 +1,259 @@
+"""Does the soft prompt still pull behind a long context, and towards the toxic? KL(p_gen‖p_detox) along replies, and
+the log-ratio between a toxic and a neutral text that say the same, in settings from no context to long passages.
+
+Knows the streams' layouts ("front": [virtual][context][reply]; "reply": [context][virtual][reply]) as two plain passes
+of transformers, without the engine; so it also checks the engine's own figures. The replies are given (teacher forced).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
+from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
+from detox_guard.evaluation.prompts import passage_of
+from detox_guard.text import encode_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from detox_guard.backbone import Backbone
+    from detox_guard.detoxifier import Detoxifier, Position
+    from detox_guard.generation import DetoxiGen
+
+__all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "reply_contrast"]
+
+INSTRUCTION = "Write a short comment for an online forum."
+_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SettingKL:
+    """One setting: mean context length in tokens, tokens measured, nats a token, and the share of the bare setting.
+
+    Where there were pairs: `gap`, by how many nats more the detoxifier favours the toxic text of a pair than the
+    neutral one (mean over pairs, log-ratios summed over tokens), and `aim`, the share of pairs where it is more.
+    """
+
+    setting: str
+    context_tokens: float
+    tokens: int
+    kl: float
+    of_bare: float
+    gap: float | None = None
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
+class ContextKL:
+    """What `context_kl` measured."""
+
+    settings: tuple[SettingKL, ...]
+    detoxifier_sha256: str
+    position: str
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({"context_kl": asdict(self)}, allow_nan=False)
+
+    def table(self) -> RenderableType:
+        """A rich table."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"KL(p_gen‖p_detox) along replies, detoxifier {self.detoxifier_sha256[:12]} ({self.position})"
+        )
+        table.add_column("context")
+        for column in ("context tokens", "reply tokens", "nats a token", "of bare"):
+            table.add_column(column, justify="right")
+        paired = any(s.gap is not None for s in self.settings)
+        for column in ("gap of pairs, nats", "aim") if paired else ():
+            table.add_column(column, justify="right")
+        for s in self.settings:
+            aims = [f"{s.gap:.2f}", f"{s.aim:.2f}"] if s.gap is not None else []
+            table.add_row(s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}", *aims)
+        return table
+
+
+def context_kl(
+    guard: DetoxiGen,
+    texts: Sequence[str],
+    passages: Sequence[str],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+    passage_tokens: Sequence[int] = (600, 2000),
+    reply_tokens: int = 40,
+    contexts: int = 4,
+    decode: bool = False,
+    seed: int = 0,
+) -> ContextKL:
+    """Mean KL(p_gen‖p_detox) a token along replies: bare, behind the chat template, and with passages behind it.
+
+    The detoxifier is the guard's first negative stream, as in a trace. `texts` are the replies, cut to `reply_tokens`;
+    with `decode` they are prompts instead: the plain model continues them (temperature 1, top-p .9), with the prompt
+    alone as the bare context, and as the user's turn elsewhere. `passages` are joined to `passage_tokens` tokens in
+    `contexts` different ways, shared out over the replies. `pairs`, toxic and neutral, are given as replies in each
+    setting. A reply's first token is not counted: without a context nothing predicts it, so each setting counts the
+    same tokens.
+    Raises `InvalidParamsError`, `DataError`, `PromptTooLongError`, and `PromptError` without a chat template.
+    """
+    backbone = guard.backbone
+    stream = next((s for s in guard.streams if s.weight < 0), None)
+    if stream is None:
+        raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
+    if not texts or not passages:
+        raise DataError("no texts, or no passages, to measure with")
+    virtual = stream.detoxifier.embeddings.to(backbone.device, backbone.dtype)
+    position = stream.detoxifier.card.position
+
+    settings: list[SettingKL] = []
+    for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:
+        turns = [passage_of(backbone, passages, wanted, way) for way in range(contexts)] if wanted else [""]
+        kls: list[torch.Tensor] = []
+        gaps: list[float] = []
+        lengths: list[int] = []
+        for way, turn in enumerate(turns):
+            if some := list(pairs)[way :: len(turns)]:
+                context = _given(backbone, turn, wanted is None)
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
+                gaps += _gaps(backbone, virtual, position, context, some, reply_tokens)
+            own = list(texts)[way :: len(turns)]
+            for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
+                _check_room(backbone, len(context) + len(virtual) + reply_tokens)
+                lengths += [len(context)] * len(replies)
+                kls += [kl for kl, _ in reply_contrast(backbone, virtual, position, context, replies)]
+        nats = torch.cat(kls) if kls else torch.empty(0)
+        if not len(nats):
+            raise DataError("no reply of at least two tokens to measure along")
+        kl = float(nats.mean())
+        bare = settings[0].kl if settings else kl
+        share = kl / bare if bare else 0.0
+        aims = (sum(gaps) / len(gaps), sum(gap > 0 for gap in gaps) / len(gaps)) if gaps else (None, None)
+        settings.append(SettingKL(name, sum(lengths) / len(lengths), len(nats), kl, share, *aims))
+    return ContextKL(tuple(settings), stream.detoxifier.sha256, position)
+
+
+@torch.inference_mode()
+def reply_contrast(
+    backbone: Backbone,
+    virtual: torch.Tensor,
+    position: Position,
+    context: Sequence[int],
+    replies: Sequence[Sequence[int]],
+    *,
+    first: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """KL(p_gen‖p_detox) and log p_detox - log p_gen of the token itself, in nats at each reply token but the first,
+    float32 `[reply_len - 1]` both, behind one context; with `first`, which a context is needed for, at that one too.
+
+    `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing (with `first`, an
+    empty tensor if it is empty). The context is computed once for all replies, and where its place allows it, once for
+    both streams.
+    """
+    embed = backbone.model.get_input_embeddings()
+    # The context's last token stands at the head of every row then, so that it predicts the first.
+    whole = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
+    head, lead = (whole[:, :-1], whole[:, -1:]) if first else (whole, whole[:, :0])
+    soft = virtual.unsqueeze(0)
+    gen_prefix = prefix_kv(backbone, head)
+    detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    skipped = 0 if first else 1
+    for at in range(0, len(replies), _ROWS):
+        some = replies[at : at + _ROWS]
+        longest = max(map(len, some))
+        ids = torch.full((len(some), longest), backbone.pad_token_id)
+        for row, reply in enumerate(some):
+            ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
+        tail = embed(ids.to(backbone.device))
+        leads, softs = (one.expand(len(some), -1, -1) for one in (lead, soft))
+        plain = torch.cat([leads, tail], dim=1)
+        steered = plain if position == "front" else torch.cat([leads, softs, tail], dim=1)
+        gen = tail_log_probs(backbone, gen_prefix, plain, longest + 1 - skipped)
+        detox = tail_log_probs(backbone, detox_prefix, steered, longest + 1 - skipped)
+        kl = (gen.exp() * (gen - detox)).sum(-1).cpu()
+        ratio = (detox - gen).gather(-1, ids[:, skipped:, None].to(gen.device)).squeeze(-1).cpu()
+        found += [
+            (kl[row, : len(reply) - skipped], ratio[row, : len(reply) - skipped])
+            for row, reply in enumerate(some)
+            if first or len(reply) > 1
+        ]
+    return found
+
+
+def _gaps(
+    backbone: Backbone,
+    virtual: torch.Tensor,
+    position: Position,
+    context: Sequence[int],
+    pairs: Sequence[tuple[str, str]],
+    reply_tokens: int,
+) -> list[float]:
+    """How much more each pair's toxic text is favoured than its neutral one, nats."""
+    cut = [_cut(backbone, pair, reply_tokens) for pair in pairs]
+    replies = [reply for both in cut if min(map(len, both)) > 1 for reply in both]
+    sums = [float(ratio.sum()) for _, ratio in reply_contrast(backbone, virtual, position, context, replies)]
+    return [toxic - neutral for toxic, neutral in zip(sums[::2], sums[1::2], strict=True)]
+
+
+@torch.inference_mode()
+def forced_log_probs(
+    backbone: Backbone, detoxifier: Detoxifier | None, context: Sequence[int], reply: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities `[reply_len - 1, vocab]` in float32 of what follows each reply token but the last, in one
+    stream: the generator's own, or behind a detoxifier's virtual tokens."""
+    embed = backbone.model.get_input_embeddings()
+    head, tail = (
+        embed(torch.tensor([list(ids)], dtype=torch.long, device=backbone.device)) for ids in (context, reply)
+    )
+    if detoxifier is not None:
+        soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
+        if detoxifier.card.position == "front":
+            head = torch.cat([soft, head], dim=1)
+        else:
+            tail = torch.cat([soft, tail], dim=1)
+    return tail_log_probs(backbone, prefix_kv(backbone, head), tail, len(reply))[0]
+
+
+def _material(
+    guard: DetoxiGen, texts: Sequence[str], passage: str, bare: bool, decode: bool, reply_tokens: int, seed: int
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Pairs of a context and the replies to it, as ids."""
+    backbone = guard.backbone
+    if not decode:
+        return [(_given(backbone, passage, bare), _cut(backbone, texts, reply_tokens))] if texts else []
+    prompts: list[Any] = [text if bare else _asked(passage, text) for text in texts]
+    params = guard.params.replace(
+        alpha=0.0, plausibility=0.0, temperature=1.0, top_p=0.9, max_new_tokens=reply_tokens, seed=seed, trace=True
+    )
+    made = guard.batch(prompts, params)
+    return [
+        (encode_prompt(backbone, prompt), [[token.token_id for token in one.trace.tokens]])
+        for prompt, one in zip(prompts, made, strict=True)
+        if one.trace
+    ]
+
+
+def _given(backbone: Backbone, passage: str, bare: bool) -> list[int]:
+    """What stands before given replies."""
+    return [] if bare else encode_prompt(backbone, _asked(passage, INSTRUCTION))
+
+
+def _cut(backbone: Backbone, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    return [list(backbone.tokenizer(text, add_special_tokens=False)["input_ids"])[:tokens] for text in texts]
+
+
+def _asked(passage: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{passage}\n\n{question}" if passage else question}]
+
+
+def _check_room(backbone: Backbone, asked: int) -> None:
+    bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
+    if bounds and asked > min(bounds):
+        raise PromptTooLongError("passage_tokens", asked, f"at most {min(bounds)} positions")

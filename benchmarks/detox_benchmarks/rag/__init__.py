@@ -1,0 +1,1 @@
+"""Answers from documents with toxic comments among them, in LangChain and LlamaIndex."""

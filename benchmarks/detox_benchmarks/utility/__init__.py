@@ -1,0 +1,1 @@
+"""What steering costs where nothing is toxic."""

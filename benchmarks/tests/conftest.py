@@ -1,0 +1,3 @@
+"""The shared fixtures."""
+
+from fixtures import *  # noqa: F403
