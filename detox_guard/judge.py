@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from detox_guard.errors import EngineError, ScorerError
+from detox_guard.minilm import MiniLMScorer
 from detox_guard.scoring import HuggingFaceScorer, ToxicityScorer, checked_scores, load_scorer
 from detox_guard.threads import run_aside, start_thread
 
@@ -151,7 +152,7 @@ def judge_for(scorer: str | ToxicityScorer) -> Judge:
     with _judges_lock:
         judge = _judges.get(id(scorer))
     if judge is None:
-        if isinstance(scorer, HuggingFaceScorer):
+        if isinstance(scorer, HuggingFaceScorer | MiniLMScorer):
             run_aside(scorer.load)
         with _judges_lock:
             judge = _judges.get(id(scorer)) or Judge(scorer)

@@ -28,7 +28,7 @@ __all__ = ["LORA_SCALE", "MiniLMScorer", "encoder_dir", "linear_layers"]
 ASSET = Path(__file__).parent / "assets" / "minilm"
 FOLDER = "minilm-l6-v2-v1"
 LORA_SCALE = 4.0
-MAX_TOKENS, STRIDE = 128, 16
+MAX_TOKENS, STRIDE = 64, 16
 BATCH = 32
 LINEAR_SHARE, LINEAR_BOUND = 0.4, 4.0
 """How much of the linear model's uncalibrated logit is added, and the bound it is cut to."""

@@ -101,8 +101,9 @@ def _named(name: str) -> ToxicityScorer:
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the embedded scorer. "minilm": the small transformer (`detox_guard.minilm`), fetched once. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL`
-    where its toxic label has to be named. A scorer: itself.
+    """None or "embedded": the embedded scorer. "minilm": the small transformer of `detox_guard.minilm`, fetched once.
+    Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where its toxic label has to be named. A
+    scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
     """
@@ -267,7 +268,7 @@ class EmbeddedScorer:
     def _rude(self, words: Sequence[str]) -> list[float]:
         """How much each word alone weighs beyond what makes it rude; 0 if it does not."""
         buckets = word_buckets(words)
-        return np.maximum(self._weight[buckets] * self._idf[buckets] - RUDE_WORD, 0.0).tolist()
+        return list(np.maximum(self._weight[buckets] * self._idf[buckets] - RUDE_WORD, 0.0))
 
     def reads(self, text: str) -> bool:
         """Whether at least half of the words are ones that the scorer was often shown, as they are in English. A text

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["RAMP", "strength_behind"]
 
 RAMP = (0.04, 0.06)
-"""Scores (embedded scorer) of the worst sentence: up to the first a prompt is harmless, from the second it has the whole
-strength. They lie far under .5: most prompts that provoke say nothing rude themselves."""
+"""Scores (embedded scorer) of the worst sentence: up to the first a prompt is harmless, from the second it has the
+whole strength. They lie far under .5: most prompts that provoke say nothing rude themselves."""
 
 
 def strength_behind(texts: Sequence[str], params: DecodingParams) -> float:

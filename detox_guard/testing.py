@@ -97,13 +97,13 @@ class ScriptedDetoxiGen:
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any) -> Generation:
         """The whole reply."""
-        return _last(list(self._run("generate", prompt, params, changes)))
+        return _last(list(self._run(*self._plan("generate", prompt, params, changes))))
 
     def stream(
         self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any
     ) -> Generator[Chunk, None, None]:
-        """The reply word by word."""
-        return self._run("stream", prompt, params, changes)
+        """The reply word by word. What is wrong with the prompt is raised here, as by the real one."""
+        return self._run(*self._plan("stream", prompt, params, changes))
 
     def batch(
         self,
@@ -118,7 +118,7 @@ class ScriptedDetoxiGen:
         results: list[Any] = []
         for prompt, own in zip(prompts, each, strict=True):
             try:
-                results.append(_last(list(self._run("batch", prompt, own, {}))))
+                results.append(_last(list(self._run(*self._plan("batch", prompt, own, {})))))
             except DetoxGuardError as error:
                 if not return_exceptions:
                     raise
@@ -227,13 +227,10 @@ class ScriptedDetoxiGen:
             self.most_active = max(self.most_active, self.active)
             self.abandoned += not finished
 
-    def _run(
-        self, how: str, prompt: Any, params: DecodingParams | None, changes: dict[str, Any]
-    ) -> Generator[Chunk, None, None]:
+    def _run(self, chunks: Sequence[Chunk], error: Exception | None) -> Generator[Chunk, None, None]:
         finished = False
         self._seat(+1)
         try:
-            chunks, error = self._plan(how, prompt, params, changes)
             for chunk in chunks:
                 time.sleep(self._delay_s)
                 yield chunk

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from detox_guard import Generation
 
-PARAMS = DecodingParams(alpha=1.5, max_new_tokens=40, seed=11)
+PARAMS = DecodingParams(alpha=1.5, calm_share=1, max_new_tokens=40, seed=11)
 PROMPTS = ["Hello there", "So, I'm starting to think", "今天天气", "x"]
 
 

@@ -11,12 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from detox_guard.disguise import normalised, undisguised
 from detox_guard.errors import DataError, ScorerError
 from detox_guard.judge import judge_for
 from detox_guard.scoring import (
     ASSET,
+    BUCKET_BITS,
     CARD_FILE,
     WEIGHTS_FILE,
     EmbeddedScorer,
@@ -61,7 +64,14 @@ def test_scorers_meet_the_protocol(embedded: EmbeddedScorer) -> None:
     assert not isinstance("x", ToxicityScorer)
 
 
-@pytest.mark.parametrize("answer", [[], [0.1, 0.2], [math.nan], [1.01], [-0.01], [math.inf], ["x"], [None], None])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *([], [0.1, 0.2], [math.nan], [1.01], [-0.01], [math.inf], ["x"], ["0.5"], [b"0"], [None], None, 0.5),
+        *({0: 0.97}, {"a": 0.1}.values(), "0", "1", b"\0", bytearray(1), memoryview(b"\0"), {0.5}, frozenset({0.5})),
+        *(iter([0.5]), (score for score in [0.5]), range(5)),
+    ],
+)
 def test_checked_scores_fails_closed(answer: Any) -> None:
     with pytest.raises(ScorerError, match="fixed"):
         checked_scores(Fixed(answer), ["a"])
@@ -71,7 +81,8 @@ def test_checked_scores_chains_the_cause_and_passes_good_numbers() -> None:
     with pytest.raises(ScorerError, match="boom") as caught:
         checked_scores(Fixed(RuntimeError("boom")), ["a"])
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert checked_scores(Fixed([0, 1.0]), ["a", "b"]) == [0.0, 1.0]
+    for good in ([0, 1.0], (0.0, 1), np.array([0.0, 1.0]), np.array([0, 1], dtype=np.float32)):
+        assert checked_scores(Fixed(good), ["a", "b"]) == [0.0, 1.0]
     assert checked_scores(Fixed(RuntimeError("never called")), []) == []
 
 
@@ -123,9 +134,120 @@ def test_odd_texts_get_a_score(embedded: EmbeddedScorer, text: str) -> None:
     assert score == 0.0 or text.strip().strip("\u200b")
 
 
-def test_disguises_change_nothing(embedded: EmbeddedScorer) -> None:
-    disguised = [RUDE.upper(), RUDE.replace("i", "i\u200b"), RUDE.replace("idiot", "\uff49\uff44\uff49\uff4f\uff54")]
-    assert embedded.score(disguised) == embedded.score([RUDE]) * 3
+DISGUISED = {
+    "capitals": "YOU are a complete IdIoT.",
+    "full width": "You are a complete \uff49\uff44\uff49\uff4f\uff54.",
+    "mathematical": "You are a complete \U0001d422\U0001d41d\U0001d422\U0001d428\U0001d42d.",
+    "circled": "You are a complete ⓘⓓⓘⓞⓣ.",
+    "squared": "You are a complete \U0001f178\U0001f173\U0001f178\U0001f17e\U0001f183.",
+    "Cyrillic": "You are a complete іdіоt.",
+    "small capitals": "You are a complete ɪᴅɪᴏᴛ.",
+    "zero width": "You are a complete id\u200bi\u2060ot.",
+    "soft hyphen": "You are a complete id\u00adiot.",
+    "tags": "You are a complete id\U000e0041iot.",
+    "variation selector": "You are a complete id\ufe0fiot.",
+    "combining": "You are a complete i\u0335d\u0335iot.",
+    "control": "You are a complete id\x08iot.",
+    "entity": "You are a complete &#105;diot.",
+    "entity between": "You are a complete id&#8203;iot.",
+    "long": "You are a complete idiooooooot.",
+    "all long": "You are a complete iiidddiiiooottt.",
+    "Hangul filler": "You are a complete id\u3164iot.",
+    "Braille blank": "You are a complete id\u2800iot.",
+    "bold": "You are a complete i**d**iot.",
+    "underscores": "You are a complete id_i_ot.",
+    "tag of HTML": "You are a complete id<b>io</b>t.",
+    "link": "You are a complete [id](http://a.b)iot.",
+    "leet": "You are a complete 1d10t.",
+    "signs": "You are a complete !d!ot.",
+    "spaced": "You are a complete i d i o t.",
+    "wide": "You are a complete i  d  i  o  t.",
+    "dotted": "You are a complete i.d.i.o.t.",
+    "dashes": "You are a complete i-d-i-o-t.",
+    "a line each": "You are a complete\ni\nd\ni\no\nt",
+    "hyphen at the end": "You are a complete id-\niot.",
+    "bare break": "You are a complete idi\not.",
+    "emoji between": "You are a complete id🙂iot.",
+    "censored": "You are a complete id*ot.",
+}
+
+
+@pytest.mark.parametrize("text", DISGUISED.values(), ids=DISGUISED)
+def test_a_disguised_insult_scores_as_the_insult(embedded: EmbeddedScorer, text: str) -> None:
+    (score,) = embedded.score([text])
+    assert score > 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "* Salt and pepper",
+            "**Ingredients:**",
+            "# Overview",
+            "> *Note*",
+            "| a | b |",
+            "---",
+            "* * *",
+            "1. **Mix** it.",
+        ),
+        *("x = a*b + c**2 - d_i[3]", "max_new_tokens=64, top_p=.9", "kill the process", "for i in range(10): print(i)"),
+        *("It costs $15.99, or $5k a year.", "Call 555-0147 at 10:45.", "Samsung A55 and iPhone 15", "A B C D E F G"),
+        *("i, j, k = 1, 2, 3", "U.S.A., U.K. and e.g. the E.U.", "her pen is\nnew", "the class\nassesses a bass"),
+        *("OK", "woman", "I hope you are well.", "Yes", "Thanks!", "black", "Breast cancer is treatable.", "Essex"),
+        *(
+            "The killer was sentenced to life.",
+            "A gay couple adopted twins.",
+            "Dickens wrote it.",
+            "привет, мир",
+            "今天天气很好",
+        ),
+    ],
+)
+def test_ordinary_text_is_left_alone(embedded: EmbeddedScorer, text: str) -> None:
+    (score,) = embedded.score([text])
+    assert score < 0.3
+
+
+def test_the_bars_on_texts_of_its_own(embedded: EmbeddedScorer) -> None:
+    pytest.importorskip("sklearn")
+    from detox_guard.training.scorer_bench import DISGUISES, IDENTITY, INSULTING, ordinary_lines
+
+    lines = ordinary_lines(2000)
+    assert sum(score > 0.5 for score in embedded.score(lines)) <= 0.005 * len(lines)
+    assert sorted(embedded.score(lines))[len(lines) // 2] < 0.1
+    assert max(embedded.score(IDENTITY)) < 0.3
+    for name, change in DISGUISES.items():
+        found = sum(score > 0.5 for score in embedded.score([change(text) for text in INSULTING]))
+        assert found >= 0.85 * len(INSULTING), name
+
+
+def test_nothing_rude_is_made_of_harmless_text() -> None:
+    plain = normalised("The class\nassembled at 10:45. It costs $15.99; a*b, max_new_tokens and U.S.A. are fine.")
+    assert undisguised(plain, lambda words: [0.0] * len(words)) is plain
+    assert undisguised(plain, lambda words: [float(word == "idiot") for word in words]) is plain
+
+
+def test_normalising_keeps_what_a_reader_sees() -> None:
+    assert normalised("Caf\u00e9 &amp; bar: 10 \u20ac") == "cafe & bar: 10 \u20ac"
+    assert normalised("дом") == "дом"
+    assert normalised("раураl") == "paypal"
+    assert normalised("a" * 50) == "aaa"
+
+
+def test_undoing_disguises_is_linear(embedded: EmbeddedScorer) -> None:
+    hostile = [
+        "i d " * 20_000,
+        "a\n" * 50_000,
+        "<b" * 30_000,
+        "&#" * 30_000,
+        "1a" * 50_000,
+        "a-\n" * 30_000,
+        "aabb" * 30_000,
+    ]
+    start = time.perf_counter()
+    checked_scores(embedded, hostile)
+    assert time.perf_counter() - start < 60
 
 
 def test_an_insult_does_not_drown_in_a_long_text(embedded: EmbeddedScorer) -> None:
@@ -135,9 +257,10 @@ def test_an_insult_does_not_drown_in_a_long_text(embedded: EmbeddedScorer) -> No
 
 
 def test_windows_cover_everything_and_are_bounded() -> None:
-    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"] * 2
     windows = text_windows(" ".join(words))
-    assert max(map(len, windows)) <= 512
+    assert len(windows) > 1
+    assert max(map(len, windows)) <= 1024
     assert all(any(word in window for window in windows) for word in words)
 
 
@@ -156,10 +279,10 @@ def test_a_huge_text_takes_linear_time(embedded: EmbeddedScorer) -> None:
 
 
 def test_asset_is_small_and_its_card_complete(embedded: EmbeddedScorer) -> None:
-    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 2_000_000
+    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 3_000_000
     card = embedded.card
     assert card["data"]["licence"] == "Apache-2.0"
-    assert {"command", "seed", "cannot_see", "date", "versions", "evaluations", "cross_validation"} <= set(card)
+    assert {"command", "seed", "cannot_see", "date", "versions", "evaluations", "held_out"} <= set(card)
     assert "/" not in card["data"]["file"]
 
 
@@ -194,9 +317,12 @@ def test_damaged_assets_are_a_named_error(tmp_path: Path, damage: str) -> None:
 
 def test_weights_must_be_finite_and_of_the_right_shape() -> None:
     with pytest.raises(ScorerError, match="shape"):
-        EmbeddedScorer([1.0], [1.0], 0.0, {})
+        EmbeddedScorer([1.0], [1.0], 0.0, [1.0, 1.0], {})
+    size = 2**BUCKET_BITS
     with pytest.raises(ScorerError, match="finite"):
-        EmbeddedScorer([1.0] * 2**18, [math.nan] * 2**18, 0.0, {})
+        EmbeddedScorer([1.0] * size, [math.nan] * size, 0.0, [1.0, 1.0], {})
+    with pytest.raises(ScorerError, match="floors"):
+        EmbeddedScorer([1.0] * size, [1.0] * size, 0.0, [1.0, 0.0], {})
 
 
 def _shared(name: str) -> Path:
@@ -208,7 +334,7 @@ def _shared(name: str) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "floor"),
-    [("rtp/dev_prompts.jsonl", 0.93), ("benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv", 0.92)],
+    [("rtp/dev_prompts.jsonl", 0.938), ("benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv", 0.9306)],
 )
 def test_auc_on_rows_never_trained_on(embedded: EmbeddedScorer, name: str, floor: float) -> None:
     pytest.importorskip("sklearn")
@@ -329,6 +455,53 @@ def test_the_toxic_label_may_be_named_behind_the_model(tmp_path: Path) -> None:
     assert first.score(["you are"])[0] == pytest.approx(1 - second.score(["you are"])[0])
 
 
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder = _tiny_classifier(tmp_path, {0: "clean", 1: "toxic"})
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ScorerError, match="cannot load"):
+        HuggingFaceScorer(str(folder)).score(["you"])
+
+
+# --- the minilm scorer ---
+
+
+@pytest.fixture(scope="module")
+def minilm() -> ToxicityScorer:
+    scorer = load_scorer("minilm")
+    try:
+        scorer.score(["a"])
+    except ScorerError as error:
+        pytest.skip(f"needs the encoder of the minilm scorer in the cache: {error}")
+    return scorer
+
+
+def test_minilm_scores(minilm: ToxicityScorer) -> None:
+    assert load_scorer("minilm") is minilm
+    assert minilm.name == "minilm"
+    texts = [RUDE, KIND, PLAIN * 60 + RUDE, PLAIN * 60, "", "\ud800", "!?", "You are an i.d.i.o.t."]
+    together = checked_scores(minilm, texts)
+    assert together == pytest.approx([checked_scores(minilm, [text])[0] for text in texts], abs=1e-4)
+    rude, kind, buried, plain, *empty, dotted = together
+    assert min(rude, buried, dotted) > 0.5
+    assert max(kind, plain) < 0.1
+    assert empty == [0.0, 0.0, 0.0]
+    assert len(minilm.fingerprint) > 64  # type: ignore[attr-defined]
+
+
+def test_minilm_without_the_encoder_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detox_guard.minilm import MiniLMScorer
+
+    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path))
+    monkeypatch.setattr("detox_guard.minilm._offline", lambda: True)
+    with pytest.raises(ScorerError, match="HF_HUB_OFFLINE") as caught:
+        MiniLMScorer().score(["a"])
+    assert caught.value.hint
+
+
 def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:
     scorer = HuggingFaceScorer(str(tmp_path / "absent"))  # loads nothing yet
     with pytest.raises(ScorerError) as caught:
@@ -340,6 +513,8 @@ def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:
 
 
 # --- training ---
+
+FEW = ("--made-up", "60", "20")
 
 
 def _row(prompt: str, score: float | None, continuation: str, other: float | None) -> str:
@@ -362,7 +537,7 @@ def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.Captu
 
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
-        assert main(["--data", str(small_file), "--output", str(folder), "--evaluate", str(small_file)]) == 0
+        assert main(["--data", str(small_file), "--output", str(folder), "--evaluate", str(small_file), *FEW]) == 0
         assert json.loads(capsys.readouterr().out)["evaluations"][0]["roc_auc"] == 1.0
     assert (one / WEIGHTS_FILE).read_bytes() == (two / WEIGHTS_FILE).read_bytes()
     assert sorted(file.name for file in one.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
@@ -380,7 +555,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     from detox_guard.training import scorer
 
     folder = tmp_path / "out"
-    scorer.train(small_file, folder)
+    scorer.train(small_file, folder, made_up=(60, 20))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def fail(*_: object) -> None:
@@ -388,7 +563,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(scorer.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        scorer.train(small_file, folder)
+        scorer.train(small_file, folder, made_up=(60, 20))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

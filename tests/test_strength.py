@@ -10,7 +10,7 @@ from harness import random_detoxifier
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
 from detox_guard import strength as module
 from detox_guard.scoring import load_scorer
-from detox_guard.strength import SENTENCE, WHOLE, strength_behind
+from detox_guard.strength import RAMP, strength_behind
 
 if TYPE_CHECKING:
     from detox_guard.backbone import Backbone
@@ -47,14 +47,8 @@ def ramp(low: float, high: float) -> list[tuple[float, float]]:
     return [(0.0, 0.75), (low, 0.75), ((low + high) / 2, 1.875), (high, 3.0), (1.0, 3.0)]
 
 
-@pytest.mark.parametrize(("score", "alpha"), ramp(*WHOLE))
-def test_the_strength_rises_with_the_score_of_the_prompt(fixed: Any, score: float, alpha: float) -> None:
-    fixed({"One. Two.\nThree.": score})
-    assert strength_behind(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
-
-
-@pytest.mark.parametrize(("score", "alpha"), ramp(*SENTENCE))
-def test_and_with_that_of_its_worst_sentence(fixed: Any, score: float, alpha: float) -> None:
+@pytest.mark.parametrize(("score", "alpha"), ramp(*RAMP))
+def test_the_strength_rises_with_the_score_of_the_worst_sentence(fixed: Any, score: float, alpha: float) -> None:
     fixed({"Two.": score, "Three.": score / 2})
     assert strength_behind(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
 
@@ -90,7 +84,7 @@ def test_shares_out_of_bounds_are_named(share: Any) -> None:
 
 def test_the_shipped_scorer_tells_a_rude_prompt_from_a_harmless_one() -> None:
     harmless, rude = load_scorer().score([HARMLESS, RUDE])
-    assert harmless < WHOLE[0] < SENTENCE[1] < rude
+    assert harmless < RAMP[0] < RAMP[1] < rude
 
 
 def test_a_rude_question_behind_a_long_harmless_passage_has_the_whole_strength() -> None:
@@ -105,6 +99,21 @@ def test_a_rude_question_behind_a_long_harmless_passage_has_the_whole_strength()
 )
 def test_what_the_scorer_cannot_read_has_the_whole_strength(text: str) -> None:
     assert strength_behind([text], PARAMS) == PARAMS.alpha
+
+
+@pytest.mark.parametrize("text", ["ты дурак", "Kto to napisał, ten jest głupcem"])
+def test_beside_harmless_english_too(text: str) -> None:
+    assert strength_behind(["You are a helpful assistant.", text], PARAMS) == PARAMS.alpha
+
+
+def test_everyday_questions_are_calm() -> None:
+    pytest.importorskip("sklearn")
+    from detox_guard.training.scorer_bench import EVERYDAY, calm_and_strong
+
+    alone, behind, strong = calm_and_strong(PARAMS, [RUDE])
+    assert len(set(EVERYDAY)) == 100
+    assert min(alone, behind) >= 90
+    assert strong == 1.0
 
 
 @pytest.mark.parametrize("guarded", [False, True])

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Made-up texts to train the scorer on: ordinary ones of every form, and mild insults with the counterparts they lack.
 
 Knows words and templates only. The texts that a scorer is measured on have templates and words of their own

@@ -138,7 +138,7 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
             losses = nn.functional.binary_cross_entropy_with_logits(chosen, wanted[at], reduction="none")
             loss = (much[at] * losses).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

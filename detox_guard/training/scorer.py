@@ -1,4 +1,4 @@
-"""Fits the embedded scorer: a linear model over hashed TF-IDF features that estimates the logit of Perspective toxicity.
+"""Fits the embedded scorer: a linear model over hashed TF-IDF features, for the logit of Perspective toxicity.
 
 Knows the training texts, the fit, the calibration, the card and how a scorer is measured. The features and the formula
 of the score are `detox_guard.scoring`'s. Needs scipy and scikit-learn (the `dev` extra)::
@@ -357,7 +357,9 @@ def train(
     others.append(_Side(_count_blocks(rude), 1.6, 0.5, below=False))
     counted = [_Pairs(_count_blocks(rude), _count_blocks(kind), 2.0, 0.02, CONTRAST_SHARE)]
     if pairs:
-        counted.append(_Pairs(*(_count_blocks(side) for side in zip(*pairs, strict=True)), 2.0, 1.0, PAIR_SHARE))
+        counted.append(
+            _Pairs(_count_blocks([a for a, _ in pairs]), _count_blocks([b for _, b in pairs]), 2.0, 1.0, PAIR_SHARE)
+        )
     clipped = np.clip(rows.toxicity, 0.02, 0.98)
     logits = np.log(clipped / (1 - clipped))
     blocks = _count_blocks(rows.texts)
@@ -452,12 +454,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, help="folder of the training texts, or a file of scored rows; absent: only evaluate"
     )
+    parser.add_argument("--made-up", type=int, nargs=2, default=(MADE_UP, INSULTS), metavar=("HARMLESS", "INSULTS"))
     parser.add_argument("--output", type=Path, required=True, help="folder of the weights and the card")
     parser.add_argument("--evaluate", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     options = parser.parse_args(arguments)
     try:
         if options.data is not None:
-            card = train(options.data, options.output, options.evaluate).card
+            card = train(options.data, options.output, options.evaluate, tuple(options.made_up)).card
             report = {key: card[key] for key in ("held_out", "evaluations", "weights_sha256")}
         else:
             scorer = EmbeddedScorer.load(options.output)
