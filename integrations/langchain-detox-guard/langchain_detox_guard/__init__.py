@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from langchain_detox_guard._errors import IncompleteAnswerError
 from langchain_detox_guard.chat import ChatDetoxiGen
 from langchain_detox_guard.llm import DetoxiGenLLM
 from langchain_detox_guard.retrieval import DetoxDocumentScreen, DetoxRetriever, create_detox_rag_chain
@@ -20,6 +21,7 @@ __all__ = [
     "DetoxMiddleware",
     "DetoxRetriever",
     "DetoxiGenLLM",
+    "IncompleteAnswerError",
     "create_detox_rag_chain",
 ]
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,20 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.globals import set_llm_cache
 from langchain_core.load import dumpd, load
-from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.tools import tool
 from pydantic import BaseModel
+from typing_extensions import TypedDict
 
-from langchain_detox_guard import ChatDetoxiGen
+from langchain_detox_guard import ChatDetoxiGen, IncompleteAnswerError
 from scripted_engine import WINDOW, ScriptedEngine, call_text
 
 
@@ -480,6 +490,175 @@ async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, eng
     await asyncio.sleep(0.01)
     assert time.monotonic() - began < 0.1
     assert (await task).content
+
+
+# -- unfinished answers
+
+
+class Named(TypedDict):
+    """Named."""
+
+    name: str
+
+
+@pytest.mark.parametrize("schema", [Person, Named, {"title": "Named", **SCHEMA}], ids=["pydantic", "typed", "dict"])
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+@pytest.mark.parametrize("reason", ["length", "guard"])
+async def test_what_was_cut_is_no_structured_answer(method: Any, schema: Any, reason: Any) -> None:
+    engine = ScriptedEngine()
+    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=2 if reason == "length" else 256)
+    if reason == "guard":
+        end_as(engine, "guard")
+    model = chat.with_structured_output(schema, method=method)
+    for ask in (lambda: model.invoke("Hi"), lambda: list(model.stream("Hi")), lambda: model.batch(["Hi", "you"])):
+        with pytest.raises(IncompleteAnswerError, match=reason) as told:
+            ask()
+        assert told.value.finish_reason == reason
+        assert pickle.loads(pickle.dumps(told.value)).finish_reason == reason
+    with pytest.raises(IncompleteAnswerError):
+        await model.ainvoke("Hi")
+    with pytest.raises(IncompleteAnswerError):
+        _ = [chunk async for chunk in model.astream("Hi")]
+    raw = chat.with_structured_output(schema, method=method, include_raw=True)
+    merged: dict[str, Any] = {}
+    for part in raw.stream("Hi"):
+        merged |= part
+    for out in (raw.invoke("Hi"), await raw.ainvoke("Hi"), merged):
+        assert isinstance(out["raw"], AIMessage)
+        assert out["parsed"] is None
+        assert isinstance(out["parsing_error"], IncompleteAnswerError)
+
+
+def end_as(engine: ScriptedEngine, reason: Any) -> None:
+    """As an engine whose guard ends replies."""
+    plan = engine._plan
+
+    def ended(*args: Any) -> list[Any]:
+        chunks = plan(*args)
+        chunks[-1] = replace(chunks[-1], generation=replace(chunks[-1].generation, finish_reason=reason))
+        return chunks
+
+    engine._plan = ended  # type: ignore[method-assign]
+
+
+def test_a_forced_call_that_was_cut_raises_or_is_kept(engine: ScriptedEngine) -> None:
+    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=2)
+    for choice in ("any", "add"):
+        with pytest.raises(IncompleteAnswerError) as told:
+            chat.bind_tools([add], tool_choice=choice).invoke("Hi")
+        assert "max_tokens" in told.value.hint
+        kept = chat.bind_tools([add], tool_choice=choice, unfinished="keep").invoke("Hi")
+        assert (kept.tool_calls, len(kept.invalid_tool_calls)) == ([], 1)
+    assert chat.bind_tools([add]).invoke("Hi").content  # nothing was forced: text may end anywhere
+    with pytest.raises(InvalidParamsError, match="unfinished"):
+        chat.bind_tools([add], unfinished="maybe").invoke("Hi")
+
+
+def test_a_whole_answer_streams_in_parts(chat: ChatDetoxiGen) -> None:
+    parts = list(chat.with_structured_output(SCHEMA).stream("Hi"))
+    assert parts[-1] == {"name": "some name"}
+    raw = list(chat.with_structured_output(Person, include_raw=True).stream("Hi"))
+    assert raw[-1]["parsed"] == Person(name="some name", age=3)
+
+
+# -- templates, windows and other providers' histories
+
+
+def test_variables_of_the_template(engine: ScriptedEngine) -> None:
+    chat = ChatDetoxiGen(engine=engine, seed=1, chat_template_kwargs={"thinking": False})
+    for model, seen in (
+        (chat, {"thinking": False}),
+        (chat.bind(chat_template_kwargs={"thinking": True}), {"thinking": True}),
+        (chat.bind(chat_template_kwargs=None).bind_tools([add]), {}),
+    ):
+        model.invoke("Hi")
+        assert engine.calls[-1][1].chat_template_kwargs == seen
+    chat.invoke("Hi", chat_template_kwargs={"other": 1})
+    assert engine.calls[-1][1].chat_template_kwargs == {"other": 1}
+    with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
+        ChatDetoxiGen(chat_template_kwargs="off")  # type: ignore[arg-type]
+
+
+def test_the_window_is_in_the_profile_and_loads_nothing_before_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine
+) -> None:
+    asked: list[Any] = []
+
+    def shared(model: Any, **_: Any) -> ScriptedEngine:
+        asked.append(model)
+        return engine
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
+    chat = ChatDetoxiGen(model="some/model", max_tokens=7)
+    assert chat.profile is not None
+    assert (chat.profile["tool_calling"], chat.profile["max_output_tokens"], asked) == (True, 7, [])
+    other = chat.model_copy(update={"model": "other/model"})
+    assert other.profile is not None
+    assert "max_input_tokens" in other.profile
+    assert other.profile["max_input_tokens"] == other.profile.get("max_input_tokens") == WINDOW
+    assert asked == ["other/model"]
+    assert pickle.loads(pickle.dumps(chat)).profile.get("max_input_tokens") == WINDOW
+    own = ChatDetoxiGen(model="some/model", profile={"max_input_tokens": 9}).model_copy(update={"alpha": 1.0})
+    assert own.profile == {"max_input_tokens": 9}
+
+
+CALLED = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+USED = {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("history", "read"),
+    [
+        ([{"role": "developer", "content": "Be kind."}, ("user", "Hi")], [("system", "Be kind."), ("user", "Hi")]),
+        ([ChatMessage("Be kind.", role="developer"), ChatMessage("Hi", role="human")],
+         [("system", "Be kind."), ("user", "Hi")]),
+        ([("user", "Hi"), {"role": "assistant", "content": None, "tool_calls": [
+            {**CALLED, "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+          {"role": "tool", "tool_call_id": "c1", "content": None}],
+         [("user", "Hi"), ("assistant", "", "c1"), ("tool", "", "c1")]),
+        ([HumanMessage("Hi"), AIMessage("", additional_kwargs={
+            "function_call": {"name": "f", "arguments": '{"a": 1}'}}),
+          FunctionMessage("Yes.", name="f")],
+         [("user", "Hi"), ("assistant", "", "call00000"), ("tool", "Yes.", "call00000")]),
+        ([HumanMessage("Hi"), AIMessage([USED]), HumanMessage([
+            {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "Yes."}]},
+            {"type": "text", "text": "And?"}])],
+         [("user", "Hi"), ("assistant", "", "c1"), ("tool", "Yes.", "c1"), ("user", "And?")]),
+        ([HumanMessage("Hi"), AIMessage("", tool_calls=[{"name": "f", "args": {"a": 1}, "id": None}]),
+          ToolMessage([{"type": "json", "json": {"b": 2}}], tool_call_id="")],
+         [("user", "Hi"), ("assistant", "", "call00000"), ("tool", '{"b": 2}', "call00000")]),
+        ([HumanMessage([{"type": "input_text", "text": "Hi"}]), AIMessage([{"type": "output_text", "text": "So."}])],
+         [("user", "Hi"), ("assistant", "So.")]),
+        ([HumanMessage("Hi"), AIMessage([{"type": "text", "text": None}]), HumanMessage("And?")],
+         [("user", "Hi"), ("assistant", ""), ("user", "And?")]),
+        ([HumanMessage("Hi"), AIMessage("Half", invalid_tool_calls=[
+            {"name": "f", "args": "{", "id": None, "error": None}]), HumanMessage("And?")],
+         [("user", "Hi"), ("assistant", "Half"), ("user", "And?")]),
+    ],
+)  # fmt: skip
+def test_histories_of_others(chat: ChatDetoxiGen, engine: ScriptedEngine, history: Any, read: Any) -> None:
+    chat.invoke(history)
+    said = engine.calls[-1][1].messages
+    assert [
+        (one["role"], one["content"], *(call["id"] for call in one.get("tool_calls", ())),
+         *([one["tool_call_id"]] if one["role"] == "tool" else []))
+        for one in said
+    ] == read  # fmt: skip
+    for call in (call for one in said for call in one.get("tool_calls", ())):
+        assert call["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_an_unreadable_call_that_was_answered_stays_a_turn(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+    broken = AIMessage("", invalid_tool_calls=[{"name": "f", "args": "{", "id": "c1", "error": None}])
+    chat.invoke([HumanMessage("Hi"), broken, ToolMessage("Not done.", tool_call_id="c1")])
+    assert [one["role"] for one in engine.calls[-1][1].messages] == ["user", "assistant", "tool"]
+    assert engine.calls[-1][1].messages[1]["tool_calls"][0]["id"] == "c1"
+
+
+@pytest.mark.parametrize("content", [[{"type": "image_url", "image_url": "x"}], [{"type": "audio"}]])
+def test_what_is_no_text_is_named(chat: ChatDetoxiGen, content: Any) -> None:
+    with pytest.raises(PromptError, match=r"messages\[0\].content"):
+        chat.invoke([HumanMessage(content)])
 
 
 class _Reading(BaseModel):

@@ -33,8 +33,8 @@ class TestDefaultBackbone(ChatModelIntegrationTests):
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        """Few tokens; without `timeout` and `max_retries`, which a local model names as unknown."""
-        return {"temperature": 0, "max_tokens": 32, "stop": []}
+        """Few tokens, but room for a forced call; without `timeout` and `max_retries`, which a local model names as unknown."""
+        return {"temperature": 0, "max_tokens": 64, "stop": []}
 
     @property
     def supports_json_mode(self) -> bool:

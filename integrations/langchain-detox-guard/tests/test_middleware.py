@@ -8,14 +8,18 @@ import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
-from langchain.agents.structured_output import ToolStrategy
+from langchain.agents.structured_output import ProviderStrategy, StructuredOutputValidationError, ToolStrategy
+from langchain_core.documents import Document
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_core.runnables.base import RunnableBinding
 from langchain_core.tools import InjectedToolCallId, tool
 from langgraph.types import Command
 from pydantic import BaseModel, Field
 
-from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware
+from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware, IncompleteAnswerError
+from langchain_detox_guard._words import words_of
 from scripted_engine import ScriptedEngine, WordScorer, call_text
 
 WORD = WordScorer()
@@ -372,3 +376,250 @@ def test_a_schema_is_one_more_tool_to_an_agent() -> None:
 def test_bad_options_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidParamsError, match=next(iter(bad))):
         DetoxMiddleware(**{"scorer": WORD, **bad})
+
+
+# -- the model inside
+
+
+def wrapped(chat: ChatDetoxiGen) -> dict[str, Any]:
+    """The model in what LangChain puts around one, some of it against the middleware."""
+    field = ConfigurableField(id="guard")
+    return {
+        "bind": chat.bind(seed=3),
+        "bound guard": RunnableBinding(bound=chat, kwargs={"guard": None, "alpha": 0.0}),
+        "config": chat.with_config(tags=["t"]),
+        "retry": chat.with_retry(),
+        "fallbacks": chat.with_fallbacks([chat]),
+        "fields": chat.configurable_fields(guard=field),
+        "alternatives": chat.configurable_alternatives(ConfigurableField(id="which"), other=lambda: chat),
+        "all": chat.bind(seed=3).with_config(tags=["t"]).with_retry().with_fallbacks([chat.with_retry()]),
+    }
+
+
+@pytest.mark.parametrize("around", list(wrapped(ChatDetoxiGen())))
+def test_the_guard_and_alpha_reach_the_model_inside(around: str) -> None:
+    engine = until(0.0)
+    model = wrapped(ChatDetoxiGen(engine=engine, seed=1))[around]
+    policy = GuardPolicy(scorer=WORD)
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(guard=policy, alpha=2.0)])
+    config: Any = {"configurable": {"guard": None, "which": "other"}}
+    streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("?")]}, config, stream_mode="messages")]
+    assert [(params.guard, params.alpha) for *_, params in engine.calls] == [(policy, 2.0)]
+    assert around == "retry" or len(streamed) > 3
+
+
+def test_what_is_bound_stays_under_tools() -> None:
+    engine = calling("read_note", {"name": "one"})
+    chat = ChatDetoxiGen(engine=engine, seed=1).with_config(tags=["t"]).bind(seed=5, top_p=0.5)
+    create_agent(chat, [read_note], middleware=[DetoxMiddleware(scorer=WORD, alpha=2.0)]).invoke(
+        {"messages": [HumanMessage("Read it.")]}
+    )
+    assert [(p.alpha, p.seed, p.top_p) for *_, p in engine.calls] == [(2.0, 5, 0.5)] * 2
+
+
+def test_the_ladder_climbs_inside_and_never_lowers_what_was_bound() -> None:
+    engine = until(99)
+    model = ChatDetoxiGen(engine=engine, seed=1).bind(alpha=7.0).with_config(tags=["t"])
+    create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(6.0, 9.0))]).invoke(
+        {"messages": [HumanMessage("?")]}
+    )
+    assert alphas(engine) == [7.0, 7.0, 9.0]
+
+
+def test_a_foreign_fallback_or_a_step_behind_the_model_is_not_believed() -> None:
+    """The whole is held back and checked by the guard's own scorer."""
+    chat = ChatDetoxiGen(engine=until(99), seed=1)
+    other = Foreign(messages=iter([]))
+    for model in (chat.with_fallbacks([other]), chat | RunnableLambda(lambda message: message)):
+        agent = create_agent(model, [], middleware=[DetoxMiddleware(guard=GuardPolicy(scorer=WORD), ladder=())])
+        streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("?")]}, stream_mode="messages")]
+        assert "rotten" not in "".join(str(one.content) for one in streamed)
+
+
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"guard": GuardPolicy(scorer=WORD)}])
+def test_what_cannot_be_looked_into_is_refused(given: Any) -> None:
+    chat = ChatDetoxiGen(engine=until(99), seed=1)
+    model: Any = RunnableLambda(lambda messages: chat.invoke(messages))
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(**given)])
+    with pytest.raises(InvalidParamsError, match="RunnableLambda"):
+        agent.invoke({"messages": [HumanMessage("?")]})
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    assert "rotten" not in agent.invoke({"messages": [HumanMessage("?")]})["messages"][-1].text
+
+
+def test_settings_of_another_middleware_do_not_undo_ours() -> None:
+    class Undo(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Any) -> Any:
+            return handler(request.override(model_settings={"guard": None, "alpha": 0.0, "seed": 8}))
+
+    engine, policy = until(0.0), GuardPolicy(scorer=WORD)
+    middleware = [Undo(), DetoxMiddleware(guard=policy, alpha=2.0)]
+    create_agent(ChatDetoxiGen(engine=engine), [], middleware=middleware).invoke({"messages": [HumanMessage("?")]})
+    assert (engine.calls[0][2].guard, engine.calls[0][2].alpha, engine.calls[0][2].seed) == (policy, 2.0, 8)
+
+
+# -- every word
+
+ROT = "It is rotten."
+
+
+def call_of(args: Any, name: str = "read_note", call_id: str = "c1") -> list[Any]:
+    return [{"name": name, "args": args, "id": call_id}]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        AIMessage("Fine.", name="rotten"),
+        AIMessage("Fine.", id="so_rotten"),
+        AIMessage("Fine.", additional_kwargs={ROT: 1}),
+        AIMessage("Fine.", additional_kwargs={"audio": {"transcript": ROT}}),
+        AIMessage("Fine.", additional_kwargs={"details": [{"json": '{"a": "r\\u006ftten"}'}]}),
+        AIMessage("Fine.", response_metadata={"logprobs": {"content": [{"token": "rotten"}]}}),
+        AIMessage([{"type": "text", "text": "Fine."}, {"type": "refusal", "refusal": ROT}]),
+        AIMessage([{"type": "text", "text": "Fine.", "annotations": [{"title": ROT}]}]),
+        AIMessage(["Fine.", {"type": "server_tool_result", "output": [{"deep": [ROT]}]}]),
+        AIMessage("Fine.", comment=ROT),
+        AIMessage("Fine.", invalid_tool_calls=[{"name": "f", "args": '{"a": "r\\u006ftten', "id": "1", "error": None}]),
+        AIMessage("Fine.", tool_calls=call_of({"name": "a", "extra": {"rotten": 1}})),
+        AIMessage("Fine.", tool_calls=call_of({"name": '{"a": ["r\\u006ftten"]}'})),
+        AIMessage("Fine.", tool_calls=call_of({"name": "a"}, name="so_rotten")),
+        AIMessage("Fine.", tool_calls=call_of({"name": "a"}, call_id="so_rotten")),
+    ],
+    ids=str,
+)
+def test_no_field_of_an_answer_is_left_out(said: AIMessage) -> None:
+    model = Foreign(messages=iter([said, AIMessage("Done.")]))
+    agent = create_agent(model, [read_text], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    out = agent.invoke({"messages": [HumanMessage("?")]})
+    assert out["detox"][0]["action"] == "mask"
+    assert "rotten" not in repr(out["messages"])
+    assert "u006ftten" not in repr(out["messages"])
+    assert out["messages"][1].text == "Fine."
+
+
+@tool("read_note")
+def read_text(name: Any, extra: Any = None) -> str:
+    """Read a note."""
+    return "An empty note."
+
+
+@tool
+def rotten_tool(rotten: str) -> str:
+    """A developer's own words."""
+    return "Well."
+
+
+def test_the_developers_own_words_are_not_the_models() -> None:
+    said = AIMessage("Fine.", tool_calls=call_of({"rotten": "x"}, name="rotten_tool"))
+    model = Foreign(messages=iter([said, AIMessage("Done.")]))
+    agent = create_agent(model, [rotten_tool], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    out = agent.invoke({"messages": [HumanMessage("?")]})
+    assert out["messages"][1].tool_calls[0]["args"] == {"rotten": "x"}
+    assert [message.type for message in out["messages"]] == ["human", "ai", "tool", "ai"]
+
+
+def test_drawn_ids_are_no_words() -> None:
+    drawn = ["call_Ab3dEf9GhJk2", "toolu_01Xy", "3f2a9c1b-77de-4c1a-9f00-0a1b2c3d4e5f", "9b9f41db7", "lc_run--01a22b"]
+    assert {word for one in drawn for word in words_of({"id": one})} <= {"call", "toolu", "lc run"}
+    assert words_of({"id": "you_rotten_thing"}) == ["you rotten thing"]
+
+
+def test_words_are_found_at_any_depth() -> None:
+    deep: Any = ROT
+    for _ in range(100_000):
+        deep = [deep]
+    assert words_of(deep) == [ROT]
+    loop: dict[str, Any] = {"text": ROT}
+    loop["self"] = loop
+    assert words_of(loop, frozenset({"self"})) == [ROT]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "Fine."}, {"type": "json", "json": {"comment": ROT}}],
+        [{"type": "json", "json": {ROT: 1}}],
+        '{"comment": "so r\\u006ftten"}',
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tool_results", ["mask", "drop"])
+def test_every_word_of_a_tools_result_is_screened(content: Any, tool_results: Any) -> None:
+    middleware = DetoxMiddleware(scorer=WORD, tool_results=tool_results)
+    made = ToolMessage(content, tool_call_id="c1", name="read_note")
+    result: Any = middleware.wrap_tool_call(None, lambda _: made)  # type: ignore[arg-type, return-value]
+    (message,) = result.update["messages"]
+    assert message.content == "[removed by the toxicity screen]"
+    assert (message.tool_call_id, message.name) == ("c1", "read_note")
+
+
+def test_artifacts_are_masked_and_what_is_clean_stays() -> None:
+    blocks: list[Any] = [{"type": "text", "text": "Fine."}, {"type": "image", "url": "x"}]
+    artifact = {"documents": [Document("So. It is rotten."), Document("Well.")], "n": 1}
+    made = ToolMessage(blocks, tool_call_id="c1", artifact=artifact)
+    result: Any = DetoxMiddleware(scorer=WORD).wrap_tool_call(None, lambda _: made)  # type: ignore[arg-type, return-value]
+    (message,) = result.update["messages"]
+    assert message.content == blocks
+    assert [one.page_content for one in message.artifact["documents"]] == [
+        "So. [removed by the toxicity screen]", "Well.",
+    ]  # fmt: skip
+    assert "rotten" in artifact["documents"][0].page_content  # type: ignore[index]
+
+
+class Short(BaseModel):
+    """A short verdict."""
+
+    words: str = Field(max_length=8)
+
+
+@pytest.mark.parametrize("handle_errors", [True, False])
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_error_that_quotes_the_answer_is_not_shown(handle_errors: Any, is_async: bool) -> None:
+    said = [AIMessage("", tool_calls=call_of({"words": "all is rotten"}, "Short")),
+            AIMessage("", tool_calls=call_of({"words": "fine"}, "Short", "c2"))]  # fmt: skip
+    agent = create_agent(
+        Foreign(messages=iter(said)), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())],
+        response_format=ToolStrategy(Short, handle_errors=handle_errors),
+    )  # fmt: skip
+    question: Any = {"messages": [HumanMessage("?")]}
+    if handle_errors:
+        out = await agent.ainvoke(question) if is_async else agent.invoke(question)
+        assert out["structured_response"] == Short(words="fine")
+        assert "rotten" not in repr(out["messages"])
+        return
+    with pytest.raises(GuardError) as told:
+        await agent.ainvoke(question) if is_async else agent.invoke(question)
+    assert "rotten" not in repr(told.value)
+    assert told.value.__context__ is None
+    assert told.value.__cause__ is None
+
+
+def test_an_error_about_a_clean_answer_stays_itself() -> None:
+    said = AIMessage("", tool_calls=call_of({"words": "far too long"}, "Short"))
+    agent = create_agent(
+        Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=WORD)],
+        response_format=ToolStrategy(Short, handle_errors=False),
+    )  # fmt: skip
+    with pytest.raises(StructuredOutputValidationError, match="far too long"):
+        agent.invoke({"messages": [HumanMessage("?")]})
+
+
+@pytest.mark.parametrize("strategy", [Verdict, ToolStrategy(Verdict), ProviderStrategy(Verdict)], ids=str)
+@pytest.mark.parametrize("middleware", [[], [DetoxMiddleware(scorer=WORD)]], ids=len)
+def test_a_structured_answer_that_was_cut_ends_the_agent(strategy: Any, middleware: Any) -> None:
+    engine = ScriptedEngine()
+    agent = create_agent(
+        ChatDetoxiGen(engine=engine, max_tokens=2), [], response_format=strategy, middleware=middleware
+    )
+    with pytest.raises(IncompleteAnswerError, match="max_tokens"):
+        agent.invoke({"messages": [HumanMessage("?")]})
+    assert len(engine.calls) == 1
+
+
+def test_the_guards_own_scorer_and_threshold_are_the_default() -> None:
+    middleware = DetoxMiddleware(guard=GuardPolicy(scorer=WORD, threshold=0.2))
+    assert (middleware.scorer, middleware.threshold) == (WORD, 0.2)
+    for bad in ({"guard": "strict"}, {"alpha": True}, {"alpha": -1}, {"threshold": 2}, {"ladder": [None]}):
+        with pytest.raises(InvalidParamsError, match=next(iter(bad))):
+            DetoxMiddleware(**bad)  # type: ignore[arg-type]
