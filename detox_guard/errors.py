@@ -19,6 +19,7 @@
     │   ├── RequestCancelledError        the caller cancelled
     │   └── StepError                    the forward pass failed or gave numbers that cannot be trusted (fail closed)
     ├── GuardError                       the guard let nothing through, and its policy says to raise
+    ├── IncompleteAnswerError            a structured answer or a forced call was cut off, or ended by a guard
     ├── ScorerError                      a toxicity scorer cannot be loaded, is too slow, or gave what is no score
     ├── NotPicklableError (PicklingError) an object of one process (engine, scorer, hook) was to go to another
     └── DataError                        a training or evaluation file cannot be used
@@ -45,6 +46,7 @@ __all__ = [
     "EngineClosedError",
     "EngineError",
     "GuardError",
+    "IncompleteAnswerError",
     "InvalidParamsError",
     "NotPicklableError",
     "PromptError",
@@ -157,6 +159,23 @@ class StepError(EngineError):
 
 class GuardError(DetoxGuardError):
     """A unit of the reply, or the prompt, stayed over the guard's threshold."""
+
+
+class IncompleteAnswerError(DetoxGuardError):
+    """A structured answer or a tool call that did not come to its end, and so is none.
+
+    `finish_reason`: "length" (cut off at the most new tokens) or "guard" (ended by the guard). `text` is what there is
+    of it. No `ValueError`: frameworks go on after those as if nothing had been said.
+    """
+
+    def __init__(self, finish_reason: str, text: str = "", wanted: str = "the structured answer") -> None:
+        why, hint = {
+            "length": ("cut off", "raise max_new_tokens (LangChain: max_tokens)"),
+            "guard": ("ended by the guard", "ask again, or another way"),
+        }.get(finish_reason, ("not whole", ""))
+        super().__init__(f"{wanted} was {why}: finish_reason is {finish_reason!r}", hint=hint)
+        self.finish_reason = finish_reason
+        self.text = text
 
 
 class ScorerError(DetoxGuardError):

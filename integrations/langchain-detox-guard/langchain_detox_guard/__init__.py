@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from langchain_detox_guard._errors import IncompleteAnswerError
+from detox_guard import IncompleteAnswerError
+
 from langchain_detox_guard.chat import ChatDetoxiGen
 from langchain_detox_guard.llm import DetoxiGenLLM
 from langchain_detox_guard.retrieval import DetoxDocumentScreen, DetoxRetriever, create_detox_rag_chain

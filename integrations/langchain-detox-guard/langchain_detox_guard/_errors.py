@@ -22,22 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class IncompleteAnswerError(DetoxGuardError):
-    """A structured answer or a forced call that was cut off or broken off, and so is none. Has `finish_reason`:
-
-    "length" (`max_tokens` was too small for it) or "guard" (the guard ended the reply). Its text is not in here.
-    """
-
-    def __init__(self, finish_reason: str, *, hint: str = "") -> None:
-        self.finish_reason = finish_reason
-        why = {
-            "length": 'cut off at max_tokens: finish_reason is "length"',
-            "guard": 'ended by the guard: finish_reason is "guard"',
-        }.get(finish_reason, f'not finished: finish_reason is "{finish_reason}"')
-        own = "raise max_tokens" if finish_reason == "length" else "ask again, or another way"
-        super().__init__(f"the structured answer was {why}", hint=hint or own)
-
-
 _THEIRS: tuple[tuple[type[DetoxGuardError], str], ...] = (
     (PromptTooLongError, "ContextOverflowError"),
     (InvalidParamsError, "ModelInvalidRequestError"),

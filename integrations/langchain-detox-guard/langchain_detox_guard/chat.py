@@ -8,7 +8,7 @@ from contextlib import aclosing, closing
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from detox_guard import ChatPrompt, InvalidParamsError, PromptError
+from detox_guard import ChatPrompt, IncompleteAnswerError, InvalidParamsError, PromptError
 from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -32,7 +32,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import field_validator
 
 from langchain_detox_guard._engine import Bound, EngineFields, generation_info
-from langchain_detox_guard._errors import IncompleteAnswerError, langchain_errors
+from langchain_detox_guard._errors import langchain_errors
 from langchain_detox_guard._profile import Profile
 from langchain_detox_guard._threads import generate, stream, wide
 from langchain_detox_guard.tools import UNFINISHED, Asked, CallStream, as_ai_message, choice_of, schema_of

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from detox_guard import (
     Grammar,
+    IncompleteAnswerError,
     InvalidParamsError,
     PromptError,
     ToolCall,
@@ -33,8 +34,6 @@ from langchain_core.messages import (
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import BaseModel
-
-from langchain_detox_guard._errors import IncompleteAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_index.llms.detox_guard.callers import IncompleteAnswerError, RefusedCallError
+from llama_index.llms.detox_guard.callers import RefusedCallError
 from llama_index.llms.detox_guard.evaluator import ToxicityEvaluator
 from llama_index.llms.detox_guard.events import DetoxInterventionEvent, DetoxScreeningEvent
 from llama_index.llms.detox_guard.factory import get_detox_response_synthesizer, guard_chat_engine
@@ -10,6 +10,8 @@ from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.options import detox_options
 from llama_index.llms.detox_guard.postprocessor import DetoxNodePostprocessor
 from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer
+
+from detox_guard import IncompleteAnswerError
 
 __all__ = [
     "DetoxInterventionEvent",

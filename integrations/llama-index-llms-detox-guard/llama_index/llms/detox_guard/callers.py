@@ -11,7 +11,7 @@ from detox_guard import DetoxGuardError, InvalidParamsError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["IncompleteAnswerError", "RefusedCallError", "asked_by_a_program", "refusals"]
+__all__ = ["RefusedCallError", "asked_by_a_program", "refusals"]
 
 _PROGRAMS = "llama_index.core.program."
 _ON_THE_WAY = ("llama_index.core.llms.", "llama_index.core.instrumentation", "llama_index.core.callbacks")
@@ -32,19 +32,6 @@ _SWALLOW = tuple(
     )
 )
 """Packages that take a `ValueError` for an answer that does not parse, and go on without one: "Empty Response"."""
-
-
-class IncompleteAnswerError(DetoxGuardError):
-    """A structured answer or a tool call was cut off ("length") or broken off ("guard"), as `finish_reason` says.
-
-    `text` is what there is of it. No `ValueError`: LlamaIndex goes on after those as if nothing had been said.
-    """
-
-    def __init__(self, finish_reason: str, text: str, wanted: str = "a structured answer") -> None:
-        hint = "raise max_new_tokens" if finish_reason == "length" else "its guard let no more of it through"
-        super().__init__(f"{wanted} is not whole: finish_reason {finish_reason!r} after {text[:80]!r}", hint=hint)
-        self.finish_reason = finish_reason
-        self.text = text
 
 
 class RefusedCallError(DetoxGuardError):

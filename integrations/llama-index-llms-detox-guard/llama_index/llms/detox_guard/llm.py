@@ -30,7 +30,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.types import Model, PydanticProgramMode
-from llama_index.llms.detox_guard.callers import IncompleteAnswerError, asked_by_a_program, refusals
+from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
     Scope,
@@ -249,7 +249,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """
         raw = response.raw if isinstance(response.raw, dict) else {}
         if raw.get("invalid_tool_calls") and raw.get("finish_reason") in _CUT:
-            raise IncompleteAnswerError(raw["finish_reason"], raw["invalid_tool_calls"][0], "a tool call")
+            raise detox_guard.IncompleteAnswerError(raw["finish_reason"], raw["invalid_tool_calls"][0], "a tool call")
         calls = [
             ToolSelection.model_validate(
                 {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
@@ -469,7 +469,7 @@ def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> Agent
 def _check_last(output_cls: type[BaseModel], last: Any) -> None:
     """Raises what is wrong with the last instance of a stream that ended by itself."""
     if last is None:
-        raise IncompleteAnswerError("stop", "")
+        raise detox_guard.IncompleteAnswerError("stop", "")
     if not isinstance(last, output_cls):
         output_cls.model_validate(last.model_dump(exclude_unset=True))
 

@@ -12,7 +12,6 @@ from llama_index.core.base.llms.types import (
     TextBlock,
     ToolCallBlock,
 )
-from llama_index.llms.detox_guard.callers import IncompleteAnswerError
 from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
 
 import detox_guard
@@ -98,4 +97,4 @@ class Reply:
                 )
             )
         if self._whole and generation.finish_reason != "stop":
-            raise IncompleteAnswerError(generation.finish_reason, generation.text)
+            raise detox_guard.IncompleteAnswerError(generation.finish_reason, generation.text)
