@@ -171,8 +171,8 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
     weights = safetensors.save(arrays)
     card = {
         "name": "detox-guard minilm scorer",
-        "method": "low-rank adapter over all-MiniLM-L6-v2 (Apache-2.0), head on mean and maximum of its last states, and "
-        "the linear scorer's logit; Platt's calibration on rows held out",
+        "method": "low-rank adapter over all-MiniLM-L6-v2 (Apache-2.0), head on mean and maximum of its last states, "
+        "and the linear scorer's logit; Platt's calibration on rows held out",
         "data": {
             name.rpartition("/")[2]: {"sha256": _sha256(data / name), **SOURCES.get(name.rpartition("/")[2], {})}
             for name in (RTP, PARADETOX)

@@ -389,13 +389,13 @@ def train(
     ]
     card: dict[str, Any] = {
         "name": "detox-guard embedded scorer",
-        "method": "ridge on the logit of Perspective toxicity over TF-IDF of hashed words, pairs of words and characters "
-        "2-5; harmless texts, mild insults and polite rewritings as one-sided losses; Platt's calibration",
+        "method": "ridge on the logit of Perspective toxicity over TF-IDF of hashed words, pairs of words and "
+        "characters 2-5; harmless texts, mild insults and polite rewritings as one-sided losses; Platt's calibration",
         "data": {
             "file": file.name,
             "files": {path.name: {"sha256": _sha256(path), **SOURCES.get(path.name, {})} for path in used},
-            "source": "RealToxicityPrompts (Gehman et al. 2020), texts with Perspective scores; ParaDetox (Logacheva et "
-            "al. 2022); parts of WikiText-2 and XQuAD; made-up texts of detox_guard.training.clean_texts",
+            "source": "RealToxicityPrompts (Gehman et al. 2020), texts with Perspective scores; ParaDetox (Logacheva "
+            "et al. 2022); parts of WikiText-2 and XQuAD; made-up texts of detox_guard.training.clean_texts",
             "licence": "Apache-2.0",
             "texts": len(rows.texts),
             "harmless": len(harmless),
