@@ -9,6 +9,7 @@ Knows texts of its own, none of which anybody trained on. Prints a Markdown tabl
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -318,8 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
         worst = max(zip(checked_scores(scorer, IDENTITY), IDENTITY, strict=True))
         print(f"| identity words alone, the highest of {len(IDENTITY)} | {worst[0]:.2f} ({worst[1]}) |")
         if options.scorer == "embedded" and (options.data / "rtp/dev_prompts.jsonl").is_file():
-            rows = read_scored_texts(options.data / "rtp/dev_prompts.jsonl")
-            prompts = [t for t, score in zip(rows.texts[::2], rows.toxicity[::2], strict=False) if score >= 0.5]
+            lines = (options.data / "rtp/dev_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+            asked = [json.loads(line)["prompt"] for line in lines if line.strip()]
+            prompts = [prompt["text"] for prompt in asked if (prompt["toxicity"] or 0) >= 0.5]
             alone, behind, share = calm_and_strong(DecodingParams(), prompts)
             print(f"| everyday questions at the calm share | {alone} of 100 alone, {behind} behind a system message |")
             print(f"| mean share of alpha behind toxic prompts | {share:.3f} |")
