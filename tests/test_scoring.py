@@ -496,7 +496,7 @@ def test_minilm_without_the_encoder_is_a_named_error(tmp_path: Path, monkeypatch
     from detox_guard.minilm import MiniLMScorer
 
     monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path))
-    monkeypatch.setattr("detox_guard.minilm._offline", lambda: True)
+    monkeypatch.setattr("detox_guard.minilm.offline", lambda: True)
     with pytest.raises(ScorerError, match="HF_HUB_OFFLINE") as caught:
         MiniLMScorer().score(["a"])
     assert caught.value.hint
