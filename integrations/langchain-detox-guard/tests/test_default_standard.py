@@ -33,7 +33,7 @@ class TestDefaultBackbone(ChatModelIntegrationTests):
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        """Few tokens, but room for a forced call; without those that a local model does not know."""
+        """Few tokens, but room for a forced call; without `timeout` and `max_retries`, which no local model knows."""
         return {"temperature": 0, "max_tokens": 64, "stop": []}
 
     @property
