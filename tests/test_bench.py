@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RATIOS = {
-    "guarded / unguarded",
-    "plain generate / guarded",
-    "many streams over one",
-    "guidance_scale / guarded",
-    "long context, first token",
+    "steered / plain",
+    "guarded / steered",
+    "plain generate / steered",
+    "many steered streams over one",
+    "guidance_scale / steered",
+    "long context, first token, steered / plain",
 }
 
 
@@ -36,7 +37,7 @@ def test_long_prompts_are_new_each_time() -> None:
     guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(()))
     asked: list[str] = []
     ways = _ways(None, guard, 4, 60, 2)  # type: ignore[arg-type]
-    for name in ("long context, unguarded", "long context, guarded") * 2:
+    for name in ("long context, plain", "long context, steered") * 2:
         with contextlib.suppress(Exception):  # nothing was decoded
             ways[name]()
     ids = {tuple(backbone.tokenizer(prompt)["input_ids"]) for prompt in asked}
@@ -52,8 +53,8 @@ def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
 
     assert set(report.ratios) == RATIOS
     assert all(bar.value > 0 and math.isfinite(bar.value) for bar in report.ratios.values())
-    assert len(report.timings) == 7
-    for name in ("engine, unguarded", "engine, guarded", "engine, guarded, many"):
+    assert len(report.timings) == 8
+    for name in ("engine, plain", "engine, steered", "engine, steered, many"):
         assert {"ms_per_token", "tokens_per_s", "ttft_ms", "p50_ms", "p95_ms"} == set(report.timings[name])
 
     line = report.to_json()

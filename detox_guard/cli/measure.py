@@ -54,7 +54,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the work, for a first look.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Speed of guarded decoding against the plain model."""
+    """Speed of steered and guarded decoding against the plain model."""
     from detox_guard.evaluation.bench import run_bench
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Speed of guarded decoding against the plain model, in one process, as medians of ratios of neighbouring runs.
+"""Speed of steered and of guarded decoding against the plain model, as medians of ratios of neighbouring runs.
 
 Times what a user sees: from the call to the chunks of a stream. Knows clocks; knows no quality. `generate` runs in a
 process of its own, as in a program that does nothing else: two OpenMP teams in one process slow each other down.
@@ -23,6 +23,7 @@ from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
 from detox_guard.evaluation.random_models import PREFIX, random_backbone, random_detoxifier
 from detox_guard.generation import DetoxiGen
 from detox_guard.params import DecodingParams
+from detox_guard.policy import GuardPolicy
 from detox_guard.threads import run_aside
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchReport", "run_bench"]
 
+MOST = 0.999
+"""A threshold that lets all through."""
 PROMPT = "The people who live in the house next to ours have never once"
 
 
@@ -115,7 +118,10 @@ def run_bench(
     streams: int = 8,
     quick: bool = False,
 ) -> BenchReport:
-    """Time plain `generate`, `generate` with a guidance scale, and our engine unguarded, guarded and many at once.
+    """Time plain `generate`, `generate` with a guidance scale, and our engine plain, steered and guarded.
+
+    *Steered* is alpha 3 without a guard; *guarded* is the same under a `GuardPolicy` whose scorer lets everything
+    through, so that what is timed is scoring and waiting, and no reply is decoded twice.
 
     `tokens` a reply (greedy, end tokens ignored), `context` prompt tokens of the long-context case, `runs` rounds after
     one to warm up; a round times every way once, so that a ratio compares neighbours. `quick`: a fraction of the work.
@@ -180,6 +186,7 @@ def _ways(
 ) -> dict[str, Callable[[], _Run]]:
     greedy = DecodingParams(calm_share=1, temperature=0.0, max_new_tokens=tokens, ignore_eos=True, seed=0)
     off = greedy.replace(alpha=0.0)
+    guarded = greedy.replace(guard=GuardPolicy(threshold=MOST))
     one = greedy.replace(max_new_tokens=1)
     words = guard.backbone.tokenizer(PROMPT)["input_ids"]
     turns = itertools.count()
@@ -193,12 +200,13 @@ def _ways(
 
     return {
         "plain generate": lambda: plain.submit(_generate, tokens).result(),
-        "engine, unguarded": lambda: _stream(guard, PROMPT, off),
-        "engine, guarded": lambda: _stream(guard, PROMPT, greedy),
-        "engine, guarded, many": lambda: _many(guard, greedy, streams),
+        "engine, plain": lambda: _stream(guard, PROMPT, off),
+        "engine, steered": lambda: _stream(guard, PROMPT, greedy),
+        "engine, guarded": lambda: _stream(guard, PROMPT, guarded),
+        "engine, steered, many": lambda: _many(guard, greedy, streams),
         "generate, guidance_scale": lambda: plain.submit(_generate, tokens, guidance=True).result(),
-        "long context, unguarded": lambda: _stream(guard, fresh(), one.replace(alpha=0.0)),
-        "long context, guarded": lambda: _stream(guard, fresh(), one),
+        "long context, plain": lambda: _stream(guard, fresh(), one.replace(alpha=0.0)),
+        "long context, steered": lambda: _stream(guard, fresh(), one),
     }
 
 
@@ -291,13 +299,14 @@ def _ratios(rounds: list[dict[str, _Run]]) -> dict[str, Bar]:
     def median(over: str, under: str, figure: Callable[[_Run], float] = lambda run: run.per_token) -> float:
         return statistics.median(figure(r[over]) / figure(r[under]) for r in rounds)
 
-    guarded = "engine, guarded"
+    plain, steered = "engine, plain", "engine, steered"
     return {
-        "guarded / unguarded": Bar(median(guarded, "engine, unguarded"), 1.15, True),
-        "plain generate / guarded": Bar(median("plain generate", guarded), 1.0, False),
-        "many streams over one": Bar(median(guarded, "engine, guarded, many"), 4.5, False),
-        "guidance_scale / guarded": Bar(median("generate, guidance_scale", guarded), 1.6, False),
-        "long context, first token": Bar(
-            median("long context, guarded", "long context, unguarded", lambda run: run.first_s), 1.2, True
+        "steered / plain": Bar(median(steered, plain), 1.15, True),
+        "guarded / steered": Bar(median("engine, guarded", steered), 1.1, True),
+        "plain generate / steered": Bar(median("plain generate", steered), 1.0, False),
+        "many steered streams over one": Bar(median(steered, "engine, steered, many"), 4.5, False),
+        "guidance_scale / steered": Bar(median("generate, guidance_scale", steered), 1.6, False),
+        "long context, first token, steered / plain": Bar(
+            median("long context, steered", "long context, plain", lambda run: run.first_s), 1.2, True
         ),
     }
