@@ -6,6 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+import torch
+
 from detox_guard.training.data import Reply, read_pairs
 from detox_guard.training.own_pairs import Drawn, choose_pairs, fit_classifier, main
 
