@@ -29,6 +29,7 @@ from detox_guard.errors import (
     DataError,
     DetoxGuardError,
     InvalidParamsError,
+    NotPicklableError,
     UnsupportedBackboneError,
 )
 from detox_guard.files import read_json, usable_path
@@ -69,6 +70,13 @@ class Backbone:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     has_chat_template: bool
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Backbone:
+        """Itself: weights are shared, and an engine may have laid them out in its own way."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        raise NotPicklableError(f"the weights of {self.id!r} belong to their process", hint="load them over there")
 
     @property
     def identity(self) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from detox_guard.plain import as_plain, decoded, json_fault
+from detox_guard.plain import as_plain, decoded, decoded_whole, json_fault
 
 __all__ = ["FORMS", "KEPT_TOKENS", "Form", "read_bare"]
 
@@ -53,19 +53,10 @@ def _call_of(item: object, *, arguments_needed: bool) -> tuple[str, dict[str, An
     arguments: Any = next((one for one in given if one is not None), {})
     if isinstance(arguments, str):  # some models quote them
         try:
-            arguments = _value(arguments) if arguments.strip() else {}
+            arguments = decoded_whole(arguments) if arguments.strip() else {}
         except ValueError:
             return None
     return (name, arguments) if isinstance(arguments, dict) else None
-
-
-def _value(text: str) -> Any:
-    """The JSON value that a text is. Raises `ValueError`."""
-    start = len(text) - len(text.lstrip())
-    value, end = decoded(text, start)
-    if text[end:].strip():
-        raise ValueError("more than one value")
-    return value
 
 
 def _json(text: str, _: Types, *, arguments_needed: bool = False) -> Calls:
@@ -154,7 +145,7 @@ def _typed(text: str, schema: object) -> Any:
     if "string" in kinds and not (bare == "null" and "null" in kinds):
         return text
     try:
-        value = _value(bare)
+        value = decoded_whole(bare)
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(bare, text) if kinds else text
     return value if kinds or isinstance(value, dict | list) else text
@@ -286,7 +277,7 @@ def _pairs(text: str, pattern: re.Pattern[str]) -> Calls:
         if name == "function" and (fenced := _FENCE.fullmatch(arguments)):  # DeepSeek V3 and R1
             name, arguments = fenced[1].strip(), fenced[2]
         try:
-            value = _value(arguments) if arguments else {}
+            value = decoded_whole(arguments) if arguments else {}
         except ValueError:
             return []
         if not isinstance(value, dict) or not name:

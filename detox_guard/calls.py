@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ _WINDOW = 300
 _BARE = tuple(
     bracket + begins
     for bracket in ("", "[")
-    for begins in ('{"name":', '{"type":"function"', '{"function":', '{"tool_name":', '{"arguments":', '{"parameters":')
+    for begins in (
+        '{"name":',
+        '{"type":"function"',
+        '{"function":',
+        '{"tool_name":',
+        '{"arguments":',
+        '{"parameters":',
+        '{"id":',
+    )
 )
 """What a reply that is all calls, without tags, begins with; white space aside."""
 _BARE_PYTHON = re.compile(r"\[\s*[A-Za-z_][\w.]*\s*\(")
@@ -66,13 +74,14 @@ class ToolCallStream:
     text like any other. Content on the two sides of a call is never joined without white space. A reply that might be
     nothing but calls (it begins like one) is held back until that is certain. `tools`, OpenAI-style, tell the types of
     arguments that a model writes without quotes (Qwen3-Coder, GLM); without them such a one is text, or JSON if it is
-    an object or a list.
+    an object or a list. With them, a reply without tags is a call only if it names one of them.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         self.invalid: list[str] = []
         """Raw text of calls that cannot be read."""
         self._types = _types_of(tools)
+        self._names = frozenset(_names_of(tools))
         self._parts: list[str | ToolCall] = []
         # The reply so far, while it may be nothing but calls; None once that is settled.
         self._start: list[str] | None = []
@@ -115,7 +124,8 @@ class ToolCallStream:
         self._parts = []
         if self._start is not None:
             text, self._start = "".join(self._start), None
-            if self._bare and (calls := read_bare(text, self._types)):
+            calls = read_bare(text, self._types) if self._bare else []
+            if calls and (not self._names or self._names.issuperset(name for name, _ in calls)):
                 self._take(calls)
                 return self._parts
             self._feed(text)
@@ -234,6 +244,13 @@ class ToolCallStream:
         self._parts += [ToolCall(secrets.token_hex(5)[:9], name, arguments) for name, arguments in calls]
         self._white.clear()
         self._tail, self._blank, self._called, self._break = "", True, True, self._said
+
+
+def _names_of(tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if isinstance(function, Mapping):
+            yield str(function.get("name"))
 
 
 def _types_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

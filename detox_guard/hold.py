@@ -6,7 +6,7 @@ What cannot be decoded again can only be replaced, stopped or refused; the ladde
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from detox_guard.audit import call_hook, check_log, report_intervention
@@ -45,7 +45,7 @@ def guard_text(
     Raises at once `InvalidParamsError` (`chunks`, `policy`, a log that cannot be written) and `ScorerError` (no such
     scorer); while it is read, both again (`chunks[i]` that is no text) and what `chunks` raises.
     """
-    if not isinstance(chunks, Iterable):
+    if not isinstance(chunks, Iterable) or isinstance(chunks, Mapping | bytes):
         raise InvalidParamsError("chunks", chunks, "something to iterate over", hint=_other(chunks))
     held = _Held(_checked(policy), on_event)
     held.load()

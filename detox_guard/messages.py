@@ -6,13 +6,12 @@ Knows OpenAI's messages and their relatives; knows no tokenizer and renders noth
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detox_guard.errors import PromptError
-from detox_guard.plain import as_plain, json_fault, whole_text
+from detox_guard.plain import as_plain, decoded_whole, json_fault, whole_text
 
 __all__ = ["Layout", "checked_text", "layouts", "read_messages", "strings_in"]
 
@@ -152,8 +151,8 @@ def _call(call: object, field: str) -> dict[str, Any]:
     where = f"{field}.function.arguments"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments, strict=False) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = decoded_whole(arguments) if arguments.strip() else {}
+        except ValueError:
             raise PromptError(where, arguments, "a dict, or one as JSON text") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):

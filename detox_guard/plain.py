@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "as_plain", "decoded", "json_fault", "whole_text"]
+__all__ = ["MAX_DEPTH", "as_plain", "decoded", "decoded_whole", "json_fault", "whole_text"]
 
 MAX_DEPTH = 100
 """How deep values may nest: far more than a schema needs, far less than Python's recursion takes."""
@@ -72,3 +72,12 @@ def decoded(text: str, at: int = 0) -> tuple[Any, int]:
     if fault := json_fault(value):
         raise ValueError(fault)
     return as_plain(value), end
+
+
+def decoded_whole(text: str) -> Any:
+    """The JSON value that a text is. Raises `ValueError`."""
+    start = len(text) - len(text.lstrip())
+    value, end = decoded(text, start)
+    if text[end:].strip():
+        raise ValueError("more than one value")
+    return value

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from detox_guard.messages import strings_in
 from detox_guard.tools import ToolCall, ToolCallStream
 from detox_guard.units import sentences
 
@@ -308,9 +309,13 @@ class Reading:
         shown = "".join(part for part in parts if isinstance(part, str))
         called = self.called or bool(calls.invalid) or any(isinstance(part, ToolCall) for part in parts)
         joined = self.content + shown
-        asked = Asked(())
+        # What a call says is scored as the tool gets it, whatever the call is written in.
+        said = [text for part in parts if isinstance(part, ToolCall) for text in strings_in(part.arguments)]
+        texts, own = list(said), [clause for text in said for clause in clauses(text)]
         if called and shown and joined not in self.tail + piece:
-            asked = Asked.of((shown, joined), clauses(joined, len(self.content)))
+            texts += (shown, joined)
+            own += clauses(joined, len(self.content))
+        asked = Asked.of(texts, own)
         return replace(self, calls=calls, called=called, content=self._end(joined)), asked
 
     def _end(self, content: str) -> str:

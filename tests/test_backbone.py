@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
     InvalidParamsError,
+    NotPicklableError,
     UnsupportedBackboneError,
 )
 
@@ -586,3 +589,9 @@ def test_a_pipe_in_a_models_folder_is_refused_at_once(folder: Path, name: str) -
     os.mkfifo(folder / name)
     with pytest.raises(BackboneError, match=name):
         load_backbone(folder)
+
+
+def test_a_backbone_is_shared_by_copies_and_not_pickled(tiny_llama: Backbone) -> None:
+    assert copy.deepcopy({"b": tiny_llama})["b"] is tiny_llama
+    with pytest.raises(NotPicklableError, match="belong to their process"):
+        pickle.dumps(tiny_llama)

@@ -260,3 +260,23 @@ def test_calls_are_plain_json_whatever_was_written() -> None:
         for _, arguments in read(text)[1]:
             assert json.loads(json.dumps(arguments, allow_nan=False)) == arguments
             json.dumps(arguments, ensure_ascii=False).encode()
+
+
+def test_a_call_as_a_provider_writes_it_is_read() -> None:
+    """With an id in front, and its arguments as JSON text."""
+    written = {"id": "call_1", "type": "function", "function": {"name": "say", "arguments": '{"text": "hi"}'}}
+    for text in (json.dumps(written), json.dumps([written])):
+        content, calls, invalid = parse_tool_calls(text)
+        assert (content, [(call.name, call.arguments) for call in calls], invalid) == (
+            "",
+            [("say", {"text": "hi"})],
+            [],
+        )
+
+
+def test_an_answer_in_json_is_no_call_of_a_tool_that_is_not_there() -> None:
+    tool = {"type": "function", "function": {"name": "say", "parameters": {"type": "object", "properties": {}}}}
+    answer = '{"name": "Anna", "parameters": {"age": 5}}'
+    assert parse_tool_calls(answer, [tool]) == (answer, [], [])
+    assert [call.name for call in parse_tool_calls(answer.replace("Anna", "say"), [tool])[1]] == ["say"]
+    assert [call.name for call in parse_tool_calls(answer)[1]] == ["Anna"]

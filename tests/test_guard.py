@@ -439,6 +439,9 @@ def test_one_who_does_not_wait_for_a_verdict_takes_nobody_elses() -> None:
     judge = judge_for(scorer)
     asyncio.run(give_up())
     assert "".join(guard_text([FOREIGN], policy)) == FOREIGN
+    for stream in ({"a": "hi"}, b"hi", 5):
+        with pytest.raises(InvalidParamsError, match="chunks"):
+            guard_text(stream, policy)  # type: ignore[arg-type]
     assert judge is judge_for(scorer)
     late = judge.submit(["one"])
     given_up = judge.submit(["two"])

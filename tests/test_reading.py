@@ -245,3 +245,17 @@ def test_the_work_grows_with_the_length_alone(unit: str) -> None:
     for at in range(0, len(text), 200):  # quadratic work would take hours
         _, reading = reading.read(text[at : at + 200])
     read_whole(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[say(text='You are a stu' 'pid idi' 'ot')]",
+        r"[say(text='You are a \163\164\165\160\151\144 \151\144\151\157\164')]",
+        r"[say(text='You are a stupid \N{LATIN SMALL LETTER I}diot')]",
+        "<tool_call>\n<function=say>\n<parameter=text>\nYou are a stupid idiot\n</parameter>\n</function></tool_call>",
+    ],
+)
+def test_a_call_is_scored_as_its_tool_gets_it(text: str) -> None:
+    """Python joins strings and reads escapes that JSON does not know."""
+    assert "You are a stupid idiot" in read_whole(text).texts

@@ -248,3 +248,10 @@ def test_templates_of_which_none_is_the_default_are_a_prompt_error() -> None:
     backbone.tokenizer.chat_template = {"one": "{{ messages }}", "two": "{{ messages }}"}
     with pytest.raises(PromptError, match="chat template"):
         encode_prompt(backbone, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": 1e999}', '{"a": 1} and more', "[1]"])
+def test_arguments_as_text_must_be_json(arguments: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "post", "arguments": arguments}}
+    with pytest.raises(PromptError, match="arguments"):
+        encode_prompt(make_tiny_backbone("llama"), [{"role": "assistant", "content": None, "tool_calls": [call]}])
