@@ -85,6 +85,8 @@ _BROKEN_TWICE = re.compile(r"(?=(?<![^\W_])([a-z]{1,8})-?[ \t]*\n\s*([a-z]{1,8})
 _SPACED = re.compile(
     r"(?<!\S)\S(?!\S)(?:\s{1,3}\S(?![^\W_])){2,63}+|(?<![^\W_])[^\W_](?:[\W_]{1,5}[^\W_](?![^\W_])){2,63}+"
 )
+_HIDDEN = re.compile(r"(?<=[a-z])(?:[*#]{1,2}|[_.@-])(?=[a-z])")
+"""Signs in the place of one vowel, or of two."""
 _REPEATED = re.compile(r"(?<![^\W_])(?=[a-z]{0,24}?([a-z])\1)[a-z]{4,32}(?![^\W_])")
 _RUN = re.compile(r"([a-z])\1+")
 _SHORTEST, _LONGEST = 4, 16
@@ -148,8 +150,10 @@ def _spelt(match: re.Match[str]) -> Iterator[tuple[int, int, list[str]]]:
         *(_LETTERS_ONLY.sub("", core.translate(table)) for table in (_LEET, _LEET_L)),
         _LETTERS_ONLY.sub("", re.sub(r"[^\w]|_", "", core).translate(_LEET)),
     }
-    if core.count("*") + core.count("#") == 1:
-        words |= {re.sub(r"[*#]", vowel, core) for vowel in "aeiou"}
+    if len(hidden := _HIDDEN.findall(core)) == 1:
+        size = len(hidden[0])
+        words |= {_HIDDEN.sub("".join(vowels), core) for vowels in itertools.product("aeiou", repeat=size)}
+    words |= {short for word in words if _RUN.search(word) for short in _shorter(word)}
     yield start, start + len(core), sorted(word for word in words if len(word) > 2)
 
 
