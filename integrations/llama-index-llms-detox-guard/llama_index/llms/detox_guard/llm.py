@@ -63,6 +63,7 @@ _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": Fal
 _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
 _CUT = ("length", "guard")
+_LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 
 
 class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
@@ -107,6 +108,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         decoding = self._moved(options, given)
         super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
+        self._check_engine()
 
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +127,20 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """A copy with some fields changed, those of `DecodingParams` too. Raises `InvalidParamsError`."""
         changes = dict(update or {})
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
-        return super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+        copy = super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+        copy._check_engine()
+        return copy
+
+    def _check_engine(self) -> None:
+        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
+        if self.engine is None:
+            return
+        if not all(callable(getattr(self.engine, way, None)) for way in ("stream", "astream")):
+            raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
+        if named := [name for name in _LOADING if getattr(self, name) is not None]:
+            raise InvalidParamsError(
+                "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
+            )
 
     @field_serializer("decoding")
     def _decoding_as_json(self, decoding: dict[str, Any]) -> dict[str, Any]:

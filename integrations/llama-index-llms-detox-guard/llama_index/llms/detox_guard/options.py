@@ -113,10 +113,10 @@ class detox_options(entered):
 
     An answer that is streamed belongs to the block in which it was asked for, whenever, wherever and in whatever
     context it is read; so does a coroutine that was made there: of an LLM, a synthesizer, a query or chat engine, a
-    retriever, selector, question generator, evaluator, program, postprocessor or extractor. (For that, a block puts a wrapper
-    around these methods of LlamaIndex's classes and of their subclasses that exist when it is entered; without options
-    in force it does nothing. A coroutine function of your own begins when it is awaited: open the block in it.) A
-    thread that you start yourself needs `contextvars.copy_context().run`.
+    retriever, selector, question generator, evaluator, program, postprocessor or extractor. (For that, a block puts a
+    wrapper around these methods of LlamaIndex's classes and of their subclasses that exist when it is entered; without
+    options in force it does nothing. A coroutine function of your own begins when it is awaited: open the block in
+    it.) A thread that you start yourself needs `contextvars.copy_context().run`.
 
     Yields a list that receives each reply once it is complete. Inner blocks win over outer ones, and what a call
     passes itself wins over both::
@@ -283,6 +283,7 @@ def _hold_methods() -> None:
 
 def _and_subclasses(cls: type) -> Iterator[type]:
     yield cls
+    below: type
     for below in type.__subclasses__(cls):
         yield from _and_subclasses(below)
 
