@@ -253,6 +253,25 @@ def test_an_object_at_a_freed_address_is_another() -> None:
     assert len(keys) == 20
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 9.0}, {"seed": 7}, {"guard": GuardPolicy()}, {"guard": GuardPolicy(scorer=Locked())}],
+)
+def test_options_in_force_are_part_of_a_cache_key_and_not_of_the_llm(options: dict[str, Any]) -> None:
+    llm = DetoxiGenLLM("org/model", alpha=2.0)
+    plain, told = key(llm), llm.to_dict()
+    with detox_options(**options):
+        inside, again = key(llm), key(llm)
+        assert DetoxiGenLLM.from_dict(llm.to_dict()).decoding == llm.decoding
+        with detox_options(max_new_tokens=5):
+            further = key(llm)
+    with detox_options(alpha=8.0):
+        other = key(llm)
+    assert inside == again
+    assert len({plain, inside, further, other}) == 4
+    assert (key(llm), llm.to_dict()) == (plain, told)
+
+
 # -- events
 
 

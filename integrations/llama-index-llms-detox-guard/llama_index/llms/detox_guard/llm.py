@@ -63,6 +63,7 @@ _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": Fal
 _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
 _CUT = ("length", "guard")
+_IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 
 
@@ -141,6 +142,16 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise InvalidParamsError(
                 "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )
+
+    def in_force(self) -> dict[str, Any]:
+        """The options of `detox_options`, so that events tell them and no ingestion cache answers without them."""
+        options = current_scope().options
+        return {_IN_FORCE: as_json(dict(options))} if options else {}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """The LLM that `to_dict` told of. Options that were only in force then are not part of it."""
+        return super().from_dict({name: value for name, value in data.items() if name != _IN_FORCE}, **kwargs)
 
     @field_serializer("decoding")
     def _decoding_as_json(self, decoding: dict[str, Any]) -> dict[str, Any]:
