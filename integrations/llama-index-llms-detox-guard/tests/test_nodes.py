@@ -26,7 +26,7 @@ from llama_index.llms.detox_guard import (
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
 from llama_index_harness import FakeEngine, WordScorer, nodes, recorded_events
 
-from detox_guard import SCREEN_NOTE, GuardPolicy, ScorerError
+from detox_guard import SCREEN_NOTE, GuardPolicy, InvalidParamsError, ScorerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,3 +206,13 @@ async def test_evaluator_needs_a_response_and_a_scorer_that_works() -> None:
         await ToxicityEvaluator(WordScorer()).aevaluate(query="q")
     with pytest.raises(ScorerError):
         await ToxicityEvaluator(BrokenScorer()).aevaluate(response="a")
+
+
+@pytest.mark.parametrize("kind", [DetoxNodePostprocessor, ToxicityEvaluator])
+@pytest.mark.parametrize(
+    ("name", "value"), [("nope", 1), ("scorer", 5), ("threshold", True), ("threshold", "x"), ("threshold", 1.5)]
+)
+def test_a_bad_option_is_an_error_that_names_it(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(InvalidParamsError) as raised:
+        kind(**{name: value})
+    assert raised.value.field == name

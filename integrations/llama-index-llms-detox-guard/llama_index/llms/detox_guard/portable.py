@@ -49,6 +49,9 @@ class Portable(BaseComponent):
 
     def __init__(self, **data: Any) -> None:
         refuse_stand_ins(type(self).__name__, data)
+        for name in data:
+            if name not in type(self).model_fields:
+                raise InvalidParamsError(name, data[name], f"no field of {type(self).__name__}")
         try:
             super().__init__(**data)
         except ValidationError as error:
