@@ -407,3 +407,28 @@ def test_the_fake_engine_has_nothing_that_a_real_one_lacks() -> None:
         "streams",
     }  # the last two are set by the real one's __init__
     assert all(hasattr(DetoxiGen, name) for name in names - own)
+
+
+@pytest.mark.parametrize("name", ["model", "detoxifier", "device", "dtype", "revision"])
+def test_an_engine_takes_no_names_beside_it(name: str) -> None:
+    with pytest.raises(InvalidParamsError, match=name) as raised:
+        DetoxiGenLLM(engine=FakeEngine(), **{name: "other"})
+    assert raised.value.field == "engine"
+    with pytest.raises(InvalidParamsError, match=name):
+        DetoxiGenLLM(engine=FakeEngine()).model_copy(update={name: "other"})
+    with pytest.raises(InvalidParamsError, match=name):
+        DetoxiGenLLM(**{name: "other"}).model_copy(update={"engine": FakeEngine()})
+
+
+def test_a_copy_may_change_an_engine_for_a_name_and_back() -> None:
+    named = DetoxiGenLLM(engine=FakeEngine()).model_copy(update={"model": "other", "engine": None})
+    assert (named.model, named.engine) == ("other", None)
+    again = named.model_copy(update={"engine": FakeEngine(), "model": None})
+    assert again.complete("When?").text == CLEAN
+
+
+@pytest.mark.parametrize("engine", [5, "other"])
+def test_an_engine_that_is_none_is_an_error(engine: Any) -> None:
+    with pytest.raises(InvalidParamsError) as raised:
+        DetoxiGenLLM(engine=engine)
+    assert raised.value.field == "engine"

@@ -9,12 +9,24 @@ import pytest
 from llama_index.core import Document
 from llama_index.core.evaluation import BatchEvalRunner
 from llama_index.core.node_parser import SentenceWindowNodeParser
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
-from llama_index.llms.detox_guard import DetoxNodePostprocessor, ToxicityEvaluator
+from llama_index.core.schema import (
+    MetadataMode,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+)
+from llama_index.llms.detox_guard import (
+    DetoxiGenLLM,
+    DetoxNodePostprocessor,
+    ToxicityEvaluator,
+    get_detox_response_synthesizer,
+)
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
-from llama_index_harness import WordScorer, nodes, recorded_events
+from llama_index_harness import FakeEngine, WordScorer, nodes, recorded_events
 
-from detox_guard import ScorerError
+from detox_guard import SCREEN_NOTE, GuardPolicy, InvalidParamsError, ScorerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,9 +84,62 @@ def test_metadata_that_the_llm_would_read_is_screened() -> None:
     (out,) = postprocessor().postprocess_nodes([NodeWithScore(node=node)])
     assert "stupid" not in out.node.get_content(MetadataMode.LLM)
     assert "Entry is free." in out.node.get_content(MetadataMode.LLM)
-    hidden = TextNode(text="Free.", metadata={"note": "stupid"}, excluded_llm_metadata_keys=["note"])
-    (out,) = postprocessor().postprocess_nodes([NodeWithScore(node=hidden)])
-    assert out.node is hidden
+
+
+def hiding(text: str, metadata: dict[str, Any]) -> NodeWithScore:
+    """A node whose metadata no LLM reads, and which knows a neighbour's."""
+    near = RelatedNodeInfo(node_id="near", metadata={"said": ["stupid"]})
+    keys = list(metadata)
+    node = TextNode(text=text, metadata=metadata, excluded_llm_metadata_keys=keys, excluded_embed_metadata_keys=keys)
+    node.relationships[NodeRelationship.NEXT] = near
+    return NodeWithScore(node=node, score=0.5)
+
+
+HIDDEN: dict[str, Any] = {
+    "note": "stupid",
+    "notes": ["Entry is free.", {"by": "A stupid one", "stupid": ("stupid", 3)}],
+    "How stupid": 1,
+    "page": 3,
+}
+
+
+@pytest.mark.parametrize("text", ["Entry is free.", "How stupid. Entry is free."])
+@pytest.mark.parametrize("action", ["drop", "mask", "mark"])
+def test_metadata_that_no_llm_reads_is_masked_however_deep(action: Action, text: str) -> None:
+    node = hiding(text, HIDDEN)
+    stored = node.model_copy(deep=True)
+    (screened,) = screen_nodes([node], scorer=WordScorer(), threshold=0.5, action=action)
+    redacted = screened.redacted.node
+    assert "stupid" not in redacted.model_dump_json()
+    assert redacted.metadata["page"] == 3
+    assert redacted.metadata["notes"][0] == "Entry is free."
+    assert redacted.metadata["notes"][1]["by"] == SCREEN_NOTE
+    assert "removed" not in redacted.get_metadata_str(MetadataMode.LLM)  # a masked key stays hidden
+    assert "removed" not in redacted.get_metadata_str(MetadataMode.EMBED)
+    assert node == stored
+    assert screened.flagged is ("stupid" in text)
+    assert screened.score == (0.9 if screened.flagged else 0.1)  # no LLM reads it: it flags no node
+    if not screened.flagged:
+        assert screened.readable is not None
+        assert screened.readable.node.get_content(MetadataMode.LLM) == node.node.get_content(MetadataMode.LLM)
+        assert ("stupid" in screened.readable.node.model_dump_json()) is (action == "mark")
+
+
+def test_clean_hidden_metadata_leaves_the_node_itself() -> None:
+    node = NodeWithScore(node=TextNode(text="Free.", metadata={"by": ["Ann"]}, excluded_llm_metadata_keys=["by"]))
+    (screened,) = screen_nodes([node], scorer=WordScorer(), threshold=0.5, action="mask")
+    assert screened.readable is screened.redacted is node
+
+
+def test_sources_and_their_metadata_in_a_response_hide_what_no_llm_read() -> None:
+    given = hiding("Entry is free.", HIDDEN)
+    response = get_detox_response_synthesizer(
+        DetoxiGenLLM(engine=FakeEngine()), policy=GuardPolicy(scorer=WordScorer())
+    ).synthesize("When?", [given])
+    assert "stupid" not in response.source_nodes[0].model_dump_json()
+    assert "stupid" not in json.dumps(response.metadata)
+    assert response.metadata is not None
+    assert response.metadata["detox"]["screened"] == []
 
 
 @pytest.mark.parametrize("action", ["drop", "mask", "mark"])
@@ -141,3 +206,13 @@ async def test_evaluator_needs_a_response_and_a_scorer_that_works() -> None:
         await ToxicityEvaluator(WordScorer()).aevaluate(query="q")
     with pytest.raises(ScorerError):
         await ToxicityEvaluator(BrokenScorer()).aevaluate(response="a")
+
+
+@pytest.mark.parametrize("kind", [DetoxNodePostprocessor, ToxicityEvaluator])
+@pytest.mark.parametrize(
+    ("name", "value"), [("nope", 1), ("scorer", 5), ("threshold", True), ("threshold", "x"), ("threshold", 1.5)]
+)
+def test_a_bad_option_is_an_error_that_names_it(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(InvalidParamsError) as raised:
+        kind(**{name: value})
+    assert raised.value.field == name

@@ -13,11 +13,15 @@ import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, SimpleChatEngine
+from llama_index.core.evaluation import FaithfulnessEvaluator
+from llama_index.core.extractors import SummaryExtractor
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.llms import ChatMessage
+from llama_index.core.program import FunctionCallingProgram, LLMTextCompletionProgram
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import TransformQueryEngine
-from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.response_synthesizers import CompactAndRefine, Refine, ResponseMode, TreeSummarize
+from llama_index.core.schema import QueryBundle
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.detox_guard import DetoxiGenLLM, detox_options, get_detox_response_synthesizer
 from llama_index_harness import CLEAN, BagEmbedding, FakeEngine, WordScorer, memory, nodes
@@ -399,3 +403,86 @@ async def test_tasks_beside_each_other_keep_their_own() -> None:
 
     assert await asyncio.gather(*(ask(seed) for seed in range(20))) == [1] * 20
     assert all(prompt.messages[0]["content"] == str(params.seed) for prompt, params in engine.asked)
+
+
+CALL = '<tool_call>\n{"name": "Opening", "arguments": {"hour": 9}}\n</tool_call>'
+PROMPT = PromptTemplate("When does {what} open?")
+
+
+def asked_of(kind: Any, llm: DetoxiGenLLM, **options: Any) -> Any:
+    return kind.from_defaults(output_cls=Opening, prompt=PROMPT, llm=llm, **options)
+
+
+class OwnSynthesizer(Refine):
+    """A user's, with a method of its own."""
+
+    async def aget_response(self, *args: Any, **kwargs: Any) -> Any:
+        return await super().aget_response(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("reply", "make"),
+    [
+        (CLEAN, lambda llm: TreeSummarize(llm=llm).aget_response(QUERY, ["One."])),
+        (CLEAN, lambda llm: Refine(llm=llm).aget_response(QUERY, ["One.", "Two."])),
+        (CLEAN, lambda llm: Refine(llm=llm, streaming=True).aget_response(QUERY, ["One.", "Two."])),
+        (CLEAN, lambda llm: OwnSynthesizer(llm=llm).aget_response(QUERY, ["One."])),
+        (CLEAN, lambda llm: FaithfulnessEvaluator(llm=llm).aevaluate(QUERY, "At nine.", ["It opens at nine."])),
+        (CLEAN, lambda llm: SummaryExtractor(llm=llm, show_progress=False).aextract([nodes("One.")[0].node])),
+        ('{"hour": 9}', lambda llm: asked_of(LLMTextCompletionProgram, llm).acall(what="it")),
+        ('{"hour": 9}', lambda llm: asked_of(LLMTextCompletionProgram, llm).astream_call(what="it")),
+        (CALL, lambda llm: asked_of(FunctionCallingProgram, llm).acall(what="it")),
+        (CALL, lambda llm: asked_of(FunctionCallingProgram, llm).astream_call(what="it")),
+    ],
+)
+def test_a_coroutine_of_a_subclass_has_the_options_it_was_made_under(reply: str, make: Any) -> None:
+    engine = FakeEngine([reply])
+    llm = DetoxiGenLLM(engine=engine)
+
+    async def awaited() -> None:
+        with detox_options(seed=7, guard=POLICY):
+            coroutine = make(llm)
+        answer = await coroutine
+        if hasattr(answer, "__aiter__"):
+            await aread_fresh(answer)
+
+    asyncio.run(awaited())
+    held_by(engine)
+
+
+def test_the_coroutine_of_a_query_engines_synthesis_has_the_options_it_was_made_under() -> None:
+    engine = FakeEngine()
+    queries = index_of(engine).as_query_engine()
+
+    async def awaited() -> None:
+        with detox_options(seed=7, guard=POLICY):
+            coroutine = queries.asynthesize(QueryBundle(QUERY), nodes("One."))
+        await coroutine
+
+    asyncio.run(awaited())
+    held_by(engine)
+
+
+@pytest.mark.parametrize(
+    ("reply", "make"),
+    [
+        (CLEAN, lambda llm: Refine(llm=llm, streaming=True).get_response(QUERY, ["One.", "Two."])),
+        (CLEAN, lambda llm: CompactAndRefine(llm=llm, streaming=True).get_response(QUERY, ["One.", "Two."])),
+        ('{"hour": 9}', lambda llm: asked_of(LLMTextCompletionProgram, llm).stream_call(what="it")),
+        (CALL, lambda llm: asked_of(FunctionCallingProgram, llm).stream_call(what="it")),
+    ],
+)
+def test_a_stream_that_asks_as_it_is_read_has_the_options_it_was_made_under(reply: str, make: Any) -> None:
+    engine = FakeEngine([reply])
+    with detox_options(seed=7, guard=POLICY):
+        stream = make(DetoxiGenLLM(engine=engine))
+    read_fresh(stream)
+    held_by(engine)
+
+
+def test_outside_a_block_a_synthesizer_has_no_options_of_an_earlier_one() -> None:
+    engine = FakeEngine()
+    with detox_options(seed=7):
+        pass
+    list(Refine(llm=DetoxiGenLLM(engine=engine), streaming=True).get_response(QUERY, ["One.", "Two."]))
+    assert {params.seed for _, params in engine.asked} == {None}

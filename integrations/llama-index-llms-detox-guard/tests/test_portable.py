@@ -99,6 +99,11 @@ def test_a_hook_that_its_name_finds_is_pickled() -> None:
     assert again.completion_to_prompt is upper
 
 
+def about(options: dict[str, Any]) -> DetoxiGenLLM:
+    """An LLM by name, or with the engine that the options have."""
+    return DetoxiGenLLM(None if "engine" in options else "org/model", **options)
+
+
 @pytest.mark.parametrize("way", ["copy", "deepcopy", "model_copy", "deep model_copy"])
 def test_copies_share_what_belongs_to_the_process(way: str) -> None:
     engine, scorer = FakeEngine(), Locked()
@@ -125,7 +130,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_pickling_what_belongs_to_the_process_is_refused(what: str) -> None:
-    llm = DetoxiGenLLM("org/model", **REFUSED[what])
+    llm = about(REFUSED[what])
     before = dict(vars(llm))
     for thing in (llm, [llm], llm.as_structured_llm(Opening)):
         with pytest.raises(NotPicklableError):
@@ -136,7 +141,7 @@ def test_pickling_what_belongs_to_the_process_is_refused(what: str) -> None:
 @pytest.mark.parametrize("what", REFUSED)
 def test_so_it_is_inside_a_component_that_drops_what_cannot_be_pickled(what: str) -> None:
     """An extractor without its LLM would go on with the one in `Settings`."""
-    llm = DetoxiGenLLM("org/model", **REFUSED[what])
+    llm = about(REFUSED[what])
     for transformation in (TitleExtractor(llm=llm), SummaryExtractor(llm=llm)):
         with pytest.raises(NotPicklableError):
             pickle.dumps([transformation])
@@ -147,7 +152,7 @@ def test_so_it_is_inside_a_component_that_drops_what_cannot_be_pickled(what: str
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_dict_never_becomes_something_else(what: str) -> None:
-    llm = DetoxiGenLLM("org/model", **REFUSED[what])
+    llm = about(REFUSED[what])
     data = json.loads(llm.to_json())
     for make in (DetoxiGenLLM.from_dict, lambda data: DetoxiGenLLM.from_json(json.dumps(data))):
         with pytest.raises(NotPicklableError, match=what.split()[-1] if what != "hook" else "on_event"):
@@ -248,16 +253,35 @@ def test_an_object_at_a_freed_address_is_another() -> None:
     assert len(keys) == 20
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 9.0}, {"seed": 7}, {"guard": GuardPolicy()}, {"guard": GuardPolicy(scorer=Locked())}],
+)
+def test_options_in_force_are_part_of_a_cache_key_and_not_of_the_llm(options: dict[str, Any]) -> None:
+    llm = DetoxiGenLLM("org/model", alpha=2.0)
+    plain, told = key(llm), llm.to_dict()
+    with detox_options(**options):
+        inside, again = key(llm), key(llm)
+        assert DetoxiGenLLM.from_dict(llm.to_dict()).decoding == llm.decoding
+        with detox_options(max_new_tokens=5):
+            further = key(llm)
+    with detox_options(alpha=8.0):
+        other = key(llm)
+    assert inside == again
+    assert len({plain, inside, further, other}) == 4
+    assert (key(llm), llm.to_dict()) == (plain, told)
+
+
 # -- events
 
 
 @pytest.mark.parametrize("what", [*REFUSED, "named"])
 def test_events_are_json_with_names(what: str) -> None:
     options = REFUSED.get(what, {})
-    payload = DetoxiGenLLM("org/model", **options).to_payload()
+    payload = about(options).to_payload()
     event = LLMChatStartEvent(messages=HELLO, additional_kwargs={}, model_dict=payload)
     text = event.model_dump_json()
-    assert "org/model" in text
+    assert ("fake-model" if "engine" in options else "org/model") in text
     if "scorer" in what:
         assert options["guard"].scorer.name in text
 

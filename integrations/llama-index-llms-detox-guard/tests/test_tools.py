@@ -225,3 +225,13 @@ async def test_react_agent_stops_before_it_invents_an_observation() -> None:
     assert str(result) == "At nine on Monday."
     assert [done.tool_output.content for done in result.tool_calls] == ["at nine on Monday"]
     assert all(params.stop == ("Observation:",) for _, params in engine.asked)
+
+
+@pytest.mark.parametrize("choice", ["any", "required", {"type": "any"}])
+def test_a_call_cannot_be_forced_without_tools(choice: Any) -> None:
+    llm = DetoxiGenLLM(engine=FakeEngine())
+    with pytest.raises(InvalidParamsError) as raised:
+        llm.chat([ChatMessage("When?")], tool_choice=choice)
+    assert raised.value.field == "tool_choice"
+    for free in ("auto", "none", None):
+        assert llm.chat([ChatMessage("When?")], tool_choice=free).message.content

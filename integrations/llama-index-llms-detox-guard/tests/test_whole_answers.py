@@ -347,3 +347,19 @@ async def test_a_real_answer_that_does_not_fit(real: DetoxiGenLLM) -> None:
     hook = get_detox_response_synthesizer(real, output_cls=Long, response_mode="tree_summarize")
     with pytest.raises(IncompleteAnswerError, match="length"):
         hook.synthesize(QUERY, nodes("a"))
+
+
+async def test_an_agent_tells_of_a_cut_structured_answer_by_a_warning_and_none() -> None:
+    """Upstream swallows every error there. Asked by itself, the structured LLM raises."""
+
+    def reply(prompt: Any) -> str:
+        return '{"title": ' if "provided schema" in str(prompt) else "At nine."
+
+    llm = DetoxiGenLLM(engine=FakeEngine(reply, finish="length"))
+    tool = FunctionTool.from_defaults(lambda: "nine", name="hours", description="Opening hours.")
+    agent = FunctionAgent(tools=[tool], llm=llm, output_cls=Book)
+    with pytest.warns(UserWarning, match="cut off"):
+        output = await agent.run(QUERY, memory=memory())
+    assert output.structured_response is None
+    with pytest.raises(IncompleteAnswerError):
+        await llm.as_structured_llm(Book).achat([ChatMessage("Use the provided schema.")])

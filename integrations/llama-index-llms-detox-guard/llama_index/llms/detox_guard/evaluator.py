@@ -23,7 +23,9 @@ class ToxicityEvaluator(BaseEvaluator):
     `scorer`: a name or a `ToxicityScorer`. Raises `InvalidParamsError`, and `ScorerError` where the scorer fails.
     """
 
-    def __init__(self, scorer: Any = "embedded", *, threshold: float = 0.5) -> None:
+    def __init__(self, scorer: Any = "embedded", *, threshold: float = 0.5, **unknown: Any) -> None:
+        for name, value in unknown.items():
+            raise detox_guard.InvalidParamsError(name, value, "no option of ToxicityEvaluator")
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise detox_guard.InvalidParamsError("threshold", threshold, "a number from 0 to 1")
         # A policy is copied and pickled as a scorer should be: shared, or refused.

@@ -63,6 +63,8 @@ _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": Fal
 _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
 _CUT = ("length", "guard")
+_IN_FORCE = "detox_options"
+_LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 
 
 class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
@@ -107,6 +109,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         decoding = self._moved(options, given)
         super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
+        self._check_engine()
 
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +128,30 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """A copy with some fields changed, those of `DecodingParams` too. Raises `InvalidParamsError`."""
         changes = dict(update or {})
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
-        return super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+        copy = super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+        copy._check_engine()
+        return copy
+
+    def _check_engine(self) -> None:
+        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
+        if self.engine is None:
+            return
+        if not all(callable(getattr(self.engine, way, None)) for way in ("stream", "astream")):
+            raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
+        if named := [name for name in _LOADING if getattr(self, name) is not None]:
+            raise InvalidParamsError(
+                "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
+            )
+
+    def in_force(self) -> dict[str, Any]:
+        """The options of `detox_options`, so that events tell them and no ingestion cache answers without them."""
+        options = current_scope().options
+        return {_IN_FORCE: as_json(dict(options))} if options else {}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """The LLM that `to_dict` told of. Options that were only in force then are not part of it."""
+        return super().from_dict({name: value for name, value in data.items() if name != _IN_FORCE}, **kwargs)
 
     @field_serializer("decoding")
     def _decoding_as_json(self, decoding: dict[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def choice_of(tool_choice: Any, tools: Sequence[dict[str, Any]]) -> str:
     known = [*_CHOICES, *(function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools))]
     if choice not in known:
         raise InvalidParamsError("tool_choice", tool_choice, f"one of {', '.join(known)}")
+    if not tools and choice not in ("auto", "none"):
+        raise InvalidParamsError("tool_choice", tool_choice, "auto or none where there are no tools")
     return str(choice)
 
 

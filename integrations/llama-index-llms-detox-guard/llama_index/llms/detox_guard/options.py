@@ -12,25 +12,28 @@ from collections.abc import AsyncGenerator, Generator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.base_selector import BaseSelector
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
-from llama_index.core.chat_engine import (
-    CondensePlusContextChatEngine,
-    CondenseQuestionChatEngine,
-    ContextChatEngine,
-    SimpleChatEngine,
-)
+from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.evaluation.base import BaseEvaluator
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.query import QueryEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.question_gen.types import BaseQuestionGenerator
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import TransformComponent
+from llama_index.core.types import BasePydanticProgram
 from llama_index_instrumentation import get_dispatcher
 
 from detox_guard import DecodingParams, DetoxGuardError, Grammar, GuardPolicy, InvalidParamsError, Rung
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from types import FrameType
 
     from llama_index.core.instrumentation.events import BaseEvent
@@ -109,9 +112,11 @@ class detox_options(entered):
     """Options (fields of `DecodingParams`) of every `DetoxiGenLLM` call made inside the block, in this thread or task.
 
     An answer that is streamed belongs to the block in which it was asked for, whenever, wherever and in whatever
-    context it is read; so does a coroutine of an LLM, a synthesizer, a query or a chat engine that was made there. (For
-    that, the first block puts a wrapper around these methods of LlamaIndex's base classes; without options in force it
-    does nothing.) A thread that you start yourself needs `contextvars.copy_context().run`.
+    context it is read; so does a coroutine that was made there: of an LLM, a synthesizer, a query or chat engine, a
+    retriever, selector, question generator, evaluator, program, postprocessor or extractor. (For that, a block puts a
+    wrapper around these methods of LlamaIndex's classes and of their subclasses that exist when it is entered; without
+    options in force it does nothing. A coroutine function of your own begins when it is awaited: open the block in
+    it.) A thread that you start yourself needs `contextvars.copy_context().run`.
 
     Yields a list that receives each reply once it is complete. Inner blocks win over outer ones, and what a call
     passes itself wins over both::
@@ -128,7 +133,7 @@ class detox_options(entered):
 
     def __enter__(self) -> list[Generation]:
         _hold_streams()
-        _hold_coroutines()
+        _hold_methods()
         outer, replies = current_scope(), []  # type: ignore[var-annotated]
         options, collectors = {**outer.options, **self._scope.options}, (*outer.collectors, replies)
         self._enter(Scope(options, collectors, outer, outer.failures), sys._getframe(1))
@@ -191,20 +196,30 @@ async def aheld(scope: Scope, stream: AsyncGenerator[Item, None]) -> AsyncGenera
             await stream.aclose()
 
 
-def made_here(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
-    """The method, its coroutine under the options in force where it was made, wherever it is awaited."""
+def made_here(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, its coroutine and its stream under the options in force where it was called, wherever they are
+    awaited and read."""
 
     async def under(scope: Scope, coroutine: Coroutine[Any, Any, Any]) -> Any:
         with entered(scope):
-            return await coroutine
+            answer = await coroutine
+        return _kept(scope, answer)
 
     @functools.wraps(method)
     def make(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope, coroutine = current_scope(), method.__get__(self, type(self))(*args, **kwargs)
-        return under(scope, coroutine) if scope else coroutine
+        scope, answer = current_scope(), method.__get__(self, type(self))(*args, **kwargs)
+        if not scope:
+            return answer
+        return under(scope, answer) if inspect.iscoroutine(answer) else _kept(scope, answer)
 
     mark = getattr(inspect, "markcoroutinefunction", None)  # Python 3.12
-    return mark(make) if mark else make
+    return mark(make) if mark and inspect.iscoroutinefunction(method) else make
+
+
+def _kept(scope: Scope, answer: Any) -> Any:
+    if isinstance(answer, Generator):
+        return held(scope, answer)
+    return aheld(scope, answer) if isinstance(answer, AsyncGenerator) else answer
 
 
 class _StreamsHold(BaseEventHandler):
@@ -233,17 +248,44 @@ def _hold_streams() -> None:
         handlers.append(_streams_hold)
 
 
-@functools.cache
-def _hold_coroutines() -> None:
-    """A coroutine of LlamaIndex's begins when it is awaited, which may be behind the block that it was made in."""
-    chats = (SimpleChatEngine, ContextChatEngine, CondensePlusContextChatEngine, CondenseQuestionChatEngine)
-    for cls, names in (
-        (BaseQueryEngine, ("aquery", "asynthesize")),
-        (BaseSynthesizer, ("asynthesize",)),
-        *((chat, ("achat", "astream_chat")) for chat in chats),
-    ):
-        for name in names:
-            setattr(cls, name, made_here(inspect.getattr_static(cls, name)))
+_asking: dict[type, tuple[str, ...]] = {
+    BaseQueryEngine: ("aquery", "aretrieve", "asynthesize"),
+    BaseSynthesizer: (
+        *("asynthesize", "get_response", "aget_response"),
+        *("get_response_from_messages", "aget_response_from_messages"),
+    ),
+    BaseChatEngine: ("achat", "astream_chat"),
+    BaseRetriever: ("aretrieve",),
+    BaseSelector: ("aselect",),
+    BaseQuestionGenerator: ("agenerate",),
+    BaseEvaluator: ("aevaluate", "aevaluate_response"),
+    BasePydanticProgram: ("acall", "stream_call", "astream_call"),
+    BaseNodePostprocessor: ("apostprocess_nodes",),
+    TransformComponent: ("acall", "aextract", "aprocess_nodes", "aget_nodes_from_documents"),
+}
+"""LlamaIndex's base classes, and their methods whose coroutine or stream asks an LLM later than it was called."""
+_reached: dict[type, WeakSet[type]] = {base: WeakSet() for base in _asking}
+
+
+def _hold_methods() -> None:
+    """A coroutine begins when it is awaited, and a generator when it is read: either may be behind the block that it
+    was made in. Subclasses override these methods, so each loaded one is reached, once."""
+    for base, names in _asking.items():
+        for cls in _and_subclasses(base):
+            if cls in _reached[base]:
+                continue
+            for name in names:
+                method = vars(cls).get(name)
+                if callable(method) and not isinstance(method, staticmethod):
+                    setattr(cls, name, made_here(method))
+            _reached[base].add(cls)
+
+
+def _and_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    below: type
+    for below in type.__subclasses__(cls):
+        yield from _and_subclasses(below)
 
 
 def _block_around(frame: FrameType | None) -> Scope | None:

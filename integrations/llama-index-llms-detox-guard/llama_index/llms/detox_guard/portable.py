@@ -49,10 +49,17 @@ class Portable(BaseComponent):
 
     def __init__(self, **data: Any) -> None:
         refuse_stand_ins(type(self).__name__, data)
+        for name in data:
+            if name not in type(self).model_fields:
+                raise InvalidParamsError(name, data[name], f"no field of {type(self).__name__}")
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise InvalidParamsError.from_pydantic(error) from None
+
+    def in_force(self) -> dict[str, Any]:
+        """What decides about its outputs here and now without being part of it, as JSON; told in dicts."""
+        return {}
 
     def __getstate__(self) -> dict[Any, Any]:
         state: dict[Any, Any] = BaseModel.__getstate__(self)
@@ -105,6 +112,7 @@ class Portable(BaseComponent):
             if not field.exclude or name in _OF_THE_PROCESS or value is None or _is_upstreams(value):
                 continue
             data[name] = _stand_in(value)
+        data.update(self.in_force())
         data["class_name"] = self.class_name()
         return data
 

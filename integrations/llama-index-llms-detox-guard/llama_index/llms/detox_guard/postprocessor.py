@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llama_index.core.bridge.pydantic import Field, field_serializer
+from llama_index.core.bridge.pydantic import Field, field_serializer, field_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.llms.detox_guard.portable import Portable, as_json
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
+
+from detox_guard import GuardPolicy
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -16,7 +18,8 @@ __all__ = ["DetoxNodePostprocessor"]
 
 
 class DetoxNodePostprocessor(Portable, BaseNodePostprocessor):
-    """Drops, masks or marks toxic nodes between the retriever and the LLM. Raises `ScorerError`: it fails closed.
+    """Drops, masks or marks toxic nodes between the retriever and the LLM. Raises `ScorerError`: it fails closed;
+    and `InvalidParamsError` for an unknown or bad option.
 
     Stored nodes are never changed; flagged nodes are copies that carry `metadata["detox_guard"]`. A scorer object is
     shared by copies; pickling it, or a dict that says its name, raises `NotPicklableError`.
@@ -27,6 +30,18 @@ class DetoxNodePostprocessor(Portable, BaseNodePostprocessor):
     action: Action = Field(default="mask", description="What happens to a toxic node.")
     threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity above which a text is flagged.")
     scorer: Any = Field(default="embedded", description="A scorer's name, or a ToxicityScorer.")
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a number from 0 to 1")
+        return value
+
+    @field_validator("scorer")
+    @classmethod
+    def _is_a_scorer(cls, value: Any) -> Any:
+        return GuardPolicy(scorer=value).scorer
 
     @field_serializer("scorer")
     def _scorer_as_json(self, scorer: Any) -> Any:

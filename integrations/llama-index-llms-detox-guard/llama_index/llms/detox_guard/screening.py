@@ -11,9 +11,9 @@ from llama_index.llms.detox_guard.events import DetoxScreeningEvent, dispatcher
 import detox_guard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from llama_index.core.schema import BaseNode
+    from llama_index.core.schema import BaseNode, RelatedNodeInfo
 
 __all__ = ["MARK", "Action", "ScreenedNode", "screen_nodes"]
 
@@ -38,9 +38,10 @@ def screen_nodes(
 ) -> list[ScreenedNode]:
     """Judge each node's text, and the metadata that an LLM would read with it; reports an event for each flagged one.
 
-    drop: the LLM does not see the node. mask: toxic sentences are replaced, in metadata that no LLM reads too, and
-    toxic metadata that it would read is removed. mark: the LLM reads it as it is. Flagged nodes carry `MARK`. Raises
-    `ScorerError`.
+    drop: the LLM does not see the node. mask: toxic sentences are replaced, and toxic metadata that it would read is
+    removed. mark: the LLM reads it as it is. Flagged nodes carry `MARK`. Metadata that no LLM reads flags no node; its
+    toxic strings and keys, however deep, are replaced in what a reader sees, and in what is left by drop and mask.
+    Raises `ScorerError`.
     """
     texts = [node.node.get_content(MetadataMode.NONE) for node in nodes]
     options: dict[str, Any] = {"scorer": scorer, "threshold": threshold, "action": "mask"}
@@ -49,16 +50,23 @@ def screen_nodes(
     about = [" ".join(node.node.get_metadata_str(MetadataMode.LLM).split()) for node in nodes]
     together = [f"{words} {text.text}" if words else "" for words, text in zip(about, judged, strict=True)]
     described = detox_guard.screen(together, **options)
+    hidden = [list(_unread(node.node)) for node in nodes]
+    words_of = list(dict.fromkeys(text for metadata in hidden for text in _strings(metadata)))
+    told = dict(zip(words_of, (one.text or "" for one in detox_guard.screen(words_of, **options)), strict=True))
     out = []
-    for node, text, whole in zip(nodes, judged, described, strict=True):
+    for node, text, whole, unread in zip(nodes, judged, described, hidden, strict=True):
         score, flagged = max(text.score, whole.score), text.flagged or whole.flagged
         if not flagged:
-            out.append(ScreenedNode(node, node, node, score, flagged))
+            redacted = node
+            if any(told[one] != one for one in _strings(unread)):
+                redacted = NodeWithScore(node=node.node.model_copy(deep=True), score=node.score)
+                _mask_unread(redacted.node, told)
+            out.append(ScreenedNode(node, node if action == "mark" else redacted, redacted, score, flagged))
             continue
         dispatcher.event(DetoxScreeningEvent(node_id=node.node_id, score=score, action=action))
         mark = {"score": round(score, 4), "action": action}
         redacted = _copy(node, mark)
-        _redact(redacted.node, text.text or "", whole.flagged, options)
+        _redact(redacted.node, text.text or "", whole.flagged, told)
         readable = {"drop": None, "mask": redacted, "mark": _copy(node, mark)}[action]
         out.append(ScreenedNode(node, readable, redacted, score, flagged))
     return out
@@ -72,18 +80,61 @@ def _copy(node: NodeWithScore, mark: dict[str, Any]) -> NodeWithScore:
     return NodeWithScore(node=copy, score=node.score)
 
 
-def _redact(node: BaseNode, text: str, bare: bool, options: dict[str, Any]) -> None:
+def _redact(node: BaseNode, text: str, bare: bool, told: dict[str, str]) -> None:
     """Mask a copy: its text, and the metadata that no LLM reads, where a sentence window keeps the text again."""
     if text != node.get_content(MetadataMode.NONE):
         node.set_content(text)
-    kept = {MARK: node.metadata[MARK]} if bare else node.metadata
-    node.metadata = _masked(kept, node.excluded_llm_metadata_keys, options)
+    if bare:
+        node.metadata = {MARK: node.metadata[MARK]}
+    _mask_unread(node, told)
+
+
+def _mask_unread(node: BaseNode, told: dict[str, str]) -> None:
+    """`told`: what takes the place of each string."""
+    renamed = {key: told.get(key, key) for key in node.excluded_llm_metadata_keys}
+    node.metadata = {
+        renamed.get(key, key): _replaced(value, told) if key in renamed else value
+        for key, value in node.metadata.items()
+    }
+    node.excluded_llm_metadata_keys = list(renamed.values())
+    node.excluded_embed_metadata_keys = [renamed.get(key, key) for key in node.excluded_embed_metadata_keys]
+    for info in _related(node):
+        info.metadata = _replaced(info.metadata, told)
+
+
+def _unread(node: BaseNode) -> Iterator[dict[str, Any]]:
+    """Metadata that no LLM reads: of the node, and what it keeps of its neighbours'."""
+    hidden = {*node.excluded_llm_metadata_keys} - {MARK}
+    yield {key: value for key, value in node.metadata.items() if key in hidden}
+    for info in _related(node):
+        yield info.metadata
+
+
+def _related(node: BaseNode) -> Iterator[RelatedNodeInfo]:
     for related in node.relationships.values():
-        for info in related if isinstance(related, list) else [related]:
-            info.metadata = _masked(info.metadata, info.metadata, options)
+        yield from related if isinstance(related, list) else [related]
 
 
-def _masked(metadata: dict[str, Any], keys: Iterable[str], options: dict[str, Any]) -> dict[str, Any]:
-    texts = {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
-    judged = detox_guard.screen(list(texts.values()), **options)
-    return {**metadata, **{key: one.text for key, one in zip(texts, judged, strict=True)}}
+def _strings(value: object) -> Iterator[str]:
+    """Every string in it, keys too."""
+    if isinstance(value, str):
+        if value:
+            yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _strings(key)
+            yield from _strings(part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _strings(part)
+
+
+def _replaced(value: Any, told: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return told.get(value, value)
+    if isinstance(value, dict):
+        return {_replaced(key, told): _replaced(part, told) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [_replaced(part, told) for part in value]
+        return next(kind(parts) for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+    return value
