@@ -23,6 +23,7 @@ from langchain.agents.middleware.types import (
     OmitFromInput,
 )
 from langchain.agents.structured_output import StructuredOutputError, ToolStrategy
+from langchain_core.callbacks import BaseCallbackManager
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import (
     AIMessage,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from detox_guard import Screened, ToxicityScorer
+    from langchain_core.runnables import RunnableConfig
     from langgraph.prebuilt.tool_node import ToolCallRequest
 
 Rung = float | Literal["rewrite"]
@@ -438,7 +440,12 @@ def _unquoting(message: BaseMessage) -> BaseMessage:
 def _held() -> Iterator[None]:
     """Nothing is streamed of what any model says in here."""
     config = ensure_config()
-    token = var_child_runnable_config.set({**config, "tags": [*config["tags"], _NOSTREAM]})
+    held: RunnableConfig = {**config, "tags": [*config["tags"], _NOSTREAM]}
+    # Tags that are configured around a model take the place of those above; those of the callbacks are added to them.
+    if isinstance(callbacks := config.get("callbacks"), BaseCallbackManager):
+        held["callbacks"] = callbacks.copy()
+        held["callbacks"].add_tags([_NOSTREAM], inherit=True)
+    token = var_child_runnable_config.set(held)
     try:
         yield
     finally:

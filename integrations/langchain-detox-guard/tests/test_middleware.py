@@ -144,6 +144,30 @@ async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
     assert "".join(str(message.content) for message in streamed) == "That was a fine idea."
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda model: model.with_config(tags=["mine"]),
+        lambda model: model.with_fallbacks([model]).with_config(tags=["mine"]),
+        lambda model: model.with_listeners().with_config(tags=["mine"], metadata={"a": 1}),
+    ],
+)
+async def test_nor_of_a_model_with_tags_of_its_own(around: Any, foreign: bool, is_async: bool) -> None:
+    ours = ChatDetoxiGen(engine=until(99), seed=1)
+    model = Foreign(messages=iter([AIMessage("That was a rotten idea.")])) if foreign else ours
+    agent = create_agent(
+        around(model), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(), on_exhausted="replace")]
+    )
+    question: Any = {"messages": [HumanMessage("Well?")]}
+    if is_async:
+        streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
+    else:
+        streamed = [message for message, _ in agent.stream(question, stream_mode="messages")]
+    assert "".join(str(message.content) for message in streamed) == "I would rather not say that."
+
+
 def test_with_a_decoding_guard_text_streams_on() -> None:
     """The policy goes down to the decoder, which releases only what was scored; nothing is held back here."""
     engine = until(0.0)
