@@ -48,7 +48,44 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-class EngineFields(Settings):
+class Around:
+    """What LangChain puts around a model, or around what is around one: whatever comes on top keeps it."""
+
+    @classmethod
+    def _bound(cls) -> type[Bound]:
+        return Bound
+
+    def bind(self, **kwargs: Any) -> Any:
+        """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
+        return self._bound()(bound=cast("Any", self)).bind(**kwargs)
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the config."""
+        merged = cast("RunnableConfig", {**(config or {}), **kwargs})
+        return self._bound()(bound=cast("Any", self), config=merged)
+
+    def with_types(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the types."""
+        return self._bound()(bound=cast("Any", self)).with_types(**kwargs)
+
+    def with_listeners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return self._bound()(bound=cast("Any", self)).with_listeners(**kwargs)
+
+    def with_alisteners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return self._bound()(bound=cast("Any", super()).with_alisteners(**kwargs))
+
+    def with_retry(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is retried too."""
+        return self._bound()(bound=cast("Any", super()).with_retry(**kwargs))
+
+    def with_fallbacks(self, fallbacks: Sequence[Runnable[Any, Any]], **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is bound to each fallback."""
+        return self._bound()(bound=cast("Any", super()).with_fallbacks(fallbacks, **kwargs))
+
+
+class EngineFields(Around, Settings):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
     `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
@@ -155,20 +192,6 @@ class EngineFields(Settings):
     def _settable(cls) -> frozenset[str]:
         return frozenset(EngineFields.model_fields.keys() - {"engine"}) | cls._own_settable
 
-    # -- what LangChain wraps around a model
-
-    def bind(self, **kwargs: Any) -> Any:
-        """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
-        return self._bound()(bound=self).bind(**kwargs)
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """LangChain's; what is bound to the result keeps the config."""
-        return self._bound()(bound=self, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
-
-    @classmethod
-    def _bound(cls) -> type[Bound]:
-        return Bound
-
     # -- batches of threads
 
     def batch_as_completed(  # type: ignore[no-untyped-def]
@@ -263,14 +286,23 @@ class EngineFields(Settings):
 
 
 class Bound(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
-    """A model with keywords and a config around it. What is bound to it keeps both; serialized, it is LangChain's."""
+    """A model, or what is around it, with keywords and a config. What is bound to it keeps both; serialized, it is
+    LangChain's."""
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
         """Raises `InvalidParamsError`."""
         model: Any = self.bound
-        update, rest = model._sorted(kwargs)
+        update, rest = model._sorted(kwargs) if isinstance(model, EngineFields) else ({}, kwargs)
         changes = {"bound": model._changed(update) if update else model, "kwargs": {**self.kwargs, **rest}}
         return self.model_copy(update=changes)
+
+    def with_fallbacks(self, fallbacks: Sequence[Runnable[Any, Any]], **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is bound to each fallback."""
+        return type(self)(bound=super().with_fallbacks(fallbacks, **kwargs))
+
+    def with_alisteners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return type(self)(bound=super().with_alisteners(**kwargs))
 
     @classmethod
     def lc_id(cls) -> list[str]:

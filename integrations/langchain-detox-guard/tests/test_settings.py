@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
 from detox_guard.errors import NotPicklableError
+from langchain.agents import create_agent
 from langchain_core import exceptions
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
@@ -176,6 +177,38 @@ def test_what_was_bound_is_kept_by_what_is_bound_next(engine: ScriptedEngine) ->
     plain = DetoxiGenLLM(engine=engine).bind(alpha=1.5, stop=["you"]).bind(seed=3)
     assert plain.invoke("Hi").startswith("Hello, dear reader!")
     assert (asked(engine).alpha, asked(engine).stop, asked(engine).seed) == (1.5, ("you",), 3)
+
+
+AROUND: dict[str, Any] = {
+    "fields": lambda chat: chat.configurable_fields(alpha=ConfigurableField(id="alpha")),
+    "alternatives": lambda chat: chat.configurable_alternatives(ConfigurableField(id="which"), other=chat),
+    "fallbacks": lambda chat: chat.with_fallbacks([chat]),
+    "types": lambda chat: chat.with_types(input_type=str),
+    "listeners": lambda chat: chat.with_listeners(),
+    "config": lambda chat: chat.with_config(tags=["t"]),
+}
+
+
+@pytest.mark.parametrize("outer", AROUND)
+@pytest.mark.parametrize("inner", AROUND)
+def test_what_is_bound_to_a_wrapper_is_kept_under_tools_and_schemas(
+    inner: str, outer: str, engine: ScriptedEngine
+) -> None:
+    chat: Any = AROUND[inner](ChatDetoxiGen(engine=engine, alpha=1.5))
+    if outer == "fields":
+        outer = "config"  # LangChain looks for the fields in the wrapper itself
+    model = AROUND[outer](chat.bind(top_p=0.5)).bind(guard=POLICY, seed=5)
+    agent = create_agent(model, tools=[look_up])
+    for ask in (
+        model.bind_tools([look_up]).invoke,
+        model.with_structured_output(Town).invoke,
+        model.with_structured_output(Town, include_raw=True).invoke,
+        lambda said: agent.invoke({"messages": [HumanMessage(said)]}, {"recursion_limit": 5}),
+    ):
+        ask("Hi")
+        told = asked(engine)
+        assert (told.alpha, told.top_p, told.guard, told.seed) == (1.5, 0.5, POLICY, 5)
+    assert model.bind_tools([look_up]).invoke("Hi").tool_calls
 
 
 def test_fallbacks_take_tools_and_schemas(engine: ScriptedEngine) -> None:
