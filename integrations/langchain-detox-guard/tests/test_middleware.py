@@ -150,6 +150,7 @@ async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
     "around",
     [
         lambda model: model.with_config(tags=["mine"]),
+        lambda model: model.with_config(tags=["mine"]).with_retry(),
         lambda model: model.with_fallbacks([model]).with_config(tags=["mine"]),
         lambda model: model.with_listeners().with_config(tags=["mine"], metadata={"a": 1}),
     ],
