@@ -260,7 +260,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             text if text.strip() or calls else self.replacement,
             tool_calls=calls,
             name=None if message.name is None or read.flags(message.name) else message.name,
-            id=None if read.flags({"id": message.id}) else message.id,
+            id=None if read.flags({"id": message.id}, envelope=True) else message.id,
             usage_metadata=message.usage_metadata,
             response_metadata=message.response_metadata if ours else replaced(message.response_metadata, read.masked),
         )
@@ -324,7 +324,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         kept["response_metadata"] = replaced(message.response_metadata, read.masked)
         if drop:
             kept["content"] = SCREEN_NOTE
-        elif read.flags({"content": message.content}):
+        elif read.flags({"content": message.content}, envelope=True):
             text = str(message.text)
             # Flagged words outside of any text (a block of JSON, say) leave nothing to mask sentence by sentence.
             whole = isinstance(message.content, list) and not read.flags(text)
@@ -352,9 +352,10 @@ class _Read:
     def flagged(self) -> bool:
         return any(one.flagged for one in self.scores.values())
 
-    def flags(self, value: object) -> bool:
-        """Whether any word in it is flagged."""
-        return any(word in self.scores and self.scores[word].flagged for word in words_of(value, self.known))
+    def flags(self, value: object, *, envelope: bool = False) -> bool:
+        """Whether any word in it is flagged; `envelope` as in `words_of`."""
+        words = words_of(value, self.known, envelope=envelope)
+        return any(word in self.scores and self.scores[word].flagged for word in words)
 
     def masked(self, text: str) -> str:
         """The text without its flagged sentences; without any of it, if it hides them."""
@@ -427,7 +428,7 @@ def _schemas_of(response_format: Any) -> list[dict[str, Any]]:
 
 def _clean_call(call: ToolCall, read: _Read) -> ToolCall:
     """The call of the same tool, with the words masked."""
-    own = uuid4().hex if read.flags({"id": call["id"]}) else call["id"]
+    own = uuid4().hex if read.flags({"id": call["id"]}, envelope=True) else call["id"]
     return tool_call(name=call["name"], args=replaced(call["args"], read.masked), id=own)
 
 
@@ -443,8 +444,8 @@ def _held() -> Iterator[None]:
     held: RunnableConfig = {**config, "tags": [*config["tags"], _NOSTREAM]}
     # Tags that are configured around a model take the place of those above; those of the callbacks are added to them.
     if isinstance(callbacks := config.get("callbacks"), BaseCallbackManager):
-        held["callbacks"] = callbacks.copy()
-        held["callbacks"].add_tags([_NOSTREAM], inherit=True)
+        held["callbacks"] = tagged = callbacks.copy()
+        tagged.add_tags([_NOSTREAM], inherit=True)
     token = var_child_runnable_config.set(held)
     try:
         yield
