@@ -7,6 +7,8 @@ the first call asks the process-wide registry for its engine, and everyone who n
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator  # noqa: TC003  (LangChain reads the annotations of public methods)
@@ -309,14 +311,26 @@ class Bound(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
         return RunnableBinding.lc_id()
 
 
-def generation_info(engine: DetoxiGen, generation: Generation) -> dict[str, Any]:
-    """What LangChain's metadata says of one reply: small and JSON-able, the same for both models."""
+def generation_info(engine: DetoxiGen, generation: Generation, guard: GuardPolicy | None = None) -> dict[str, Any]:
+    """What LangChain's metadata says of one reply: small and JSON-able, the same for both models. `guard` is the one in
+    force, where someone may ask for it."""
+    told = generation.summary()
+    if guard is not None:
+        told["policy"] = policy_mark(guard)
     return {
         "finish_reason": generation.finish_reason,
         "model_name": engine.model_id,
         "model_provider": PROVIDER,
-        "detox": generation.summary(),
+        "detox": told,
     }
+
+
+def policy_mark(guard: GuardPolicy) -> str:
+    """The same for policies that release the same text: a scorer's name alone does not tell."""
+    told = guard.model_dump(mode="json", exclude={"scorer", "on_event", "audit_log", "keep_discarded"})
+    scorer = guard.scorer
+    told["scorer"] = scorer if isinstance(scorer, str) else f"{_name_of(scorer)} at {id(scorer)}"
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -40,7 +40,7 @@ from langchain_detox_guard.tools import UNFINISHED, Asked, CallStream, as_ai_mes
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
+    from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation, GuardPolicy
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models.base import LangSmithParams
     from langchain_core.language_models.model_profile import ModelProfile
@@ -193,7 +193,7 @@ class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            return _result(engine, generate(engine, prompt, params), asked)
+            return _result(engine, generate(engine, prompt, params), asked, llm._guard)
 
     async def _agenerate(
         self,
@@ -205,7 +205,7 @@ class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            return _result(engine, await engine.agenerate(prompt, params), asked)
+            return _result(engine, await engine.agenerate(prompt, params), asked, llm._guard)
 
     def _stream(
         self,
@@ -217,7 +217,7 @@ class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            turn = _Turn(engine, asked)
+            turn = _Turn(engine, asked, llm._guard)
             with closing(stream(engine, prompt, params)) as chunks:
                 for chunk in chunks:
                     yield from turn.push(chunk)
@@ -232,7 +232,7 @@ class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            turn = _Turn(engine, asked)
+            turn = _Turn(engine, asked, llm._guard)
             async with aclosing(engine.astream(prompt, params)) as chunks:
                 async for chunk in chunks:
                     for out in turn.push(chunk):
@@ -424,9 +424,10 @@ class AlternativeChats(_Choosable, Around, RunnableConfigurableAlternatives):  #
 class _Turn:
     """One streamed reply, as LangChain's chunks."""
 
-    def __init__(self, engine: DetoxiGen, asked: Asked) -> None:
+    def __init__(self, engine: DetoxiGen, asked: Asked, guard: GuardPolicy | None) -> None:
         self._engine = engine
         self._asked = asked
+        self._guard = guard
         self._calls = CallStream(asked.tools, parallel=asked.parallel) if asked.tools else None
 
     def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
@@ -445,16 +446,16 @@ class _Turn:
                 content=content,
                 tool_call_chunks=calls,
                 usage_metadata=_usage(chunk.generation),
-                response_metadata=generation_info(self._engine, chunk.generation),
+                response_metadata=generation_info(self._engine, chunk.generation, self._guard),
                 chunk_position="last",
             ),
             generation_info={"finish_reason": chunk.generation.finish_reason},
         )
 
 
-def _result(engine: DetoxiGen, reply: Generation, asked: Asked) -> ChatResult:
+def _result(engine: DetoxiGen, reply: Generation, asked: Asked, guard: GuardPolicy | None) -> ChatResult:
     asked.check(reply.finish_reason)
-    fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
+    fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply, guard)}
     message = AIMessage(reply.text, **fields)
     if asked.tools:
         message = as_ai_message(reply.text, asked.tools, parallel=asked.parallel, **fields)

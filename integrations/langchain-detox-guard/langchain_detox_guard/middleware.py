@@ -38,7 +38,7 @@ from langchain_core.messages.tool import tool_call
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langgraph.types import Command
 
-from langchain_detox_guard._engine import PROVIDER
+from langchain_detox_guard._engine import PROVIDER, policy_mark
 from langchain_detox_guard._inside import models_in, with_models
 from langchain_detox_guard._settings import refuse_scorer
 from langchain_detox_guard._words import names_in, replaced, words_of
@@ -454,10 +454,14 @@ def _held() -> Iterator[None]:
 
 
 def _was_guarded(answer: _Answer, guard: GuardPolicy) -> bool:
-    """Whether it was decoded by us, under this guard."""
+    """Whether it was decoded by us, under this guard and no other of the same scorer."""
     told = _answer_of(answer).response_metadata
-    name = guard.scorer if isinstance(guard.scorer, str) else getattr(guard.scorer, "name", None)
-    return told.get("model_provider") == PROVIDER and name is not None and told.get("detox", {}).get("guard") == name
+    detox = told.get("detox") or {}
+    return (
+        told.get("model_provider") == PROVIDER
+        and bool(detox.get("guard"))
+        and detox.get("policy") == policy_mark(guard)
+    )
 
 
 def _answer_of(answer: _Answer) -> AIMessage:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, StructuredOutputValidationError, ToolStrategy
@@ -211,6 +212,25 @@ def test_whoever_answers_is_checked(guard: GuardPolicy | None) -> None:
     assert [one["action"] for one in out["detox"]] == ["rewrite"]
     assert not engine.calls
     assert not other.told & {"alpha", "guard", "calm_share"}
+
+
+@pytest.mark.parametrize(
+    ("other", "believed"),
+    [
+        (GuardPolicy(scorer=WORD, threshold=0.95), False),
+        (GuardPolicy(scorer=WordScorer("another")), False),
+        (GuardPolicy(scorer=WORD, ladder=(), replacement="rotten"), False),
+        (GuardPolicy(scorer=WORD, on_event=print), True),
+    ],
+)
+def test_an_answer_is_believed_only_under_the_same_guard(other: GuardPolicy, believed: bool) -> None:
+    """It says that it was guarded, and its scorer has the same name."""
+    behind = ChatDetoxiGen(engine=ScriptedDetoxiGen(["What a rotten idea."]), guard=other)
+    first = ChatDetoxiGen(engine=ScriptedDetoxiGen(["Fine."]))
+    strict = DetoxMiddleware(guard=GuardPolicy(scorer=WORD), ladder=(), on_exhausted="replace")
+    out = create_agent(first, [], middleware=[strict, Swap(behind)]).invoke({"messages": [HumanMessage("?")]})
+    assert "rotten" not in out["messages"][-1].content
+    assert [one["action"] for one in out["detox"]] == ["guard" if believed else "replace"]
 
 
 def test_drafts_of_a_model_that_came_in_behind_are_not_streamed() -> None:
