@@ -7,6 +7,8 @@ the first call asks the process-wide registry for its engine, and everyone who n
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator  # noqa: TC003  (LangChain reads the annotations of public methods)
@@ -48,7 +50,44 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-class EngineFields(Settings):
+class Around:
+    """What LangChain puts around a model, or around what is around one: whatever comes on top keeps it."""
+
+    @classmethod
+    def _bound(cls) -> type[Bound]:
+        return Bound
+
+    def bind(self, **kwargs: Any) -> Any:
+        """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
+        return self._bound()(bound=cast("Any", self)).bind(**kwargs)
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the config."""
+        merged = cast("RunnableConfig", {**(config or {}), **kwargs})
+        return self._bound()(bound=cast("Any", self), config=merged)
+
+    def with_types(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the types."""
+        return self._bound()(bound=cast("Any", self)).with_types(**kwargs)
+
+    def with_listeners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return self._bound()(bound=cast("Any", self)).with_listeners(**kwargs)
+
+    def with_alisteners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return self._bound()(bound=cast("Any", super()).with_alisteners(**kwargs))
+
+    def with_retry(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is retried too."""
+        return self._bound()(bound=cast("Any", super()).with_retry(**kwargs))
+
+    def with_fallbacks(self, fallbacks: Sequence[Runnable[Any, Any]], **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is bound to each fallback."""
+        return self._bound()(bound=cast("Any", super()).with_fallbacks(fallbacks, **kwargs))
+
+
+class EngineFields(Around, Settings):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
     `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
@@ -155,20 +194,6 @@ class EngineFields(Settings):
     def _settable(cls) -> frozenset[str]:
         return frozenset(EngineFields.model_fields.keys() - {"engine"}) | cls._own_settable
 
-    # -- what LangChain wraps around a model
-
-    def bind(self, **kwargs: Any) -> Any:
-        """LangChain's. What names a field is checked now and set in the model, so that nothing bound later loses it."""
-        return self._bound()(bound=self).bind(**kwargs)
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """LangChain's; what is bound to the result keeps the config."""
-        return self._bound()(bound=self, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
-
-    @classmethod
-    def _bound(cls) -> type[Bound]:
-        return Bound
-
     # -- batches of threads
 
     def batch_as_completed(  # type: ignore[no-untyped-def]
@@ -263,28 +288,49 @@ class EngineFields(Settings):
 
 
 class Bound(RunnableBinding[Any, Any]):  # type: ignore[no-redef]
-    """A model with keywords and a config around it. What is bound to it keeps both; serialized, it is LangChain's."""
+    """A model, or what is around it, with keywords and a config. What is bound to it keeps both; serialized, it is
+    LangChain's."""
 
     def bind(self, **kwargs: Any) -> Runnable[Any, Any]:
         """Raises `InvalidParamsError`."""
         model: Any = self.bound
-        update, rest = model._sorted(kwargs)
+        update, rest = model._sorted(kwargs) if isinstance(model, EngineFields) else ({}, kwargs)
         changes = {"bound": model._changed(update) if update else model, "kwargs": {**self.kwargs, **rest}}
         return self.model_copy(update=changes)
+
+    def with_fallbacks(self, fallbacks: Sequence[Runnable[Any, Any]], **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result is bound to each fallback."""
+        return type(self)(bound=super().with_fallbacks(fallbacks, **kwargs))
+
+    def with_alisteners(self, **kwargs: Any) -> Any:
+        """LangChain's; what is bound to the result keeps the listeners."""
+        return type(self)(bound=super().with_alisteners(**kwargs))
 
     @classmethod
     def lc_id(cls) -> list[str]:
         return RunnableBinding.lc_id()
 
 
-def generation_info(engine: DetoxiGen, generation: Generation) -> dict[str, Any]:
-    """What LangChain's metadata says of one reply: small and JSON-able, the same for both models."""
+def generation_info(engine: DetoxiGen, generation: Generation, guard: GuardPolicy | None = None) -> dict[str, Any]:
+    """What LangChain's metadata says of one reply: small and JSON-able, the same for both models. `guard` is the one in
+    force, where someone may ask for it."""
+    told = generation.summary()
+    if guard is not None:
+        told["policy"] = policy_mark(guard)
     return {
         "finish_reason": generation.finish_reason,
         "model_name": engine.model_id,
         "model_provider": PROVIDER,
-        "detox": generation.summary(),
+        "detox": told,
     }
+
+
+def policy_mark(guard: GuardPolicy) -> str:
+    """The same for policies that release the same text: a scorer's name alone does not tell."""
+    told = guard.model_dump(mode="json", exclude={"scorer", "on_event", "audit_log", "keep_discarded"})
+    scorer = guard.scorer
+    told["scorer"] = scorer if isinstance(scorer, str) else f"{_name_of(scorer)} at {id(scorer)}"
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

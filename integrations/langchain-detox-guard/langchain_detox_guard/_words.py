@@ -26,37 +26,46 @@ _VOCABULARY = _TECHNICAL | {
     "additional_kwargs", "response_metadata", "invalid_tool_calls", "artifact", "code", "transcript", "logprobs",
 }  # fmt: skip
 """Keys that providers and LangChain use; any other key may be a model's own words."""
+_FREE = frozenset({
+    "args", "input", "arguments", "artifact", "json", "value", "output", "data", "parsed", "structured_response",
+})  # fmt: skip
+"""Fields of an envelope whose insides are a tool's or a model's own, whatever their keys are called."""
 _IDS = ("id", "tool_call_id", "call_id")
 _ONE_WORD = re.compile(r"[\w./:-]{1,64}")
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _OPAQUE = re.compile(r"\w*\d\w*|[0-9a-fA-F]+|\w*[a-z][A-Z]\w*")
 
 
-def words_of(value: object, known: frozenset[str] = frozenset()) -> list[str]:
+def words_of(value: object, known: frozenset[str] = frozenset(), *, envelope: bool = False) -> list[str]:
     """Every string in a message, a mapping, a list, a model or a dataclass, keys too, and JSON text decoded; each once.
 
     `known` words (names of tools, of their parameters) are the developer's own and left out, and so is what only
-    programs read.
+    programs read in a message's envelope: a message, or with `envelope` a part of one, outside of what `_FREE` holds.
     """
     found: dict[str, None] = {}
-    seen: set[int] = set()
-    waiting: list[tuple[str, object]] = [("", value)]
+    seen: set[tuple[int, bool]] = set()
+    waiting: list[tuple[str, object, bool]] = [("", value, envelope)]
     while waiting:  # no recursion: what a model wrote may be nested deeper than Python's stack
-        field, one = waiting.pop()
+        field, one, inner = waiting.pop()
         if isinstance(one, bytes | bytearray):
             one = bytes(one).decode(errors="replace")
         if isinstance(one, str):
-            text = _spoken(field, one)
+            text = _spoken(field, one) if inner else one
             if text.strip() and text not in known:
                 found[text] = None
-                waiting += [("", part) for part in _decoded(text)]
+                waiting += [("", part, False) for part in _decoded(text)]
             continue
-        if (inside := _fields_of(one)) is not None and id(one) not in seen:
-            seen.add(id(one))
+        inner = inner or isinstance(one, BaseMessage)
+        if (inside := _fields_of(one)) is not None and (id(one), inner) not in seen:
+            seen.add((id(one), inner))
             for key, part in inside:
                 if isinstance(key, str) and key not in _VOCABULARY:
-                    waiting.append(("", key))
-                waiting.append((key if isinstance(key, str) else "", part))
+                    waiting.append(("", key, False))
+                # Under a key that no provider uses, or in a list that stands alone, nothing is an envelope's.
+                kept = (
+                    inner and (key is None or isinstance(one, BaseMessage) or key in _VOCABULARY) and key not in _FREE
+                )
+                waiting.append((key if isinstance(key, str) else "", part, kept))
     return list(found)
 
 

@@ -21,9 +21,9 @@ from langchain_core.runnables import (
     Runnable,
     RunnableConfig,
     RunnableLambda,
-    RunnableMap,
     RunnableSerializable,
 )
+from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
 from langchain_core.runnables.utils import AnyConfigurableField  # noqa: TC002
 from langchain_core.tools import BaseTool  # noqa: TC002
@@ -31,7 +31,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import field_validator
 
-from langchain_detox_guard._engine import Bound, EngineFields, generation_info
+from langchain_detox_guard._engine import Around, Bound, EngineFields, generation_info
 from langchain_detox_guard._errors import langchain_errors
 from langchain_detox_guard._profile import Profile
 from langchain_detox_guard._threads import generate, stream, wide
@@ -40,7 +40,7 @@ from langchain_detox_guard.tools import UNFINISHED, Asked, CallStream, as_ai_mes
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
+    from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation, GuardPolicy
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models.base import LangSmithParams
     from langchain_core.language_models.model_profile import ModelProfile
@@ -50,7 +50,22 @@ _WITHOUT_EFFECT = {"stream", "strict"}
 """LangChain's own: `stream` picks the method before it comes here; `strict` is how every grammar is."""
 
 
-class ChatDetoxiGen(EngineFields, BaseChatModel):
+class _Choosable:
+    """A chat model, or what is around one, to which alternatives may be given."""
+
+    @classmethod
+    def _bound(cls) -> type[Bound]:
+        return BoundChat
+
+    def configurable_alternatives(
+        self, which: ConfigurableField, **kwargs: Any
+    ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
+        """LangChain's; tools and schemas on top of it are bound to each alternative."""
+        made: Any = cast("Any", super()).configurable_alternatives(which, **kwargs)
+        return AlternativeChats(**dict(made))
+
+
+class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
     """A local chat model, steered away from toxicity while it decodes, where another LangChain chat model stood.
 
     `ChatDetoxiGen()` is the embedded default backbone with its detoxifier. Every field may also be given per call or
@@ -77,10 +92,6 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "chat-detox-guard"
-
-    @classmethod
-    def _bound(cls) -> type[Bound]:
-        return BoundChat
 
     # -- tools and structured output
 
@@ -116,7 +127,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         An answer that was cut off ("length") or broken off ("guard") raises `IncompleteAnswerError`, when streamed at
         its end; with `include_raw` that is the `parsing_error`.
         """
-        return _structured(self, schema, method, include_raw, strict, kwargs)
+        return _structured(self, schema, method, include_raw, strict, **kwargs)
 
     def configurable_fields(
         self, **kwargs: AnyConfigurableField
@@ -124,13 +135,6 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         """LangChain's; tools and schemas on top of it stay configurable."""
         made: Any = super().configurable_fields(**kwargs)
         return ConfigurableChat(default=made.default, fields=made.fields)
-
-    def configurable_alternatives(
-        self, which: ConfigurableField, **kwargs: Any
-    ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
-        """LangChain's; tools and schemas on top of it are bound to each alternative."""
-        made: Any = super().configurable_alternatives(which, **kwargs)
-        return AlternativeChats(**dict(made))
 
     # -- what users call, where LangChain's own would not do
 
@@ -189,7 +193,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            return _result(engine, generate(engine, prompt, params), asked)
+            return _result(engine, generate(engine, prompt, params), asked, llm._guard)
 
     async def _agenerate(
         self,
@@ -201,7 +205,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            return _result(engine, await engine.agenerate(prompt, params), asked)
+            return _result(engine, await engine.agenerate(prompt, params), asked, llm._guard)
 
     def _stream(
         self,
@@ -213,7 +217,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = llm._engine()
-            turn = _Turn(engine, asked)
+            turn = _Turn(engine, asked, llm._guard)
             with closing(stream(engine, prompt, params)) as chunks:
                 for chunk in chunks:
                     yield from turn.push(chunk)
@@ -228,7 +232,7 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
         with langchain_errors():
             llm, asked, prompt, params = self._resolve(messages, stop, kwargs)
             engine = await llm._aengine()
-            turn = _Turn(engine, asked)
+            turn = _Turn(engine, asked, llm._guard)
             async with aclosing(engine.astream(prompt, params)) as chunks:
                 async for chunk in chunks:
                     for out in turn.push(chunk):
@@ -289,10 +293,10 @@ class ChatDetoxiGen(EngineFields, BaseChatModel):
 def _structured(
     model: Runnable[LanguageModelInput, AIMessage],
     schema: Any,
-    method: str,
-    include_raw: bool,
-    strict: bool | None,
-    kwargs: dict[str, Any],
+    method: str = "json_schema",
+    include_raw: bool = False,
+    strict: bool | None = None,
+    **kwargs: Any,
 ) -> Runnable[LanguageModelInput, Any]:
     """`with_structured_output` of a chat model, or of one with keywords and a config around it."""
     if schema is None and method != "json_mode":
@@ -324,19 +328,20 @@ def _structured(
         return llm | parser  # type: ignore[no-any-return]
     parse = RunnableLambda(_finished) | parser
 
-    def told(values: dict[str, Any], config: RunnableConfig) -> dict[str, Any]:
+    def told(raw: AIMessage, config: RunnableConfig) -> dict[str, Any]:
         try:
-            return {**values, "parsed": parse.invoke(values["raw"], config), "parsing_error": None}
+            return {"raw": raw, "parsed": parse.invoke(raw, config), "parsing_error": None}
         except Exception as error:
-            return {**values, "parsed": None, "parsing_error": error}
+            return {"raw": raw, "parsed": None, "parsing_error": error}
 
-    async def atold(values: dict[str, Any], config: RunnableConfig) -> dict[str, Any]:
+    async def atold(raw: AIMessage, config: RunnableConfig) -> dict[str, Any]:
         try:
-            return {**values, "parsed": await parse.ainvoke(values["raw"], config), "parsing_error": None}
+            return {"raw": raw, "parsed": await parse.ainvoke(raw, config), "parsing_error": None}
         except Exception as error:
-            return {**values, "parsed": None, "parsing_error": error}
+            return {"raw": raw, "parsed": None, "parsing_error": error}
 
-    return RunnableMap(raw=llm) | RunnableLambda(told, atold, name="parse")
+    # The model comes first: only the first step of a sequence is told what is bound to it, and what a call sets.
+    return llm | RunnableLambda(told, atold, name="parse")
 
 
 def _finished(message: AIMessage) -> AIMessage:
@@ -347,48 +352,50 @@ def _finished(message: AIMessage) -> AIMessage:
     return message
 
 
-class _Wrapped:
-    """Tools and schemas on top of what LangChain put around a model: nothing that is around it is lost."""
+class BoundChat(_Choosable, Bound):  # type: ignore[no-redef]
+    """A chat model, or what is around one, with keywords and a config: tools and schemas on top keep both."""
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """As `ChatDetoxiGen.bind_tools`."""
-        this: Any = self
-        return this.bind(**this._model.bind_tools(tools, **kwargs).kwargs)  # type: ignore[no-any-return]
+        if isinstance(self.bound, ChatDetoxiGen):
+            return self.bind(**cast("Any", self.bound.bind_tools(tools, **kwargs)).kwargs)
+        return self.model_copy(update={"bound": _inside(self.bound, "bind_tools", tools, **kwargs)})
 
     def with_structured_output(
-        self,
-        schema: dict[str, Any] | type | None = None,
-        *,
-        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        **kwargs: Any,
+        self, schema: dict[str, Any] | type | None = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, Any]:
         """As `ChatDetoxiGen.with_structured_output`."""
-        return _structured(cast("Any", self), schema, method, include_raw, strict, kwargs)
+        if isinstance(self.bound, ChatDetoxiGen):
+            return _structured(self, schema, **kwargs)
+        return self.model_copy(update={"bound": _inside(self.bound, "with_structured_output", schema, **kwargs)})
 
 
-class BoundChat(_Wrapped, Bound):  # type: ignore[no-redef]
-    """A chat model with keywords and a config around it."""
+def _inside(wrapper: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """The same wrapper around what the method makes of the model in it. (LangChain's own would lose the wrapper.)"""
+    if isinstance(wrapper, RunnableBindingBase) and not isinstance(wrapper, BoundChat):
+        return wrapper.model_copy(update={"bound": _inside(wrapper.bound, method, *args, **kwargs)})
+    return getattr(wrapper, method)(*args, **kwargs)
 
-    @property
-    def _model(self) -> Any:
-        return self.bound
 
-
-class ConfigurableChat(_Wrapped, RunnableConfigurableFields):  # type: ignore[type-arg]
+class ConfigurableChat(_Choosable, Around, RunnableConfigurableFields):  # type: ignore[type-arg]
     """A chat model with fields that a config sets. Serialized, it is LangChain's."""
 
-    @property
-    def _model(self) -> Any:
-        return self.default
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """As `ChatDetoxiGen.bind_tools`."""
+        return self.bind(**cast("Any", self.default).bind_tools(tools, **kwargs).kwargs)  # type: ignore[no-any-return]
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type | None = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """As `ChatDetoxiGen.with_structured_output`."""
+        return _structured(self, schema, **kwargs)
 
     @classmethod
     def lc_id(cls) -> list[str]:
         return RunnableConfigurableFields.lc_id()
 
 
-class AlternativeChats(RunnableConfigurableAlternatives):  # type: ignore[type-arg]
+class AlternativeChats(_Choosable, Around, RunnableConfigurableAlternatives):  # type: ignore[type-arg]
     """Chat models of which a config chooses. Serialized, it is LangChain's."""
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
@@ -401,7 +408,7 @@ class AlternativeChats(RunnableConfigurableAlternatives):  # type: ignore[type-a
 
     def _each(self, method: str, *args: Any, **kwargs: Any) -> AlternativeChats:
         def on(model: Any) -> Any:
-            return getattr(model, method)(*args, **kwargs)
+            return _inside(model, method, *args, **kwargs)
 
         others = {
             name: on(one) if isinstance(one, Runnable) else lambda make=one: on(make())
@@ -417,9 +424,10 @@ class AlternativeChats(RunnableConfigurableAlternatives):  # type: ignore[type-a
 class _Turn:
     """One streamed reply, as LangChain's chunks."""
 
-    def __init__(self, engine: DetoxiGen, asked: Asked) -> None:
+    def __init__(self, engine: DetoxiGen, asked: Asked, guard: GuardPolicy | None) -> None:
         self._engine = engine
         self._asked = asked
+        self._guard = guard
         self._calls = CallStream(asked.tools, parallel=asked.parallel) if asked.tools else None
 
     def push(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
@@ -438,16 +446,16 @@ class _Turn:
                 content=content,
                 tool_call_chunks=calls,
                 usage_metadata=_usage(chunk.generation),
-                response_metadata=generation_info(self._engine, chunk.generation),
+                response_metadata=generation_info(self._engine, chunk.generation, self._guard),
                 chunk_position="last",
             ),
             generation_info={"finish_reason": chunk.generation.finish_reason},
         )
 
 
-def _result(engine: DetoxiGen, reply: Generation, asked: Asked) -> ChatResult:
+def _result(engine: DetoxiGen, reply: Generation, asked: Asked, guard: GuardPolicy | None) -> ChatResult:
     asked.check(reply.finish_reason)
-    fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply)}
+    fields = {"usage_metadata": _usage(reply), "response_metadata": generation_info(engine, reply, guard)}
     message = AIMessage(reply.text, **fields)
     if asked.tools:
         message = as_ai_message(reply.text, asked.tools, parallel=asked.parallel, **fields)

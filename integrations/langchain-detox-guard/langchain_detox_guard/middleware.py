@@ -23,6 +23,7 @@ from langchain.agents.middleware.types import (
     OmitFromInput,
 )
 from langchain.agents.structured_output import StructuredOutputError, ToolStrategy
+from langchain_core.callbacks import BaseCallbackManager
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import (
     AIMessage,
@@ -37,7 +38,7 @@ from langchain_core.messages.tool import tool_call
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langgraph.types import Command
 
-from langchain_detox_guard._engine import PROVIDER
+from langchain_detox_guard._engine import PROVIDER, policy_mark
 from langchain_detox_guard._inside import models_in, with_models
 from langchain_detox_guard._settings import refuse_scorer
 from langchain_detox_guard._words import names_in, replaced, words_of
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from detox_guard import Screened, ToxicityScorer
+    from langchain_core.runnables import RunnableConfig
     from langgraph.prebuilt.tool_node import ToolCallRequest
 
 Rung = float | Literal["rewrite"]
@@ -258,7 +260,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             text if text.strip() or calls else self.replacement,
             tool_calls=calls,
             name=None if message.name is None or read.flags(message.name) else message.name,
-            id=None if read.flags({"id": message.id}) else message.id,
+            id=None if read.flags({"id": message.id}, envelope=True) else message.id,
             usage_metadata=message.usage_metadata,
             response_metadata=message.response_metadata if ours else replaced(message.response_metadata, read.masked),
         )
@@ -322,7 +324,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         kept["response_metadata"] = replaced(message.response_metadata, read.masked)
         if drop:
             kept["content"] = SCREEN_NOTE
-        elif read.flags({"content": message.content}):
+        elif read.flags({"content": message.content}, envelope=True):
             text = str(message.text)
             # Flagged words outside of any text (a block of JSON, say) leave nothing to mask sentence by sentence.
             whole = isinstance(message.content, list) and not read.flags(text)
@@ -350,9 +352,10 @@ class _Read:
     def flagged(self) -> bool:
         return any(one.flagged for one in self.scores.values())
 
-    def flags(self, value: object) -> bool:
-        """Whether any word in it is flagged."""
-        return any(word in self.scores and self.scores[word].flagged for word in words_of(value, self.known))
+    def flags(self, value: object, *, envelope: bool = False) -> bool:
+        """Whether any word in it is flagged; `envelope` as in `words_of`."""
+        words = words_of(value, self.known, envelope=envelope)
+        return any(word in self.scores and self.scores[word].flagged for word in words)
 
     def masked(self, text: str) -> str:
         """The text without its flagged sentences; without any of it, if it hides them."""
@@ -425,7 +428,7 @@ def _schemas_of(response_format: Any) -> list[dict[str, Any]]:
 
 def _clean_call(call: ToolCall, read: _Read) -> ToolCall:
     """The call of the same tool, with the words masked."""
-    own = uuid4().hex if read.flags({"id": call["id"]}) else call["id"]
+    own = uuid4().hex if read.flags({"id": call["id"]}, envelope=True) else call["id"]
     return tool_call(name=call["name"], args=replaced(call["args"], read.masked), id=own)
 
 
@@ -438,7 +441,12 @@ def _unquoting(message: BaseMessage) -> BaseMessage:
 def _held() -> Iterator[None]:
     """Nothing is streamed of what any model says in here."""
     config = ensure_config()
-    token = var_child_runnable_config.set({**config, "tags": [*config["tags"], _NOSTREAM]})
+    held: RunnableConfig = {**config, "tags": [*config["tags"], _NOSTREAM]}
+    # Tags that are configured around a model take the place of those above; those of the callbacks are added to them.
+    if isinstance(callbacks := config.get("callbacks"), BaseCallbackManager):
+        held["callbacks"] = tagged = callbacks.copy()
+        tagged.add_tags([_NOSTREAM], inherit=True)
+    token = var_child_runnable_config.set(held)
     try:
         yield
     finally:
@@ -446,10 +454,14 @@ def _held() -> Iterator[None]:
 
 
 def _was_guarded(answer: _Answer, guard: GuardPolicy) -> bool:
-    """Whether it was decoded by us, under this guard."""
+    """Whether it was decoded by us, under this guard and no other of the same scorer."""
     told = _answer_of(answer).response_metadata
-    name = guard.scorer if isinstance(guard.scorer, str) else getattr(guard.scorer, "name", None)
-    return told.get("model_provider") == PROVIDER and name is not None and told.get("detox", {}).get("guard") == name
+    detox = told.get("detox") or {}
+    return (
+        told.get("model_provider") == PROVIDER
+        and bool(detox.get("guard"))
+        and detox.get("policy") == policy_mark(guard)
+    )
 
 
 def _answer_of(answer: _Answer) -> AIMessage:

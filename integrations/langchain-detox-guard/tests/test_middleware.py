@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import pytest
-from detox_guard import GuardError, GuardPolicy, InvalidParamsError
+from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, StructuredOutputValidationError, ToolStrategy
@@ -144,6 +146,31 @@ async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
     assert "".join(str(message.content) for message in streamed) == "That was a fine idea."
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda model: model.with_config(tags=["mine"]),
+        lambda model: model.with_config(tags=["mine"]).with_retry(),
+        lambda model: model.with_fallbacks([model]).with_config(tags=["mine"]),
+        lambda model: model.with_listeners().with_config(tags=["mine"], metadata={"a": 1}),
+    ],
+)
+async def test_nor_of_a_model_with_tags_of_its_own(around: Any, foreign: bool, is_async: bool) -> None:
+    ours = ChatDetoxiGen(engine=until(99), seed=1)
+    model = Foreign(messages=iter([AIMessage("That was a rotten idea.")])) if foreign else ours
+    agent = create_agent(
+        around(model), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(), on_exhausted="replace")]
+    )
+    question: Any = {"messages": [HumanMessage("Well?")]}
+    if is_async:
+        streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
+    else:
+        streamed = [message for message, _ in agent.stream(question, stream_mode="messages")]
+    assert "".join(str(message.content) for message in streamed) == "I would rather not say that."
+
+
 def test_with_a_decoding_guard_text_streams_on() -> None:
     """The policy goes down to the decoder, which releases only what was scored; nothing is held back here."""
     engine = until(0.0)
@@ -185,6 +212,25 @@ def test_whoever_answers_is_checked(guard: GuardPolicy | None) -> None:
     assert [one["action"] for one in out["detox"]] == ["rewrite"]
     assert not engine.calls
     assert not other.told & {"alpha", "guard", "calm_share"}
+
+
+@pytest.mark.parametrize(
+    ("other", "believed"),
+    [
+        (GuardPolicy(scorer=WORD, threshold=0.95), False),
+        (GuardPolicy(scorer=WordScorer("another")), False),
+        (GuardPolicy(scorer=WORD, ladder=(), replacement="rotten"), False),
+        (GuardPolicy(scorer=WORD, on_event=print), True),
+    ],
+)
+def test_an_answer_is_believed_only_under_the_same_guard(other: GuardPolicy, believed: bool) -> None:
+    """It says that it was guarded, and its scorer has the same name."""
+    behind = ChatDetoxiGen(engine=ScriptedDetoxiGen(["What a rotten idea."]), guard=other)
+    first = ChatDetoxiGen(engine=ScriptedDetoxiGen(["Fine."]))
+    strict = DetoxMiddleware(guard=GuardPolicy(scorer=WORD), ladder=(), on_exhausted="replace")
+    out = create_agent(first, [], middleware=[strict, Swap(behind)]).invoke({"messages": [HumanMessage("?")]})
+    assert "rotten" not in out["messages"][-1].content
+    assert [one["action"] for one in out["detox"]] == ["guard" if believed else "replace"]
 
 
 def test_drafts_of_a_model_that_came_in_behind_are_not_streamed() -> None:
@@ -521,8 +567,8 @@ def test_the_developers_own_words_are_not_the_models() -> None:
 
 def test_drawn_ids_are_no_words() -> None:
     drawn = ["call_Ab3dEf9GhJk2", "toolu_01Xy", "3f2a9c1b-77de-4c1a-9f00-0a1b2c3d4e5f", "9b9f41db7", "lc_run--01a22b"]
-    assert {word for one in drawn for word in words_of({"id": one})} <= {"call", "toolu", "lc run"}
-    assert words_of({"id": "you_rotten_thing"}) == ["you rotten thing"]
+    assert {word for one in drawn for word in words_of({"id": one}, envelope=True)} <= {"call", "toolu", "lc run"}
+    assert words_of({"id": "you_rotten_thing"}, envelope=True) == ["you rotten thing"]
 
 
 def test_words_are_found_at_any_depth() -> None:
@@ -623,3 +669,78 @@ def test_the_guards_own_scorer_and_threshold_are_the_default() -> None:
     for bad in ({"guard": "strict"}, {"alpha": True}, {"alpha": -1}, {"threshold": 2}, {"ladder": [None]}):
         with pytest.raises(InvalidParamsError, match=next(iter(bad))):
             DetoxMiddleware(**bad)  # type: ignore[arg-type]
+
+
+# -- a tool's own fields may be called as a provider's
+
+
+PROVIDERS = [
+    "status",
+    "role",
+    "type",
+    "object",
+    "example",
+    "model",
+    "id",
+    "signature",
+    "created_at",
+    "index",
+    "tool_call_id",
+]
+
+
+@pytest.mark.parametrize("field", PROVIDERS)
+@pytest.mark.parametrize("word", ["rotten", "rotten7", "soRotten"])
+def test_a_word_alone_is_read_in_calls_and_results_whatever_its_field_is_called(field: str, word: str) -> None:
+    scorer = WordScorer("otten")
+    parsed: dict[str, Any] = {"args": {"a": [{field: word}]}, "name": "put", "id": "c1"}
+    for message in (
+        AIMessage("", tool_calls=[parsed]),
+        AIMessage([{"type": "tool_use", "id": "c1", "name": "put", "input": {field: word}}]),
+        AIMessage("", additional_kwargs={"tool_calls": [{"function": {"arguments": json.dumps({field: word})}}]}),
+        AIMessage("", additional_kwargs={"parsed": {field: word}}),
+        AIMessage([{"type": "non_standard", "value": {field: word}}]),
+        ToolMessage("Fine.", tool_call_id="c1", artifact={field: word}),
+        ToolMessage([{"type": "json", "json": {field: word}}], tool_call_id="c1"),
+        ToolMessage(json.dumps({field: word}), tool_call_id="c1"),
+        {field: word},
+    ):
+        assert any(one.flagged for one in screen(words_of(message), scorer=scorer)), message
+
+
+def test_and_the_tool_does_not_get_it() -> None:
+    got: list[tuple[str, str]] = []
+
+    @tool
+    def put(status: str, id: str) -> str:
+        """Put it."""
+        got.append((status, id))
+        return "Done."
+
+    call = {"name": "put", "args": {"status": "rotten", "id": "rotten"}, "id": "c1"}
+    model = Foreign(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("Done.")]))
+    create_agent(model, [put], middleware=[DetoxMiddleware(scorer=WORD, ladder=())]).invoke(
+        {"messages": [HumanMessage("?")]}
+    )
+    assert got == [("[removed by the toxicity screen]", "[removed by the toxicity screen]")]
+
+
+def test_a_structured_answer_neither() -> None:
+    class Parcel(BaseModel):
+        status: str
+
+    call = {"name": "Parcel", "args": {"status": "rotten"}, "id": "c1"}
+    model = Foreign(messages=iter([AIMessage("", tool_calls=[call])]))
+    middleware = [DetoxMiddleware(scorer=WORD, ladder=())]
+    agent = create_agent(model, [], middleware=middleware, response_format=ToolStrategy(Parcel))
+    with pytest.raises(GuardError):
+        agent.invoke({"messages": [HumanMessage("?")]})
+
+
+def test_the_envelope_stays_unread() -> None:
+    message = AIMessage(
+        [{"type": "text", "text": "Fine.", "id": "msg_0a1b2c", "index": 0}],
+        response_metadata={"model_name": "rotten", "finish_reason": "stop", "object": "completion"},
+        id="run-0a1b2c",
+    )
+    assert set(words_of(message)) == {"Fine.", "msg", "run"}

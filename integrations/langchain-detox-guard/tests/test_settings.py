@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
 from detox_guard.errors import NotPicklableError
+from langchain.agents import create_agent
 from langchain_core import exceptions
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
@@ -176,6 +177,95 @@ def test_what_was_bound_is_kept_by_what_is_bound_next(engine: ScriptedEngine) ->
     plain = DetoxiGenLLM(engine=engine).bind(alpha=1.5, stop=["you"]).bind(seed=3)
     assert plain.invoke("Hi").startswith("Hello, dear reader!")
     assert (asked(engine).alpha, asked(engine).stop, asked(engine).seed) == (1.5, ("you",), 3)
+
+
+AROUND: dict[str, Any] = {
+    "fields": lambda chat: chat.configurable_fields(alpha=ConfigurableField(id="alpha")),
+    "alternatives": lambda chat: chat.configurable_alternatives(ConfigurableField(id="which"), other=chat),
+    "fallbacks": lambda chat: chat.with_fallbacks([chat]),
+    "types": lambda chat: chat.with_types(input_type=str),
+    "listeners": lambda chat: chat.with_listeners(),
+    "config": lambda chat: chat.with_config(tags=["t"]),
+}
+
+
+@pytest.mark.parametrize("outer", AROUND)
+@pytest.mark.parametrize("inner", AROUND)
+def test_what_is_bound_to_a_wrapper_is_kept_under_tools_and_schemas(
+    inner: str, outer: str, engine: ScriptedEngine
+) -> None:
+    chat: Any = AROUND[inner](ChatDetoxiGen(engine=engine, alpha=1.5))
+    if outer == "fields":
+        outer = "config"  # LangChain looks for the fields in the wrapper itself
+    model = AROUND[outer](chat.bind(top_p=0.5)).bind(guard=POLICY, seed=5)
+    agent = create_agent(model, tools=[look_up])
+    for ask in (
+        model.bind_tools([look_up]).invoke,
+        model.with_structured_output(Town).invoke,
+        model.with_structured_output(Town, include_raw=True).invoke,
+        lambda said: agent.invoke({"messages": [HumanMessage(said)]}, {"recursion_limit": 5}),
+    ):
+        ask("Hi")
+        told = asked(engine)
+        assert (told.alpha, told.top_p, told.guard, told.seed) == (1.5, 0.5, POLICY, 5)
+    assert model.bind_tools([look_up]).invoke("Hi").tool_calls
+
+
+def test_a_retried_model_takes_all_that_another_does(engine: ScriptedEngine) -> None:
+    chat: Any = ChatDetoxiGen(engine=engine)
+    for model in (
+        chat.bind(seed=5).with_retry().bind(guard=POLICY),
+        chat.with_retry().with_config(tags=["t"]).bind(seed=5, guard=POLICY),
+        chat.with_fallbacks([chat]).with_retry().bind(seed=5).with_retry().bind(guard=POLICY),
+    ):
+        agent = create_agent(model, tools=[look_up])
+        for ask in (
+            model.invoke,
+            model.bind_tools([look_up]).invoke,
+            model.with_structured_output(Town).invoke,
+            lambda said, agent=agent: agent.invoke({"messages": [HumanMessage(said)]}, {"recursion_limit": 5}),
+        ):
+            ask("Hi")
+            assert (asked(engine).guard, asked(engine).seed) == (POLICY, 5)
+    plain = DetoxiGenLLM(engine=engine).bind(seed=5).with_retry().bind(alpha=1.5)
+    assert plain.invoke("Hi")
+    assert (asked(engine).alpha, asked(engine).seed) == (1.5, 5)
+
+
+def test_a_retried_model_is_retried_under_tools(engine: ScriptedEngine) -> None:
+    failed: list[int] = []
+
+    def script(*args: Any) -> str:
+        if len(failed) < 2:
+            failed.append(1)
+            raise RuntimeError("not yet")
+        return ScriptedEngine.default_script(*args)
+
+    chat: Any = ChatDetoxiGen(engine=ScriptedEngine(script))
+    model = chat.bind(seed=1).with_retry(wait_exponential_jitter=False, stop_after_attempt=3)
+    assert model.bind_tools([look_up]).invoke("Hi").tool_calls
+    assert len(failed) == 2
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_structured_answer_takes_options_of_its_call(raw: bool, engine: ScriptedEngine) -> None:
+    model = ChatDetoxiGen(engine=engine).with_structured_output(Town, include_raw=raw)
+    own: dict[str, Any] = {"alpha": 8.0, "guard": POLICY}
+    ways: list[Any] = [
+        lambda: model.bind(**own).invoke("Hi"),
+        lambda: model.invoke("Hi", **own),
+        lambda: model.batch(["Hi"], **own),
+        lambda: list(model.stream("Hi", **own)),
+    ]
+    for way in ways:
+        way()
+        assert (asked(engine).alpha, asked(engine).guard) == (8.0, POLICY)
+    await model.ainvoke("Hi", alpha=7.0)
+    assert asked(engine).alpha == 7.0
+    _ = [chunk async for chunk in model.astream("Hi", alpha=6.0)]
+    assert asked(engine).alpha == 6.0
+    with pytest.raises(InvalidParamsError, match="apha"):
+        model.invoke("Hi", apha=1.0)
 
 
 def test_fallbacks_take_tools_and_schemas(engine: ScriptedEngine) -> None:
