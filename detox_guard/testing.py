@@ -84,6 +84,8 @@ class ScriptedDetoxiGen:
         self.params = params or DecodingParams()
         self.model_id = model_id
         self.detoxifier_ids = ("-1:0123456789ab",)
+        self.streams: tuple[Any, ...] = self.detoxifier_ids
+        """As many as it has detoxifiers; there is nothing in them."""
         self.has_chat_template, self.supports_tools = chat, tools
         self.context_window = context_window
         self.closed = False

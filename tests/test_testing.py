@@ -83,6 +83,7 @@ def test_it_goes_where_the_real_one_goes() -> None:
         assert hasattr(DetoxiGen, name)
         assert hasattr(ScriptedDetoxiGen(), name)
     model = ScriptedDetoxiGen()
+    assert len(model.streams) == len(model.detoxifier_ids)
     assert copy.deepcopy(model) is model
     with pytest.raises(NotPicklableError):
         pickle.dumps(model)
