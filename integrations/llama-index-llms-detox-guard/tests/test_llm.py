@@ -418,6 +418,10 @@ def test_an_engine_takes_no_names_beside_it(name: str) -> None:
         DetoxiGenLLM(engine=FakeEngine()).model_copy(update={name: "other"})
     with pytest.raises(InvalidParamsError, match=name):
         DetoxiGenLLM(**{name: "other"}).model_copy(update={"engine": FakeEngine()})
+    llm = DetoxiGenLLM(engine=FakeEngine())
+    with pytest.raises(InvalidParamsError, match=name):
+        setattr(llm, name, "other")
+    assert getattr(llm, name) is None
 
 
 def test_a_copy_may_change_an_engine_for_a_name_and_back() -> None:

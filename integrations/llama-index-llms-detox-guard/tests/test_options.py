@@ -13,9 +13,10 @@ import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, SimpleChatEngine
-from llama_index.core.evaluation import FaithfulnessEvaluator
+from llama_index.core.evaluation import BatchEvalRunner, FaithfulnessEvaluator
 from llama_index.core.extractors import SummaryExtractor
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import ChatMessage
 from llama_index.core.program import FunctionCallingProgram, LLMTextCompletionProgram
 from llama_index.core.prompts import PromptTemplate
@@ -420,6 +421,7 @@ class OwnSynthesizer(Refine):
         return await super().aget_response(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # the batch runner's own
 @pytest.mark.parametrize(
     ("reply", "make"),
     [
@@ -429,6 +431,18 @@ class OwnSynthesizer(Refine):
         (CLEAN, lambda llm: OwnSynthesizer(llm=llm).aget_response(QUERY, ["One."])),
         (CLEAN, lambda llm: FaithfulnessEvaluator(llm=llm).aevaluate(QUERY, "At nine.", ["It opens at nine."])),
         (CLEAN, lambda llm: SummaryExtractor(llm=llm, show_progress=False).aextract([nodes("One.")[0].node])),
+        (
+            CLEAN,
+            lambda llm: BatchEvalRunner({"faithful": FaithfulnessEvaluator(llm=llm)}).aevaluate_response_strs(
+                [QUERY], ["At nine."], [["It opens at nine."]]
+            ),
+        ),
+        (
+            CLEAN,
+            lambda llm: IngestionPipeline(
+                transformations=[SummaryExtractor(llm=llm, show_progress=False)], disable_cache=True
+            ).arun(nodes=[nodes("One.")[0].node]),
+        ),
         ('{"hour": 9}', lambda llm: asked_of(LLMTextCompletionProgram, llm).acall(what="it")),
         ('{"hour": 9}', lambda llm: asked_of(LLMTextCompletionProgram, llm).astream_call(what="it")),
         (CALL, lambda llm: asked_of(FunctionCallingProgram, llm).acall(what="it")),

@@ -132,6 +132,11 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         copy._check_engine()
         return copy
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "engine" or name in _LOADING:
+            self.model_copy(update={name: value})
+        super().__setattr__(name, value)
+
     def _check_engine(self) -> None:
         """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
         if self.engine is None:

@@ -19,7 +19,9 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.base_selector import BaseSelector
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.evaluation import BatchEvalRunner
 from llama_index.core.evaluation.base import BaseEvaluator
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.query import QueryEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
@@ -113,10 +115,10 @@ class detox_options(entered):
 
     An answer that is streamed belongs to the block in which it was asked for, whenever, wherever and in whatever
     context it is read; so does a coroutine that was made there: of an LLM, a synthesizer, a query or chat engine, a
-    retriever, selector, question generator, evaluator, program, postprocessor or extractor. (For that, a block puts a
-    wrapper around these methods of LlamaIndex's classes and of their subclasses that exist when it is entered; without
-    options in force it does nothing. A coroutine function of your own begins when it is awaited: open the block in
-    it.) A thread that you start yourself needs `contextvars.copy_context().run`.
+    retriever, selector, question generator, evaluator, program, postprocessor, extractor or ingestion pipeline. (For
+    that, a block puts a wrapper around these methods of LlamaIndex's classes and of their subclasses that exist when it
+    is entered; without options in force it does nothing. A coroutine function of your own begins when it is awaited:
+    open the block in it.) A thread that you start yourself needs `contextvars.copy_context().run`.
 
     Yields a list that receives each reply once it is complete. Inner blocks win over outer ones, and what a call
     passes itself wins over both::
@@ -261,6 +263,8 @@ _asking: dict[type, tuple[str, ...]] = {
     BaseEvaluator: ("aevaluate", "aevaluate_response"),
     BasePydanticProgram: ("acall", "stream_call", "astream_call"),
     BaseNodePostprocessor: ("apostprocess_nodes",),
+    BatchEvalRunner: ("aevaluate_queries", "aevaluate_responses", "aevaluate_response_strs"),
+    IngestionPipeline: ("arun",),
     TransformComponent: ("acall", "aextract", "aprocess_nodes", "aget_nodes_from_documents"),
 }
 """LlamaIndex's base classes, and their methods whose coroutine or stream asks an LLM later than it was called."""

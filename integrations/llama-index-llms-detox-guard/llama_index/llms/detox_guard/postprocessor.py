@@ -9,7 +9,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.llms.detox_guard.portable import Portable, as_json
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
 
-from detox_guard import GuardPolicy
+from detox_guard import GuardPolicy, InvalidParamsError
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -41,7 +41,10 @@ class DetoxNodePostprocessor(Portable, BaseNodePostprocessor):
     @field_validator("scorer")
     @classmethod
     def _is_a_scorer(cls, value: Any) -> Any:
-        return GuardPolicy(scorer=value).scorer
+        try:
+            return GuardPolicy(scorer=value).scorer
+        except InvalidParamsError:
+            raise ValueError("a scorer's name, or an object with .name and .score()") from None
 
     @field_serializer("scorer")
     def _scorer_as_json(self, scorer: Any) -> Any:
