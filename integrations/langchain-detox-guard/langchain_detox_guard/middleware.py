@@ -116,6 +116,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             raise InvalidParamsError("tool_results", tool_results, "mask, drop, mark or None")
         if on_exhausted not in ("mask", "replace", "raise"):
             raise InvalidParamsError("on_exhausted", on_exhausted, "mask, replace or raise")
+        if not isinstance(ladder, list | tuple):
+            raise InvalidParamsError("ladder", ladder, "a list of rungs")
+        if not isinstance(replacement, str):
+            raise InvalidParamsError("replacement", replacement, "a string")
+        if scorer is not None and not isinstance(scorer, str) and not callable(getattr(scorer, "score", None)):
+            raise InvalidParamsError("scorer", scorer, "a name, or an object with .name and .score()")
         for i, rung in enumerate(ladder):
             if rung != "rewrite" and (
                 isinstance(rung, bool) or not isinstance(rung, int | float) or not 0 <= rung <= 100
