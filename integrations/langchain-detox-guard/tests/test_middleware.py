@@ -247,6 +247,14 @@ def test_the_ladder_never_lowers_alpha() -> None:
     assert alphas(engine) == [8.0, 8.0, 9.0, 8.0]
 
 
+def test_nor_one_that_is_bound_outside_of_a_wrapper() -> None:
+    engine = until(99)
+    model = ChatDetoxiGen(engine=engine, seed=1).with_retry().bind(alpha=8.0)
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(6.0,))])
+    agent.invoke({"messages": [HumanMessage("?")]})
+    assert alphas(engine) == [8.0, 8.0]
+
+
 @pytest.mark.parametrize(
     "said",
     [
