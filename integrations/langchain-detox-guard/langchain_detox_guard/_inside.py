@@ -32,11 +32,15 @@ def with_models(runnable: Any, change: Callable[[ChatDetoxiGen], ChatDetoxiGen],
     if isinstance(runnable, ChatDetoxiGen):
         return change(runnable)
     if isinstance(runnable, RunnableBindingBase):
-        bound, kwargs = runnable.bound, dict(runnable.kwargs)
+        kwargs = dict(runnable.kwargs)
+
+        def told(model: ChatDetoxiGen) -> ChatDetoxiGen:  # what is bound comes before the change, at any depth
+            return change(model._changed(model._sorted(kwargs)[0]))
+
+        bound = with_models(runnable.bound, told, fields)
         if isinstance(bound, ChatDetoxiGen):  # tools that are bound next would lose them
-            update, kwargs = bound._sorted(kwargs)
-            bound = bound._changed(update)
-        return runnable.model_copy(update={"bound": within(bound), "kwargs": without(kwargs)})
+            kwargs = bound._sorted(kwargs)[1]
+        return runnable.model_copy(update={"bound": bound, "kwargs": without(kwargs)})
     if isinstance(runnable, RunnableWithFallbacks):
         return runnable.model_copy(
             update={"runnable": within(runnable.runnable), "fallbacks": [within(one) for one in runnable.fallbacks]}

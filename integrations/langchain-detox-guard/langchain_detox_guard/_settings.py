@@ -37,7 +37,11 @@ class Settings(Serializable):
     def _changed(self, update: Mapping[str, Any]) -> Self:
         """Made again of the fields that were set, as they are now, with some changed: all are checked."""
         given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        copy = type(self)(**{**given, **update})
+        copy = type(self).__new__(type(self))
+        try:  # a subclass's own `__init__` may want other arguments, or set its own values again
+            type(self).__pydantic_validator__.validate_python({**given, **update}, self_instance=copy)
+        except ValidationError as error:
+            raise named(error) from None
         for name, value in (self.__pydantic_private__ or {}).items():
             setattr(copy, name, value)
         return copy

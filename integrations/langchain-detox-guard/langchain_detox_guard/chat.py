@@ -27,7 +27,6 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
 from langchain_core.runnables.utils import AnyConfigurableField  # noqa: TC002
 from langchain_core.tools import BaseTool  # noqa: TC002
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import field_validator
 
@@ -35,7 +34,16 @@ from langchain_detox_guard._engine import Around, Bound, EngineFields, generatio
 from langchain_detox_guard._errors import langchain_errors
 from langchain_detox_guard._profile import Profile
 from langchain_detox_guard._threads import generate, stream, wide
-from langchain_detox_guard.tools import UNFINISHED, Asked, CallStream, as_ai_message, choice_of, schema_of
+from langchain_detox_guard.tools import (
+    UNFINISHED,
+    Asked,
+    CallStream,
+    as_ai_message,
+    choice_of,
+    schema_of,
+    shown_of,
+    tool_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -108,7 +116,9 @@ class ChatDetoxiGen(_Choosable, EngineFields, BaseChatModel):
         was cut off raises `IncompleteAnswerError`; with `unfinished="keep"` it comes as one of `invalid_tool_calls`.
         With `parallel_tool_calls=False` the first call of a reply is its only one.
         """
-        shown = [convert_to_openai_tool(tool) for tool in tools]
+        shown = shown_of(tools)
+        if (parallel := kwargs.get("parallel_tool_calls")) not in (None, True, False):
+            raise InvalidParamsError("parallel_tool_calls", parallel, "True, False or None")
         return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)  # type: ignore[no-any-return]
 
     def with_structured_output(
@@ -304,8 +314,9 @@ def _structured(
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     parser: Any
     if method == "function_calling":
-        name = convert_to_openai_tool(schema)["function"]["name"]
-        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(schema)], "tool_choice": name}
+        shown = tool_of(schema, "schema")
+        name = shown["function"]["name"]
+        bound: dict[str, Any] = {"tools": [shown], "tool_choice": name}
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)
             if is_class

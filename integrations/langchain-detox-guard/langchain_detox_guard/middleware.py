@@ -36,7 +36,7 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.tool import tool_call
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
-from langgraph.types import Command
+from langgraph.types import Command, Overwrite
 
 from langchain_detox_guard._engine import PROVIDER, policy_mark
 from langchain_detox_guard._inside import models_in, with_models
@@ -63,6 +63,10 @@ _REFUSED = f"{SCREEN_NOTE} Give the answer again, without any insult."
 """Instead of a message that quotes an answer which may not be shown."""
 
 
+_DROPPED = object()
+"""Instead of a value that does not come into the state."""
+
+
 class DetoxState(AgentState[Any]):
     """The agent's state, with what the middleware did."""
 
@@ -80,8 +84,8 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
     concern `ChatDetoxiGen`, also inside what `bind`, `with_config`, `with_retry`, `with_fallbacks`, `configurable_…`
     and `|` put around it; the rest works with any chat model.) With `alpha` or `guard`, a model that cannot be looked
     into is refused: `InvalidParamsError`.
-    `tool_results`: what happens to a tool's result with a toxic sentence, its artifact included: "mask" that sentence,
-    "drop" the result, "mark" it in the state only; None does not look.
+    `tool_results`: what happens to a tool's result with a toxic sentence, its artifact and what it puts into the state
+    included: "mask" that sentence, "drop" the result, "mark" it in the state only; None does not look.
     Answers that score above `threshold` are asked for again, up the `ladder`: a number is an alpha, which is never
     lowered, "rewrite" shows the model its draft and asks for a kinder one. Every word is scored that a reader or a tool
     finds in the message, or in another that quotes it: text, reasoning and other blocks, names, ids, keys and strings
@@ -116,6 +120,12 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             raise InvalidParamsError("tool_results", tool_results, "mask, drop, mark or None")
         if on_exhausted not in ("mask", "replace", "raise"):
             raise InvalidParamsError("on_exhausted", on_exhausted, "mask, replace or raise")
+        if not isinstance(ladder, list | tuple):
+            raise InvalidParamsError("ladder", ladder, "a list of rungs")
+        if not isinstance(replacement, str):
+            raise InvalidParamsError("replacement", replacement, "a string")
+        if scorer is not None and not isinstance(scorer, str) and not callable(getattr(scorer, "score", None)):
+            raise InvalidParamsError("scorer", scorer, "a name, or an object with .name and .score()")
         for i, rung in enumerate(ladder):
             if rung != "rewrite" and (
                 isinstance(rung, bool) or not isinstance(rung, int | float) or not 0 <= rung <= 100
@@ -293,18 +303,46 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
             return Command(update={"messages": [message], "detox": records}) if records else result
         if not isinstance(result.update, dict):
             return result
+        update, records = dict(result.update), list[dict[str, Any]]()
+        for key, value in result.update.items():
+            if key == "messages":
+                whole = isinstance(value, Overwrite)
+                messages, found = self._screened_messages(value.value if whole else value)
+                screened: Any = Overwrite(messages) if whole else messages
+            elif key == "detox":
+                continue
+            else:
+                screened, found = self._screened_value(key, value)
+            if found:
+                update[key] = screened
+                records += found
+        if not records:
+            return result
+        update = {key: value for key, value in update.items() if value is not _DROPPED}
+        update["detox"] = [*result.update.get("detox", ()), *records]
+        return Command(graph=result.graph, update=update, resume=result.resume, goto=result.goto)
+
+    def _screened_messages(self, said: Any) -> tuple[list[BaseMessage], list[dict[str, Any]]]:
+        """One or several messages, in any form that LangGraph takes."""
+        many = isinstance(said, list) or (isinstance(said, tuple) and all(isinstance(one, BaseMessage) for one in said))
         messages, records = [], list[dict[str, Any]]()
-        said = result.update.get("messages", ())
-        for one in said if isinstance(said, list) else [said] if said else []:
+        for one in said if many else [said] if said else []:
             # Whatever role and form the tool gave it: the model reads it next.
             (message,) = [one] if isinstance(one, RemoveMessage) else convert_to_messages([one])
             message, found = self._screened_message(message)
             messages.append(message)
             records += found
-        if not records:
-            return result
-        update = {**result.update, "messages": messages, "detox": [*result.update.get("detox", ()), *records]}
-        return Command(graph=result.graph, update=update, resume=result.resume, goto=result.goto)
+        return messages, records
+
+    def _screened_value(self, key: str, value: Any) -> tuple[Any, list[dict[str, Any]]]:
+        """What a tool puts elsewhere into the state."""
+        read = self._scored(value)
+        if not read.flagged:
+            return value, []
+        record = {"where": "tool", "key": key, "score": read.score, "action": self.tool_results}
+        if self.tool_results == "mark":
+            return value, [record]
+        return _DROPPED if self.tool_results == "drop" else replaced(value, read.masked), [record]
 
     def _screened_message(self, message: BaseMessage) -> tuple[BaseMessage, list[dict[str, Any]]]:
         """The message that may be read, and a record if it was flagged. A result of several blocks becomes one text."""

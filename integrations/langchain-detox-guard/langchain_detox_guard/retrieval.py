@@ -11,7 +11,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough, RunnableSerializable
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from langchain_detox_guard._settings import Settings, refuse_scorer
 
@@ -51,6 +51,20 @@ class DetoxDocumentScreen(Settings, RunnableSerializable[list[Document], list[Do
     threshold: float = Field(default=0.5, ge=0, le=1)
     scorer: Any = None
     _shared: ClassVar = ("scorer",)
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("Input should be a number, not a bool")
+        return value
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _scores(cls, value: object) -> object:
+        if value is not None and not isinstance(value, str) and not callable(getattr(value, "score", None)):
+            raise ValueError("Input should be a name, or an object with .name and .score()")
+        return value
 
     def __getstate__(self) -> dict[Any, Any]:
         """Raises `NotPicklableError`."""

@@ -64,6 +64,22 @@ _FIRST_CALL = 1000
 """Index of a reply's first call: LangChain numbers its blocks from 0, and merges what has one number."""
 
 
+def shown_of(tools: Any) -> list[ToolDict]:
+    """The tools as OpenAI writes them. Raises `InvalidParamsError`."""
+    if not isinstance(tools, list | tuple):
+        raise InvalidParamsError("tools", tools, "a list of tools")
+    return [tool_of(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+
+
+def tool_of(tool: Any, field: str) -> ToolDict:
+    """A tool, or a schema, as OpenAI writes a tool. Raises `InvalidParamsError` with the field."""
+    try:
+        return convert_to_openai_tool(tool)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        bound = "a tool, a function, a pydantic class, or a schema with a title"
+        raise InvalidParamsError(field, tool, bound) from error
+
+
 def choice_of(tool_choice: object, tools: Sequence[ToolDict]) -> Choice:
     """The normal form of any `tool_choice` LangChain users write. Raises `InvalidParamsError`."""
     names = [function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools)]
@@ -109,10 +125,10 @@ class Asked:
         """Read the keywords that `bind_tools` and `with_structured_output` bind. Raises `InvalidParamsError`."""
         if unfinished not in ("raise", "keep"):
             raise InvalidParamsError("unfinished", unfinished, "raise or keep")
-        if tools is not None and not isinstance(tools, list | tuple):
-            raise InvalidParamsError("tools", tools, "a list of tools")
+        if parallel_tool_calls not in (None, True, False):
+            raise InvalidParamsError("parallel_tool_calls", parallel_tool_calls, "True, False or None")
         keep = unfinished == "keep"
-        shown = tuple(convert_to_openai_tool(tool) for tool in tools or ())
+        shown = tuple(shown_of([] if tools is None else tools))
         choice = choice_of(tool_choice, shown)
         if response_format is not None:
             if shown and choice != "none":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
 from detox_guard.testing import ScriptedDetoxiGen
-from langchain.agents import create_agent
+from langchain.agents import AgentState, create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, StructuredOutputValidationError, ToolStrategy
 from langchain_core.documents import Document
@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.runnables.base import RunnableBinding
 from langchain_core.tools import InjectedToolCallId, tool
-from langgraph.types import Command
+from langgraph.types import Command, Overwrite
 from pydantic import BaseModel, Field
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware, IncompleteAnswerError
@@ -245,6 +245,14 @@ def test_the_ladder_never_lowers_alpha() -> None:
     engine = until(99)
     run(engine, alpha=8.0)
     assert alphas(engine) == [8.0, 8.0, 9.0, 8.0]
+
+
+def test_nor_one_that_is_bound_outside_of_a_wrapper() -> None:
+    engine = until(99)
+    model = ChatDetoxiGen(engine=engine, seed=1).with_retry().bind(alpha=8.0)
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(6.0,))])
+    agent.invoke({"messages": [HumanMessage("?")]})
+    assert alphas(engine) == [8.0, 8.0]
 
 
 @pytest.mark.parametrize(
@@ -744,3 +752,41 @@ def test_the_envelope_stays_unread() -> None:
         id="run-0a1b2c",
     )
     assert set(words_of(message)) == {"Fine.", "msg", "run"}
+
+
+class Noted(AgentState[Any]):
+    notes: Any
+
+
+@pytest.mark.parametrize(
+    ("action", "notes"),
+    [
+        ("mask", {"by": "[removed by the toxicity screen]", "n": 3}),
+        ("drop", None),
+        ("mark", {"by": "rotten", "n": 3}),
+        (None, {"by": "rotten", "n": 3}),
+    ],
+)
+def test_what_a_tool_puts_into_the_state_is_screened(action: Any, notes: Any) -> None:
+    @tool
+    def note(tool_call_id: Annotated[str, InjectedToolCallId]) -> Command[Any]:
+        """Note it."""
+        told = ToolMessage("Done.", tool_call_id=tool_call_id)
+        return Command(update={"notes": {"by": "rotten", "n": 3}, "messages": [told]})
+
+    call = {"name": "note", "args": {}, "id": "c1"}
+    model = Foreign(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("Done.")]))
+    middleware = [DetoxMiddleware(scorer=WORD, ladder=(), tool_results=action)]
+    agent = create_agent(model, [note], middleware=middleware, state_schema=Noted)
+    out = agent.invoke({"messages": [HumanMessage("?")]})
+    assert out.get("notes") == notes
+    assert [one["key"] for one in out.get("detox", ())] == ([] if action is None else ["notes"])
+
+
+@pytest.mark.parametrize("form", [tuple, Overwrite])
+def test_messages_of_a_command_are_screened_in_every_form(form: Any) -> None:
+    middleware = DetoxMiddleware(scorer=WORD)
+    command = Command(update={"messages": form([ToolMessage("Fine. He is rotten.", tool_call_id="c1")])})
+    update = middleware.wrap_tool_call(None, lambda _: command).update  # type: ignore[arg-type, union-attr, return-value]
+    messages = update["messages"].value if form is Overwrite else update["messages"]
+    assert [one.content for one in messages] == ["Fine. [removed by the toxicity screen]"]

@@ -366,6 +366,55 @@ def test_what_was_assigned_is_checked_at_the_call(kind: Any, engine: ScriptedEng
         llm.invoke("Hi")
 
 
+@pytest.mark.parametrize("word", [5, "x", [5], [None]])
+def test_tools_and_schemas_too(word: Any, engine: ScriptedEngine) -> None:
+    chat: Any = ChatDetoxiGen(engine=engine)
+    for way in (lambda: chat.bind_tools(word), lambda: chat.invoke("Hi", tools=word)):
+        with pytest.raises(InvalidParamsError, match="tools"):
+            way()
+    for method in ("json_schema", "function_calling", "json_mode"):
+        with pytest.raises(InvalidParamsError, match="schema"):
+            chat.with_structured_output(word, method=method)
+    with pytest.raises(InvalidParamsError, match="parallel_tool_calls"):
+        chat.bind_tools([look_up], parallel_tool_calls="no")
+    with pytest.raises(InvalidParamsError, match="parallel_tool_calls"):
+        chat.invoke("Hi", tools=[look_up], parallel_tool_calls="no")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"ladder": 5}, {"ladder": None}, {"ladder": "rewrite"}, {"scorer": 5}, {"replacement": 5}], ids=str
+)
+def test_and_those_of_the_middleware_and_the_screen(bad: dict[str, Any]) -> None:
+    (field,) = bad
+    with pytest.raises(InvalidParamsError, match=field):
+        DetoxMiddleware(**bad)
+    for own in ({"threshold": True}, {"scorer": 5}):
+        with pytest.raises(InvalidParamsError, match=next(iter(own))):
+            DetoxDocumentScreen(**own)
+
+
+@BOTH
+def test_a_subclass_with_an_init_of_its_own_works(kind: Any, engine: ScriptedEngine) -> None:
+    class Own(kind):  # type: ignore[misc]
+        """It takes an argument that is no field, and sets a default of its own."""
+
+        def __init__(self, persona: str = "x", **kwargs: Any) -> None:
+            super().__init__(**{"alpha": 9.0, **kwargs})
+            self._persona = persona
+
+        _persona: str = "none"
+
+    model = Own("reader", engine=engine)
+    model.invoke("Hi")
+    assert asked(engine).alpha == 9.0
+    model.bind(alpha=2.0, seed=4).with_config(tags=["t"]).invoke("Hi")
+    assert (asked(engine).alpha, asked(engine).seed) == (2.0, 4)
+    twin = model.model_copy(update={"alpha": 1.0})
+    assert (type(twin), twin.alpha, twin._persona, twin.engine) == (Own, 1.0, "reader", engine)
+    with pytest.raises(InvalidParamsError, match="alpha"):
+        model.invoke("Hi", alpha=-1)
+
+
 # -- caches
 
 
