@@ -33,6 +33,14 @@ SHORT = DecodingParams(alpha=0.0, max_new_tokens=2, ignore_eos=True, seed=1)
 LONG = SHORT.replace(max_new_tokens=450)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """A process that a shell started in the background has Ctrl-C ignored, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from detox_guard import StepError
@@ -16,7 +16,18 @@ from langchain_core.runnables import RunnableLambda
 from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 from scripted_engine import ScriptedEngine
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 LONG = "word " * 100_000
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """A process that a shell started in the background has Ctrl-C ignored, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def slow() -> ScriptedEngine:
