@@ -108,7 +108,7 @@ async def test_an_unknown_option_is_named(way: str) -> None:
 
 
 async def test_concurrent_async_calls_are_under_way_together() -> None:
-    engine = FakeEngine(delay_s=0.01)
+    engine = FakeEngine(delay_s=0.2)
     llm = DetoxiGenLLM(engine=engine)
     await asyncio.gather(*(llm.achat(HELLO) for _ in range(8)))
     assert engine.peak == 8

@@ -141,7 +141,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
         if self.engine is None:
             return
-        if not all(callable(getattr(self.engine, way, None)) for way in ("stream", "astream")):
+        if isinstance(self.engine, str | bytes | int | float | list | tuple | dict):
             raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
         if named := [name for name in _LOADING if getattr(self, name) is not None]:
             raise InvalidParamsError(
