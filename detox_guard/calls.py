@@ -81,7 +81,7 @@ class ToolCallStream:
         self.invalid: list[str] = []
         """Raw text of calls that cannot be read."""
         self._types = _types_of(tools)
-        self._names = frozenset(_names_of(tools))
+        self._names = frozenset(name for name, _ in _functions_of(tools))
         self._parts: list[str | ToolCall] = []
         # The reply so far, while it may be nothing but calls; None once that is settled.
         self._start: list[str] | None = []
@@ -246,21 +246,21 @@ class ToolCallStream:
         self._tail, self._blank, self._called, self._break = "", True, True, self._said
 
 
-def _names_of(tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _functions_of(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each tool's name and function, OpenAI-style or bare."""
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(function, Mapping):
-            yield str(function.get("name"))
+            yield str(function.get("name")), function
 
 
 def _types_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     types: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+    for name, function in _functions_of(tools):
+        parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(properties, Mapping):
-            types[str(function.get("name"))] = properties
+        if isinstance(properties, Mapping):
+            types[name] = properties
     return types
 
 
