@@ -449,7 +449,7 @@ def test_schemas_nested_too_deep_are_named_and_the_next_is_served(guard: DetoxiG
         with pytest.raises(InvalidParamsError, match="120 levels") as caught:
             make()
         assert caught.value.field == "schema"
-    assert guard.generate(PROMPT, max_new_tokens=2).text
+    assert guard.generate(PROMPT, max_new_tokens=2).finish_reason in ("stop", "length")
 
 
 def test_a_schema_as_deep_as_allowed_is_enforced(guard: DetoxiGen) -> None:
