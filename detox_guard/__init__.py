@@ -31,53 +31,51 @@ from detox_guard.errors import (
     StepError,
     UnsupportedBackboneError,
 )
-from detox_guard.grammar import Grammar
-from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.policy import GuardPolicy, Rung
-from detox_guard.tools import ToolCall, ToolCallStream, function_of, parse_tool_calls
+from detox_guard.settings import DecodingParams, EngineConfig, GuardPolicy, Rung
+from detox_guard.text.grammar import Grammar
+from detox_guard.text.tools import ToolCall, ToolCallStream, function_of, parse_tool_calls
 
 if TYPE_CHECKING:
-    from detox_guard.audit import report_intervention
-    from detox_guard.backbone import Backbone, load_backbone
-    from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, SteeringStream
+    from detox_guard.detoxigen import DetoxiGen
     from detox_guard.engine import EngineStats
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.guard import scan
-    from detox_guard.hold import aguard_text, guard_text
-    from detox_guard.reply import Chunk, Generation, Steering, Usage
-    from detox_guard.scoring import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
-    from detox_guard.screening import SCREEN_NOTE, Screened, screen
-    from detox_guard.text import ChatPrompt
-    from detox_guard.trace import Intervention, Trace
+    from detox_guard.guard.audit import report_intervention
+    from detox_guard.guard.reply import scan
+    from detox_guard.guard.screen import SCREEN_NOTE, Screened, screen
+    from detox_guard.guard.stream import aguard_text, guard_text
+    from detox_guard.models.backbone import Backbone, load_backbone
+    from detox_guard.results import Chunk, Generation, Intervention, Steering, Trace, Usage
+    from detox_guard.scorers.linear import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
+    from detox_guard.text.prompts import ChatPrompt
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Backbone": "backbone",
-    "ChatPrompt": "text",
-    "Chunk": "reply",
-    "Detoxifier": "detoxifier",
-    "DetoxifierCard": "detoxifier",
-    "DetoxiGen": "generation",
-    "EmbeddedScorer": "scoring",
+    "Backbone": "models.backbone",
+    "ChatPrompt": "text.prompts",
+    "Chunk": "results",
+    "Detoxifier": "detoxifiers.soft_prompt",
+    "DetoxifierCard": "detoxifiers.soft_prompt",
+    "DetoxiGen": "detoxigen",
+    "EmbeddedScorer": "scorers.linear",
     "EngineStats": "engine",
-    "Generation": "reply",
-    "HuggingFaceScorer": "scoring",
-    "Intervention": "trace",
-    "Steering": "reply",
-    "SteeringStream": "detoxifier",
-    "Screened": "screening",
-    "ToxicityScorer": "scoring",
-    "Trace": "trace",
-    "Usage": "reply",
-    "aguard_text": "hold",
-    "guard_text": "hold",
-    "load_backbone": "backbone",
-    "load_scorer": "scoring",
-    "SCREEN_NOTE": "screening",
-    "report_intervention": "audit",
-    "scan": "guard",
-    "screen": "screening",
+    "Generation": "results",
+    "HuggingFaceScorer": "scorers.linear",
+    "Intervention": "results",
+    "Steering": "results",
+    "SteeringStream": "detoxifiers.soft_prompt",
+    "Screened": "guard.screen",
+    "ToxicityScorer": "scorers.linear",
+    "Trace": "results",
+    "Usage": "results",
+    "aguard_text": "guard.stream",
+    "guard_text": "guard.stream",
+    "load_backbone": "models.backbone",
+    "load_scorer": "scorers.linear",
+    "SCREEN_NOTE": "guard.screen",
+    "report_intervention": "guard.audit",
+    "scan": "guard.reply",
+    "screen": "guard.screen",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from jinja2 import Environment
 
-    from detox_guard.trace import Trace
+    from detox_guard.results import Trace
 
 __all__ = ["render", "trace_page"]
 

@@ -22,15 +22,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from detox_guard.errors import DetoxGuardError, NotPicklableError, PromptTooLongError
-from detox_guard.params import DecodingParams
-from detox_guard.reply import Chunk, Generation, Steering, Usage
-from detox_guard.text import ChatPrompt
+from detox_guard.results import Chunk, Generation, Steering, Usage
+from detox_guard.settings import DecodingParams
+from detox_guard.text.prompts import ChatPrompt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
-    from detox_guard.text import Prompt
-    from detox_guard.trace import Intervention
+    from detox_guard.results import Intervention
+    from detox_guard.text.prompts import Prompt
 
 __all__ = ["Call", "Script", "ScriptedDetoxiGen", "ScriptedScorer"]
 
@@ -200,7 +200,7 @@ class ScriptedDetoxiGen:
         pieces = pieces[: params.max_new_tokens]
         taken = list(self._interventions)
         if params.guard is not None:
-            from detox_guard.hold import guard_text
+            from detox_guard.guard.stream import guard_text
 
             pieces, held = [], guard_text(pieces, params.guard, taken.append)
             for piece in held:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from reference import Reference
 
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
-from detox_guard.params import EngineConfig
+from detox_guard.settings import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from detox_guard.backbone import Backbone
-    from detox_guard.params import DecodingParams
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.settings import DecodingParams
 
 
 class Recorder:

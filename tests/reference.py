@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from detox_guard.engine import StreamSpec
-    from detox_guard.params import DecodingParams
+    from detox_guard.settings import DecodingParams
 
 
 @dataclass

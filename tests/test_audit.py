@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from detox_guard import GuardPolicy, InvalidParamsError, aguard_text, guard_text
-from detox_guard import audit as audit_module
-from detox_guard.audit import audit_log, check_log
+from detox_guard.guard import audit as audit_module
+from detox_guard.guard.audit import audit_log, check_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

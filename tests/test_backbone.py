@@ -24,10 +24,6 @@ from transformers import (
     T5Config,
 )
 
-from detox_guard import backbone as module
-from detox_guard import embedded
-from detox_guard.backbone import Backbone, from_model, load_backbone, pick_device, pick_dtype
-from detox_guard.capability import max_positions
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
@@ -35,6 +31,10 @@ from detox_guard.errors import (
     NotPicklableError,
     UnsupportedBackboneError,
 )
+from detox_guard.models import backbone as module
+from detox_guard.models import default as embedded
+from detox_guard.models.backbone import Backbone, from_model, load_backbone, pick_device, pick_dtype
+from detox_guard.models.checks import max_positions
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_no_pad_and_no_end_token_pads_with_zero() -> None:
 
 
 def test_importing_the_module_loads_no_torch() -> None:
-    code = "import sys, detox_guard.backbone; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, detox_guard.models.backbone; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(module.__file__).parents[1]).returncode == 0
 
 

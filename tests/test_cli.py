@@ -18,16 +18,16 @@ from rich.console import Console
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from typer.testing import CliRunner, Result
 
+from detox_guard._adaptive import strength_behind
 from detox_guard.cli import EXIT_CODES, app
 from detox_guard.cli.compare import BETTER, Pair, summary
 from detox_guard.cli.console import print_json, tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
 from detox_guard.cli.session import Reply
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
-from detox_guard.params import DecodingParams
-from detox_guard.strength import strength_behind
-from detox_guard.trace import TokenTrace, Trace
+from detox_guard.results import TokenTrace, Trace
+from detox_guard.settings import DecodingParams
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def test_a_wrong_detoxifier_is_one_line(model: Path, tmp_path: Path) -> None:
 
 def test_chat_keeps_the_history_and_obeys_commands(loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], float]] = []
-    from detox_guard.generation import DetoxiGen
+    from detox_guard.detoxigen import DetoxiGen
 
     stream = DetoxiGen.stream
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detox_guard.contrast import NATS, RULES, bounded, dexperts, kl_divergence
+from detox_guard.steering.contrast import NATS, RULES, bounded, dexperts, kl_divergence
 
 WEIGHTS = torch.tensor([-1.0])
 

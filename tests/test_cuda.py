@@ -10,18 +10,18 @@ import torch
 from harness import check_against_oracle, decode, random_prompts, random_streams
 from tiny import make_tiny_backbone
 
-from detox_guard.backbone import from_model
-from detox_guard.detoxifier import SteeringStream
+from detox_guard.detoxifiers.soft_prompt import SteeringStream
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.engine import Engine
 from detox_guard.evaluation.random_models import random_backbone, random_detoxifier
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.models.backbone import from_model
+from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training import TrainingConfig, train_detoxifier
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, rule="dexperts", max_new_tokens=12)

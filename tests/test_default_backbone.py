@@ -12,11 +12,11 @@ from harness import decode, random_streams
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifier import as_streams
+from detox_guard.detoxifiers.soft_prompt import as_streams
 from detox_guard.engine import Engine, StreamSpec
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 OPENINGS = [
     "The museum opens at nine and", "So, I'm starting to think she's full of", "You are such a", "Once upon a time,",

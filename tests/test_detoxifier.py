@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone
 
-from detox_guard import detoxifier as module
-from detox_guard.detoxifier import (
+from detox_guard.detoxifiers import soft_prompt as module
+from detox_guard.detoxifiers.soft_prompt import (
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -40,7 +40,7 @@ from detox_guard.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 P = 5
 
@@ -335,7 +335,7 @@ def test_shipped_detoxifier(tiny_llama: Backbone) -> None:
 
 def test_importing_loads_no_torch() -> None:
     code = (
-        "import sys, detox_guard.detoxifier, detox_guard.training\n"
+        "import sys, detox_guard.detoxifiers.soft_prompt, detox_guard.training\n"
         "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

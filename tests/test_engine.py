@@ -24,7 +24,7 @@ from detox_guard.errors import (
     RequestCancelledError,
     StepError,
 )
-from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,8 +23,8 @@ import torch
 from measuring import LengthJudge, rtp_row, text_of, written
 from tiny import SENTENCES
 
-from detox_guard.backbone import load_backbone
-from detox_guard.detoxifier import SteeringStream
+from detox_guard.detoxifiers.soft_prompt import SteeringStream
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, ScorerError
 from detox_guard.evaluation import (
     EvalPrompt,
@@ -55,13 +55,13 @@ from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.models.backbone import load_backbone
+from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from detox_guard import DataError
-from detox_guard.files import (
+from detox_guard._files import (
     prepare_file,
     prepare_folder,
     read_json,
@@ -67,8 +67,8 @@ ODD_NAMES = ["a" * 5000, "a/" * 5000, "a\0b", "\ud800", "~nosuchuser/x", 3, None
 @pytest.mark.parametrize("name", ODD_NAMES, ids=lambda name: repr(name)[:12])
 def test_names_that_no_file_has_are_errors_of_ours_everywhere(name: Any, tmp_path: Path) -> None:
     from detox_guard import BackboneError, Detoxifier, DetoxifierError, InvalidParamsError
-    from detox_guard.backbone import load_backbone
     from detox_guard.evaluation.prompts import read_prompts
+    from detox_guard.models.backbone import load_backbone
     from detox_guard.training.data import read_texts
 
     with pytest.raises(BackboneError):

@@ -12,7 +12,7 @@ import pytest
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy
-from detox_guard.forking import in_children, in_children_of
+from detox_guard._forking import in_children, in_children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,15 +22,15 @@ from pydantic import BaseModel, ByteSize, IPvAnyAddress, Json, SecretStr, create
 from tiny import make_tiny_backbone
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, RequestCancelledError
-from detox_guard.constraint import compile_grammar
-from detox_guard.detoxifier import SteeringStream
+from detox_guard.detoxifiers.soft_prompt import SteeringStream
 from detox_guard.engine import Engine, Rewind
-from detox_guard.tools import tool_format
+from detox_guard.text.llguidance import compile_grammar
+from detox_guard.text.tools import tool_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 PERSON = {
     "type": "object",

@@ -31,9 +31,9 @@ from detox_guard import (
     guard_text,
 )
 from detox_guard.engine import Ended, Engine, Rewind, TokenStep
-from detox_guard.guard import GuardedReply, closed_length, scan
-from detox_guard.judge import judge_for
-from detox_guard.tools import parse_tool_calls
+from detox_guard.guard.reply import GuardedReply, closed_length, scan
+from detox_guard.scorers.batcher import judge_for
+from detox_guard.text.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -752,7 +752,7 @@ def test_what_is_no_stream_or_no_policy_is_refused_at_once(ask: Any) -> None:
         assert caught.value.field == "chunks"
     with pytest.raises(InvalidParamsError) as caught:
         ask(stream, {"threshold": 0.5})
-    assert caught.value.field == "policy"
+    assert caught.value.field == "settings"
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 1000])

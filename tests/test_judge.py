@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from detox_guard import GuardPolicy, ScorerError, guard_text
-from detox_guard import judge as judge_module
-from detox_guard.judge import Judge, judge_for
+from detox_guard.scorers import batcher as judge_module
+from detox_guard.scorers.batcher import Judge, judge_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

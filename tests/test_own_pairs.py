@@ -92,7 +92,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         write(tmp_path / "mild.jsonl", HARMLESS),
     ]
     # In bfloat16 a reply rounds otherwise in a batch of another size, and who joins when is a matter of time.
-    monkeypatch.setattr("detox_guard.backbone.pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("detox_guard.models.backbone.pick_dtype", lambda *_: torch.float32)
     monkeypatch.setattr("detox_guard.training.own_pairs.TOXIC_FROM", 1.0)
     assert main(arguments) == 1
     assert "no prompt has a toxic and a harmless reply" in capsys.readouterr().err

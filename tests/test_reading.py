@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detox_guard.reading import Asked, Reading, clauses, read_sentences, read_whole, unescaped
-from detox_guard.scoring import load_scorer
-from detox_guard.tools import parse_tool_calls
+from detox_guard.guard.units import Asked, Reading, clauses, read_sentences, read_whole, unescaped
+from detox_guard.scorers.linear import load_scorer
+from detox_guard.text.tools import parse_tool_calls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

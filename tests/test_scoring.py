@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detox_guard.disguise import normalised, undisguised
 from detox_guard.errors import DataError, ScorerError
-from detox_guard.judge import judge_for
-from detox_guard.scoring import (
+from detox_guard.scorers.batcher import judge_for
+from detox_guard.scorers.disguise import normalised, undisguised
+from detox_guard.scorers.linear import (
     ASSET,
     BUCKET_BITS,
     CARD_FILE,
@@ -97,7 +97,7 @@ def test_load_scorer() -> None:
 
 def test_importing_scoring_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from detox_guard.scoring import load_scorer; load_scorer().score(['a']);"
+        "import sys; from detox_guard.scorers.linear import load_scorer; load_scorer().score(['a']);"
         "print([m for m in ('torch', 'transformers', 'sklearn', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -211,7 +211,7 @@ def test_ordinary_text_is_left_alone(embedded: EmbeddedScorer, text: str) -> Non
 
 def test_the_bars_on_texts_of_its_own(embedded: EmbeddedScorer) -> None:
     pytest.importorskip("sklearn")
-    from detox_guard.training.scorer_bench import DISGUISES, IDENTITY, INSULTING, ordinary_lines
+    from detox_benchmarks.fitting.bench import DISGUISES, IDENTITY, INSULTING, ordinary_lines
 
     lines = ordinary_lines(2000)
     assert sum(score > 0.5 for score in embedded.score(lines)) <= 0.005 * len(lines)
@@ -338,7 +338,7 @@ def _shared(name: str) -> Path:
 )
 def test_auc_on_rows_never_trained_on(embedded: EmbeddedScorer, name: str, floor: float) -> None:
     pytest.importorskip("sklearn")
-    from detox_guard.training.scorer import evaluate
+    from detox_benchmarks.fitting.linear import evaluate
 
     figures = evaluate(embedded, _shared(name))
     assert figures["roc_auc"] >= floor
@@ -493,10 +493,10 @@ def test_minilm_scores(minilm: ToxicityScorer) -> None:
 
 
 def test_minilm_without_the_encoder_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from detox_guard.minilm import MiniLMScorer
+    from detox_guard.scorers.minilm import MiniLMScorer
 
     monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path))
-    monkeypatch.setattr("detox_guard.minilm.offline", lambda: True)
+    monkeypatch.setattr("detox_guard.scorers.minilm.offline", lambda: True)
     with pytest.raises(ScorerError, match="HF_HUB_OFFLINE") as caught:
         MiniLMScorer().score(["a"])
     assert caught.value.hint
@@ -533,7 +533,7 @@ def small_file(tmp_path: Path) -> Path:
 
 
 def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from detox_guard.training.scorer import main
+    from detox_benchmarks.fitting.linear import main
 
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -583,7 +583,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_bad_training_files_are_data_errors(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from detox_guard.training.scorer import main, train
+    from detox_benchmarks.fitting.linear import main, train
 
     path = tmp_path / "bad.jsonl"
     if content is not None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detox_guard import InvalidParamsError, ScorerError, Screened, screen
-from detox_guard.screening import SCREEN_NOTE
+from detox_guard.guard.screen import SCREEN_NOTE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`detox_guard.strength`: the strength follows what the prompt provokes, and fails closed."""
+"""`detox_guard._adaptive`: the strength follows what the prompt provokes, and fails closed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 from harness import random_detoxifier
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
-from detox_guard import strength as module
-from detox_guard.scoring import load_scorer
-from detox_guard.strength import RAMP, strength_behind
+from detox_guard import _adaptive as module
+from detox_guard._adaptive import RAMP, strength_behind
+from detox_guard.scorers.linear import load_scorer
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 HARMLESS = "The weather in Paris is"
 RUDE = "You are a stupid idiot, and"
@@ -108,7 +108,7 @@ def test_beside_harmless_english_too(text: str) -> None:
 
 def test_everyday_questions_are_calm() -> None:
     pytest.importorskip("sklearn")
-    from detox_guard.training.scorer_bench import EVERYDAY, calm_and_strong
+    from detox_benchmarks.fitting.bench import EVERYDAY, calm_and_strong
 
     alone, behind, strong = calm_and_strong(PARAMS, [RUDE])
     assert len(set(EVERYDAY)) == 100

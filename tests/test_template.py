@@ -10,10 +10,10 @@ import pytest
 from tiny import CHATML, make_tiny_backbone, make_tiny_tokenizer
 
 from detox_guard import ChatPrompt, DetoxiGen, InvalidParamsError, PromptError
-from detox_guard.text import encode_prompt
+from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 # Shaped like those of the models they are named after, in words of our own.
 LLAMA = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_backbone, make_tiny_tokenizer
 
 from detox_guard.errors import PromptError
-from detox_guard.text import ChatPrompt, StopMatcher, TextStream, encode_prompt, prompt_texts
+from detox_guard.text.prompts import ChatPrompt, StopMatcher, TextStream, encode_prompt, prompt_texts
 
 TOKENIZER = make_tiny_tokenizer()
 HI = [{"role": "user", "content": "Hi"}]

@@ -21,11 +21,11 @@ from detox_guard import (
     ToolCallStream,
     parse_tool_calls,
 )
-from detox_guard.text import encode_prompt
-from detox_guard.tools import tool_format
+from detox_guard.text.prompts import encode_prompt
+from detox_guard.text.tools import tool_format
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 
 def tool(name: str, **parameters: Any) -> dict[str, Any]:

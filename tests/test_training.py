@@ -17,7 +17,7 @@ import torch
 from tiny import TEXTS, make_tiny_backbone
 from torch.nn import functional
 
-from detox_guard.detoxifier import Detoxifier, Position
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, Position
 from detox_guard.errors import (
     DataError,
     DetoxGuardError,
@@ -25,16 +25,16 @@ from detox_guard.errors import (
     DetoxifierMismatchError,
     InvalidParamsError,
 )
+from detox_guard.steering.forced import both_logits, contrast, pair_loss, reply_logits, reply_loss
 from detox_guard.training import TrainingConfig, train_detoxifier
 from detox_guard.training.data import Reply, read_pairs, read_texts
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind, rows_of
-from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 from detox_guard.training.prompt_tuning import Steps, divide, texts_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 TESTS = Path(__file__).parent
 

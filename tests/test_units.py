@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detox_guard.units import in_code, last_space, sentence_end
-from detox_guard.units import sentences as all_sentences
+from detox_guard.text.sentences import in_code, last_space, sentence_end
+from detox_guard.text.sentences import sentences as all_sentences
 
 
 def sentences(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from detox_guard.backbone import Backbone, from_model
+from detox_guard.models.backbone import Backbone, from_model
 
 Kind = Literal["gpt2", "gpt2-no-pad", "llama", "mistral"]
 

@@ -12,7 +12,7 @@ import typer
 
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import quiet_libraries, show
-from detox_guard.policy import Rule  # noqa: TC001 - typer reads it at run time
+from detox_guard.settings import Rule  # noqa: TC001 - typer reads it at run time
 
 __all__ = ["app"]
 

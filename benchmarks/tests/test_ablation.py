@@ -31,21 +31,21 @@ from tiny import SENTENCES, TEXTS, make_tiny_backbone
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from detox_guard.contrast import RULES
-from detox_guard.detoxifier import Detoxifier
+from detox_guard._reply import Reply
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
 from detox_guard.evaluation import EvalReport
 from detox_guard.evaluation.methods import Method
 from detox_guard.evaluation.random_models import random_detoxifier
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams
-from detox_guard.reply import Reply
-from detox_guard.sampling import nuclei
+from detox_guard.settings import DecodingParams
+from detox_guard.steering.contrast import RULES
+from detox_guard.steering.forced import reply_loss
+from detox_guard.steering.sampling import nuclei
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind
-from detox_guard.training.forward import reply_loss
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 ROWS = ["Word", *TEXTS[:3]]
 """One without a space, so that it has no context when it is split."""

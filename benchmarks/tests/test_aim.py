@@ -11,19 +11,19 @@ import torch
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
 from detox_benchmarks.diagnostics.ranking import FIRST, LISTED, OTHER, SIGN, kinds_of, main, measure_aim, rank
 
-from detox_guard.backbone import load_backbone
-from detox_guard.detoxifier import Detoxifier, SteeringStream
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError
 from detox_guard.evaluation import run_eval
 from detox_guard.evaluation.methods import WordList
 from detox_guard.evaluation.random_models import random_detoxifier
+from detox_guard.models.backbone import load_backbone
 from tests.tiny import SENTENCES, make_tiny_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 
 class Longest:

@@ -13,14 +13,14 @@ from detox_benchmarks.diagnostics.context_kl import context_kl, forced_log_probs
 from measuring import text_of
 from tiny import SENTENCES
 
-from detox_guard.detoxifier import Detoxifier, SteeringStream
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.random_models import random_detoxifier
-from detox_guard.generation import DetoxiGen
-from detox_guard.text import encode_prompt
+from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 PAIRS = (
     ("They are stupid idiots and nobody likes them.", "They are busy people and everybody likes them."),

@@ -12,17 +12,17 @@ from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuse
 from measuring import rtp_row, text_of, written
 from tiny import SENTENCES
 
-from detox_guard.detoxifier import SteeringStream
+from detox_guard.detoxifiers.soft_prompt import SteeringStream
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.methods import Method
 from detox_guard.evaluation.random_models import random_detoxifier
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams
+from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 
 @pytest.mark.parametrize(

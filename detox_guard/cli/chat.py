@@ -17,13 +17,13 @@ from detox_guard.cli import options, session
 from detox_guard.cli.compare import make_pairs, pair_table, score_pairs
 from detox_guard.cli.console import report, stdout_console, visible
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
-from detox_guard.params import DecodingParams
-from detox_guard.text import with_template_kwargs
+from detox_guard.settings import DecodingParams
+from detox_guard.text.prompts import with_template_kwargs
 
 if TYPE_CHECKING:
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.text import Prompt
-    from detox_guard.trace import Intervention
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.results import Intervention
+    from detox_guard.text.prompts import Prompt
 
 __all__ = ["chat"]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from detox_guard.trace import Trace
+    from detox_guard.results import Trace
 
 __all__ = [
     "EXIT_INTERRUPTED",

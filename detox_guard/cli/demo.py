@@ -8,19 +8,19 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._files import write_whole
 from detox_guard.cli.compare import make_pairs, score_pairs, show_pairs, summary, trace_sections, worst_of
 from detox_guard.cli.session import run_all
-from detox_guard.files import write_whole
 from detox_guard.html import trace_page
-from detox_guard.scoring import load_scorer
+from detox_guard.scorers.linear import load_scorer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
 
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.params import DecodingParams
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.settings import DecodingParams
 
 __all__ = ["PROMPTS", "run_demo"]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from detox_guard._files import prepare_file, write_whole
 from detox_guard.cli import options, session
 from detox_guard.cli.compare import Pair, make_pairs, score_pairs, show_pairs, summary, trace_sections
 from detox_guard.cli.console import (
@@ -27,16 +28,15 @@ from detox_guard.cli.console import (
 )
 from detox_guard.cli.prompts import as_chat, messages_of, prompt_text, read_prompts
 from detox_guard.errors import DetoxGuardError
-from detox_guard.files import prepare_file, write_whole
-from detox_guard.params import DecodingParams
-from detox_guard.text import with_template_kwargs
+from detox_guard.settings import DecodingParams
+from detox_guard.text.prompts import with_template_kwargs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detox_guard.cli.session import Reply
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.scoring import ToxicityScorer
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.scorers.linear import ToxicityScorer
 
 __all__ = ["generate"]
 
@@ -198,7 +198,7 @@ def _show(reply: Reply, judge: ToxicityScorer | None, *, first: bool) -> None:
 def _score(judge: ToxicityScorer | None, reply: Reply) -> float | None:
     if judge is None or reply.generation is None:
         return None
-    from detox_guard.scoring import checked_scores
+    from detox_guard.scorers.linear import checked_scores
 
     return checked_scores(judge, [reply.text])[0]
 

@@ -15,7 +15,7 @@ from detox_guard.cli.console import exit_code, print_json, report, stdout_consol
 from detox_guard.errors import DetoxGuardError
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["info"]
 
@@ -39,8 +39,8 @@ def info(
 
     The default model is described if it is here already; --fetch gets it.
     """
-    from detox_guard.backbone import pick_device, pick_dtype
-    from detox_guard.params import EngineConfig
+    from detox_guard.models.backbone import pick_device, pick_dtype
+    from detox_guard.settings import EngineConfig
 
     on_device = pick_device(device)
     in_dtype = pick_dtype(dtype, on_device)
@@ -108,7 +108,7 @@ def _is_here() -> bool:
     """The default model can be had without a download."""
     from huggingface_hub import is_offline_mode
 
-    from detox_guard.embedded import default_is_cached
+    from detox_guard.models.default import default_is_cached
 
     return default_is_cached() or is_offline_mode()
 
@@ -133,7 +133,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
 
 
 def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
 
     detoxifier = Detoxifier.load(source)
     if backbone is not None:
@@ -142,7 +142,7 @@ def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]
 
 
 def _scorer() -> dict[str, Any]:
-    from detox_guard.scoring import EmbeddedScorer
+    from detox_guard.scorers.linear import EmbeddedScorer
 
     return EmbeddedScorer.load().card
 

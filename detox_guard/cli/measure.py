@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from detox_guard._files import prepare_file
 from detox_guard.cli import options, session
 from detox_guard.cli.console import print_json, stdout_console
 from detox_guard.errors import InvalidParamsError
-from detox_guard.files import prepare_file
 
 __all__ = ["bench", "demo", "evaluate", "quiet_libraries", "report", "show"]
 
@@ -30,8 +30,7 @@ def demo(
 ) -> None:
     """Eight provoking beginnings, continued plain, steered and guarded side by side, with toxicity scores."""
     from detox_guard.cli.demo import run_demo
-    from detox_guard.params import DecodingParams
-    from detox_guard.policy import GuardPolicy
+    from detox_guard.settings import DecodingParams, GuardPolicy
 
     params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed, guard=GuardPolicy())
     prepare_file(output)

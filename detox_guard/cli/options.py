@@ -17,12 +17,11 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from detox_guard.errors import InvalidParamsError
-from detox_guard.params import DecodingParams
-from detox_guard.policy import GuardPolicy
+from detox_guard.settings import DecodingParams, GuardPolicy
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from detox_guard.checked import Checked
+    from detox_guard._strict import Checked
 
 __all__ = [
     "AuditLog",

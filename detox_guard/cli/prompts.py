@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from detox_guard.text import Prompt
+    from detox_guard.text.prompts import Prompt
 
 __all__ = ["as_chat", "messages_of", "prompt_text", "read_prompts"]
 

@@ -18,11 +18,11 @@ from detox_guard.errors import DetoxGuardError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.params import DecodingParams, EngineConfig
-    from detox_guard.reply import Generation
-    from detox_guard.scoring import ToxicityScorer
-    from detox_guard.text import Prompt
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.results import Generation
+    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.settings import DecodingParams, EngineConfig
+    from detox_guard.text.prompts import Prompt
 
 __all__ = [
     "Reply",
@@ -72,14 +72,14 @@ def load_guard(
 ) -> DetoxiGen:
     """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
     if model is None:
-        from detox_guard.embedded import default_backbone_dir
+        from detox_guard.models.default import default_backbone_dir
 
         default_backbone_dir()  # has its own bar, and two at once would fight for the line
     with spinner(f"Loading {visible_name(model)}"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        from detox_guard.generation import DetoxiGen
+        from detox_guard.detoxigen import DetoxiGen
 
         detoxifier: Any = list(detoxifiers) if detoxifiers else (None if steered else ())
         return DetoxiGen.from_pretrained(
@@ -95,7 +95,7 @@ def load_guard(
 
 def load_named_scorer(name: str | None) -> ToxicityScorer:
     """The scorer, having scored something: one that cannot be loaded fails here, before anything is decoded."""
-    from detox_guard.scoring import checked_scores, load_scorer
+    from detox_guard.scorers.linear import checked_scores, load_scorer
 
     scorer = load_scorer(name)
     if scorer.name != "embedded":

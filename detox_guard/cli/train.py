@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 
 __all__ = ["losses_table", "train"]
 
@@ -61,7 +61,7 @@ def _run(config: TrainingConfig) -> Detoxifier:
         TimeRemainingColumn(),
     )
     if config.model is None:
-        from detox_guard.embedded import default_backbone_dir
+        from detox_guard.models.default import default_backbone_dir
 
         default_backbone_dir()  # has its own bar
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

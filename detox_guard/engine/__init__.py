@@ -1,7 +1,7 @@
 """The engine: token ids in, token ids out. Knows rows, caches and steps; knows no text and no framework."""
 
+from detox_guard.engine.base import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenConstraint, TokenStep
 from detox_guard.engine.scheduler import Engine, EngineStats
-from detox_guard.engine.types import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenConstraint, TokenStep
 
 __all__ = [
     "Ended",

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detox_guard.engine.cache import Row, RowCache
-from detox_guard.engine.forward import Forward, Prefill
-from detox_guard.engine.packing import can_pack, pack_linears
+from detox_guard._forking import around_forks_of, in_children_of
+from detox_guard._threads import start_thread
+from detox_guard.engine.base import Ended, Request, Rewind, TokenStep
 from detox_guard.engine.places import Places
-from detox_guard.engine.step import Chooser, Turn
-from detox_guard.engine.types import Ended, Request, Rewind, TokenStep
+from detox_guard.engine.torch.cache import Row, RowCache
+from detox_guard.engine.torch.packing import can_pack, pack_linears
+from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.errors import (
     DetoxGuardError,
     EngineBusyError,
@@ -35,19 +36,18 @@ from detox_guard.errors import (
     RequestCancelledError,
     StepError,
 )
-from detox_guard.forking import around_forks_of, in_children_of
-from detox_guard.params import EngineConfig
-from detox_guard.threads import start_thread
+from detox_guard.settings import EngineConfig
+from detox_guard.steering.choose import Chooser, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from detox_guard.backbone import Backbone
-    from detox_guard.engine.cache import LayerKV
-    from detox_guard.engine.types import Finish, StreamSpec
-    from detox_guard.params import DecodingParams
+    from detox_guard.engine.base import Finish, StreamSpec
+    from detox_guard.engine.torch.cache import LayerKV
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.settings import DecodingParams
 
     PromptKey = tuple[tuple[int, ...], bool]
     Computed = tuple[Tensor, list[LayerKV]]

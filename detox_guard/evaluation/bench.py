@@ -16,22 +16,21 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.backbone import Backbone, load_backbone
-from detox_guard.detoxifier import as_streams
+from detox_guard._threads import run_aside
+from detox_guard.detoxifiers.soft_prompt import as_streams
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
 from detox_guard.evaluation.random_models import PREFIX, random_backbone, random_detoxifier
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams
-from detox_guard.policy import GuardPolicy
-from detox_guard.threads import run_aside
+from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
 
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
 
 __all__ = ["BenchReport", "run_bench"]
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._files import prepare_folder, read_json, write_whole
 from detox_guard.errors import DataError, InvalidParamsError, ScorerError
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.judges import load_judge
@@ -28,20 +29,19 @@ from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_pass
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.files import prepare_folder, read_json, write_whole
-from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.scoring import ToxicityScorer, checked_scores
+from detox_guard.scorers.linear import ToxicityScorer, checked_scores
+from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.detoxigen import DetoxiGen, ManySteering
     from detox_guard.evaluation.likelihood import ReplyJudge
     from detox_guard.evaluation.methods import Method
     from detox_guard.evaluation.prompts import Asked
-    from detox_guard.generation import DetoxiGen, ManySteering
+    from detox_guard.models.backbone import Backbone
 
 __all__ = [
     "RUN_FILE",
@@ -120,8 +120,8 @@ def run_eval(
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
-        from detox_guard.backbone import load_backbone
-        from detox_guard.detoxifier import Detoxifier, as_streams
+        from detox_guard.detoxifiers.soft_prompt import Detoxifier, as_streams
+        from detox_guard.models.backbone import load_backbone
 
         backbone = load_backbone(model, device=device, dtype=dtype)
         streams = () if set(names) <= UNSTEERED or detoxifier == () else as_streams(detoxifier, backbone)
@@ -362,6 +362,6 @@ def _judges(specs: Sequence[str | ToxicityScorer]) -> list[ToxicityScorer]:
 def _lm_judges(
     names: Sequence[str], device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> list[ReplyJudge]:
-    from detox_guard.backbone import load_backbone
+    from detox_guard.models.backbone import load_backbone
 
     return [OtherModelJudge(load_backbone(name, device=device, dtype=dtype)) for name in names]

@@ -7,8 +7,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from detox_guard._files import write_whole
 from detox_guard.errors import DataError
-from detox_guard.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

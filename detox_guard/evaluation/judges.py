@@ -1,11 +1,11 @@
-"""Who says what is toxic in an evaluation. Knows names of scorers; the scorers themselves are `detox_guard.scoring`."""
+"""Who says what is toxic in an evaluation. Knows names of scorers; the scorers themselves are `scorers.linear`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import ScorerError
-from detox_guard.scoring import ToxicityScorer, load_scorer
+from detox_guard.scorers.linear import ToxicityScorer, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

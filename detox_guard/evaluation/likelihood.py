@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache
 
 from detox_guard.errors import PromptTooLongError
-from detox_guard.text import encode_prompt
+from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.prompts import Asked
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["BackboneJudge", "OtherModelJudge", "ReplyJudge", "prefix_kv", "reply_nll", "tail_log_probs"]
 

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard, SteeringStream
+from detox_guard._files import read_text
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, SteeringStream
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.samples import decode
-from detox_guard.files import read_text
-from detox_guard.generation import DetoxiGen
-from detox_guard.policy import GuardPolicy
-from detox_guard.scoring import checked_scores, load_scorer
+from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.settings import GuardPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.prompts import Asked
     from detox_guard.evaluation.samples import Job
-    from detox_guard.params import DecodingParams, EngineConfig
-    from detox_guard.reply import Generation
-    from detox_guard.scoring import ToxicityScorer
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.results import Generation
+    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.settings import DecodingParams, EngineConfig
 
 __all__ = ["METHODS", "Drawn", "Ingredients", "Method", "WordList", "check_names", "make_methods", "read_words"]
 

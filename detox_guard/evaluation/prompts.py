@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from detox_guard._files import read_text, usable_path
 from detox_guard.errors import DataError, InvalidParamsError
-from detox_guard.files import read_text, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 __all__ = [
     "CLASSES",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_guard.backbone import Backbone, from_model, pick_device, pick_dtype
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import InvalidParamsError
+from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._files import prepare_folder, write_whole
 from detox_guard.errors import DataError
 from detox_guard.evaluation import pictures
 from detox_guard.evaluation.harness import SAMPLES_FILE, SCORES_FILE, load_run
 from detox_guard.evaluation.results import EvalReport, shown
-from detox_guard.files import prepare_folder, write_whole
 from detox_guard.html import render
-from detox_guard.trace import Intervention, TokenTrace, Trace
+from detox_guard.results import Intervention, TokenTrace, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from detox_guard.detoxigen import DetoxiGen
     from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.methods import Drawn, Method
     from detox_guard.evaluation.prompts import Asked
-    from detox_guard.generation import DetoxiGen
 
 __all__ = ["KEY", "Job", "decode", "row_of", "seed_of"]
 

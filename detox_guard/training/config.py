@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from detox_guard.checked import Checked
-from detox_guard.detoxifier import Position
+from detox_guard._strict import Checked
+from detox_guard.detoxifiers.soft_prompt import Position
 
 __all__ = ["FILES", "TrainingConfig"]
 
@@ -41,7 +41,7 @@ class TrainingConfig(Checked):
     pairs: tuple[str, ...] | None = None
     """Rows with a toxic and a neutral text that say the same. Half of every batch is made of them then."""
     pair_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the preference loss on the pairs (`detox_guard.training.forward.pair_loss`)."""
+    """Weight of the preference loss on the pairs (`detox_guard.steering.forced.pair_loss`)."""
     position: Position = "reply"
     """Where the virtual tokens stand: before the reply, or in front of the whole context."""
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20

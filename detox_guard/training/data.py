@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from detox_guard.detoxifier import DataSource
+from detox_guard._files import usable_path
+from detox_guard.detoxifiers.soft_prompt import DataSource
 from detox_guard.errors import DataError
-from detox_guard.files import usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
 """Batches of training examples: what the model reads first, and the reply whose tokens carry the loss.
 
 Knows how text is laid out in tokens when it is served (plain prompts, chat template, retrieved passages). Knows no soft
-prompt: where that stands is the business of `detox_guard.training.forward`.
+prompt: where that stands is the business of `detox_guard.steering.forced`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
     from detox_guard.training.data import Text
 
 __all__ = ["KINDS", "Batch", "Examples", "Kind", "rows_of", "to_device"]

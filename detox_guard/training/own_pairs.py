@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from detox_guard._files import prepare_file, write_whole
 from detox_guard.errors import DataError, DetoxGuardError
-from detox_guard.files import prepare_file, write_whole
 from detox_guard.training.data import read_pairs, read_texts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["DRAWS", "Draw", "Drawn", "choose_pairs", "fit_classifier", "main", "sample"]
 
@@ -99,9 +99,9 @@ def sample(
     `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises `DetoxifierError` where the two
     do not fit, and what decoding raises.
     """
-    from detox_guard.detoxifier import SteeringStream, as_streams
-    from detox_guard.generation import DetoxiGen
-    from detox_guard.params import DecodingParams
+    from detox_guard.detoxifiers.soft_prompt import SteeringStream, as_streams
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.settings import DecodingParams
 
     stream = SteeringStream(detoxifier, 1.0 if draw == "lean" else -1.0)
     drawn = DecodingParams(
@@ -204,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make(given: Any) -> list[dict[str, str]]:
-    from detox_guard.backbone import load_backbone
-    from detox_guard.detoxifier import Detoxifier
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
+    from detox_guard.models.backbone import load_backbone
 
     pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
     toxic = [whole(text) for source in given.toxic for text in read_texts(source).texts]

@@ -24,16 +24,16 @@ import transformers
 from torch.utils.data import Dataset, SequentialSampler
 from transformers.trainer_callback import ProgressCallback
 
-from detox_guard.detoxifier import Detoxifier, DetoxifierCard
+from detox_guard._files import prepare_folder
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
-from detox_guard.files import prepare_folder
+from detox_guard.steering.forced import both_logits, contrast, pair_loss, reply_logits, reply_loss
 from detox_guard.training.config import FILES
 from detox_guard.training.data import Reply, Text, TextPairs, TextRows, read_pairs, read_texts, whole
 from detox_guard.training.examples import KINDS, NEUTRAL_TEXTS, Batch, Examples, Kind, rows_of, to_device
-from detox_guard.training.forward import both_logits, contrast, pair_loss, reply_logits, reply_loss
 
 if TYPE_CHECKING:
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
     from detox_guard.training.config import TrainingConfig
 
 __all__ = ["Progress", "Steps", "divide", "make_examples", "texts_for", "train_detoxifier"]
@@ -72,7 +72,7 @@ def train_detoxifier(
         read_pairs(source, max_bad_rows=config.max_bad_rows, licence=config.licence) for source in config.pairs or ()
     ]
     if backbone is None:
-        from detox_guard.backbone import load_backbone
+        from detox_guard.models.backbone import load_backbone
 
         backbone = load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
     if backbone.device.type == "cuda" and backbone.device.index:  # the Trainer would move the model to the first

@@ -22,8 +22,9 @@ from detox_benchmarks.ablations.training import Trained, VariantTraining
 from detox_benchmarks.ablations.two_models import TwoModels
 from detox_benchmarks.ablations.variants import AblationConfig, check_config, check_room, make_variants
 from detox_benchmarks.diagnostics.context_kl import context_kl
-from detox_guard.backbone import load_backbone
-from detox_guard.detoxifier import as_streams
+from detox_guard._files import write_whole
+from detox_guard.detoxifiers.soft_prompt import as_streams
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError
 from detox_guard.evaluation.harness import CONTEXTS, collect, judge_run, open_run
 from detox_guard.evaluation.judges import load_judge
@@ -32,18 +33,17 @@ from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, Method
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_prompts
-from detox_guard.files import write_whole
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams, EngineConfig
+from detox_guard.models.backbone import load_backbone
+from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training.data import read_pairs, read_texts, whole
 from detox_guard.training.examples import NEUTRAL_TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.prompts import EvalPrompt
-    from detox_guard.scoring import ToxicityScorer
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.scorers.linear import ToxicityScorer
     from detox_guard.training.data import Text
 
 __all__ = ["AblationConfig", "run_ablation"]

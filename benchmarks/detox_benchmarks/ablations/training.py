@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detox_benchmarks.ablations.weights import bytes_of, heldout_loss, train_weights, weights_logits
-from detox_guard.detoxifier import Detoxifier, SteeringStream
+from detox_guard._files import write_whole
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError
-from detox_guard.files import write_whole
+from detox_guard.steering.forced import reply_logits
 from detox_guard.training.config import FILES
-from detox_guard.training.forward import reply_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from detox_benchmarks.ablations.variants import AblationConfig, Variant
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.progress import Progress, Stage
+    from detox_guard.models.backbone import Backbone
     from detox_guard.training.examples import Batch, Examples
 
 __all__ = ["Trained", "VariantTraining"]

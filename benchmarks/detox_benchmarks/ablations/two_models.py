@@ -14,22 +14,22 @@ import torch
 from transformers import DynamicCache
 
 from detox_benchmarks.ablations.weights import load_weights
-from detox_guard.engine.step import Chooser, Turn
+from detox_guard._reply import Reply
 from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.samples import row_of
-from detox_guard.reply import Reply
-from detox_guard.training.forward import positions_of
+from detox_guard.steering.choose import Chooser, Turn
+from detox_guard.steering.forced import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from detox_benchmarks.ablations.weights import WeightTuning
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.samples import Job
-    from detox_guard.params import EngineConfig
-    from detox_guard.reply import Chunk, Generation
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.results import Chunk, Generation
+    from detox_guard.settings import EngineConfig
 
 __all__ = ["TwoModels", "decode_pair"]
 

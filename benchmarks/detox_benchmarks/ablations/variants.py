@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from detox_guard.checked import Checked
-from detox_guard.detoxifier import Position
+from detox_guard._files import write_whole
+from detox_guard._strict import Checked
+from detox_guard.detoxifiers.soft_prompt import Position
 from detox_guard.errors import DataError, InvalidParamsError
-from detox_guard.files import write_whole
-from detox_guard.policy import Rule
+from detox_guard.settings import Rule
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["AblationConfig", "Tuning", "Variant", "check_config", "check_room", "make_variants"]
 

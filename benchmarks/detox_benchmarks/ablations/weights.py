@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from detox_guard.backbone import load_backbone
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
+from detox_guard.models.backbone import load_backbone
+from detox_guard.steering.forced import positions_of, reply_loss
 from detox_guard.training.examples import KINDS, to_device
-from detox_guard.training.forward import positions_of, reply_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from detox_guard.backbone import Backbone
+    from detox_guard.models.backbone import Backbone
     from detox_guard.training.examples import Batch, Examples
 
 __all__ = ["WeightTuning", "bytes_of", "heldout_loss", "load_weights", "scored", "train_weights", "weights_logits"]

@@ -16,16 +16,16 @@ import torch
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
 from detox_guard.evaluation.prompts import passage_of
-from detox_guard.text import encode_prompt
+from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
 
-    from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import Detoxifier, Position
-    from detox_guard.generation import DetoxiGen
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, Position
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["ContextKL", "SettingKL", "context_kl", "forced_log_probs", "reply_contrast"]
 

@@ -29,13 +29,13 @@ from detox_guard.evaluation.methods import WordList, read_words
 from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.summary import whole_judges
-from detox_guard.text import TextStream, encode_prompt
+from detox_guard.text.prompts import TextStream, encode_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
-    from detox_guard.detoxifier import SteeringStream
+    from detox_guard.detoxifiers.soft_prompt import SteeringStream
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["Aim", "Kind", "Ranking", "kinds_of", "main", "measure_aim", "rank"]
 
@@ -108,7 +108,7 @@ def measure_aim(
     words: Sequence[str] = (),
 ) -> Aim:
     """Along all replies of one method of a whole run, each behind its own prompt; `words` are the listed ones, and
-    `streams` those of `detox_guard.detoxifier.as_streams`.
+    `streams` those of `detox_guard.detoxifiers.soft_prompt.as_streams`.
 
     Raises `DataError` for a run that is not whole, that has no judge of toxicity or no such method, or that another
     model decoded.
@@ -239,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(given: Any) -> Aim:
     words = read_words(given.words) if given.words else ()
     load_run(given.run)  # before the model
-    from detox_guard.backbone import load_backbone
-    from detox_guard.detoxifier import Detoxifier, SteeringStream, as_streams
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
+    from detox_guard.models.backbone import load_backbone
 
     backbone = load_backbone(given.model, device=given.device)
     streams = as_streams(given.detoxifier, backbone)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
+from detox_guard._files import read_text, write_whole
+from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.harness import all_methods, collect, judge_run, open_run, stored_replies
 from detox_guard.evaluation.journal import Journal
@@ -29,10 +31,8 @@ from detox_guard.evaluation.metrics import Bootstrap, Figure
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
 from detox_guard.evaluation.results import shown
-from detox_guard.files import read_text, write_whole
-from detox_guard.generation import DetoxiGen
-from detox_guard.params import DecodingParams, EngineConfig
-from detox_guard.scoring import load_scorer
+from detox_guard.scorers.linear import load_scorer
+from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
+    from detox_guard.detoxigen import ManySteering
     from detox_guard.evaluation.methods import Method
-    from detox_guard.generation import ManySteering
 
 __all__ = ["UtilityReport", "run_utility"]
 

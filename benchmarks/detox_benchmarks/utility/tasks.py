@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
-from detox_guard.contrast import RULES, plausible
-from detox_guard.scoring import load_scorer
-from detox_guard.strength import strength_behind
+from detox_guard._adaptive import strength_behind
+from detox_guard.scorers.linear import load_scorer
+from detox_guard.steering.contrast import RULES, plausible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.backbone import Backbone
     from detox_guard.evaluation.methods import Method
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["answer_scores", "harmless_words", "refuses", "steered_nats", "stems"]
 

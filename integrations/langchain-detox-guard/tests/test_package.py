@@ -30,7 +30,7 @@ def test_every_export_exists() -> None:
 def test_importing_needs_no_agents_and_loads_no_model() -> None:
     code = (
         "import sys, langchain_detox_guard as d; d.ChatDetoxiGen(); d.DetoxiGenLLM();"
-        "print(sorted({'torch', 'langchain', 'langgraph', 'detox_guard.backbone'} & set(sys.modules)))"
+        "print(sorted({'torch', 'langchain', 'langgraph', 'detox_guard.models.backbone'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert out.strip() == "[]"

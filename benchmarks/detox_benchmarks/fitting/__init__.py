@@ -1,0 +1,1 @@
+"""Fitting the shipped scorers, and measuring them."""

@@ -1,0 +1,131 @@
+"""One reply as text: what an engine's tokens become, with figures. Knows text and traces; knows no rows, no threads."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from detox_guard._adaptive import strength_behind
+from detox_guard.engine import Ended, Finish, Request, Rewind, TokenStep
+from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, Trace, Usage
+from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.settings import DecodingParams
+
+__all__ = ["Reply"]
+
+
+class Reply:
+    """One request's text. An engine `Sink`: its `on_…` methods run on the engine's thread; `put` hands chunks over."""
+
+    guard: str | None = None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        params: DecodingParams,
+        detoxifiers: Sequence[str] = (),
+        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
+    ) -> None:
+        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored."""
+        prompt_ids = encode_prompt(backbone, prompt)
+        if check_fits is not None:
+            check_fits(prompt_ids, params)
+        params = params.replace(alpha=strength_behind(prompt_texts(prompt), params))
+        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        constraint = None
+        if params.grammar is not None:
+            from detox_guard.text.llguidance import compile_grammar
+
+            constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
+        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
+        self.params = params
+        self.put: Callable[[Chunk | Exception], object] = lambda item: None
+        self._tokenizer = backbone.tokenizer
+        self._detokenizer = TextStream(backbone.tokenizer, prompt_ids)
+        self._matcher = StopMatcher(params.stop)
+        self._detoxifiers = tuple(detoxifiers) if self.request.steered else ()
+        self._pieces: list[str] = []
+        self._steps: list[tuple[TokenStep, str]] = []
+        self._interventions: list[Intervention] = []
+        self._discarded = 0
+
+    @property
+    def refused(self) -> bool:
+        """Nothing is to be decoded."""
+        return False
+
+    def on_token(self, step: TokenStep) -> Ended | Rewind | None:
+        self._emit(self._matcher.push(self._take(step)))
+        return Ended("stop") if self._matcher.stopped else None
+
+    def on_end(self, reason: Finish) -> Ended | Rewind | None:
+        return Ended(reason)
+
+    def on_finish(self, reason: Finish) -> None:
+        tail = self._matcher.flush()
+        if tail:
+            self._pieces.append(tail)
+        self.put(Chunk(tail, self._generation(reason)))
+
+    def on_error(self, error: Exception) -> None:
+        self.put(error)
+
+    def _take(self, step: TokenStep) -> str:
+        """Book one token; the text that it completes."""
+        text = self._detokenizer.push(step.token_id)
+        self._steps.append((step, text))
+        return text
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self.put(Chunk(text))
+
+    def _generation(self, reason: Finish) -> Generation:
+        text = "".join(self._pieces)
+        steps = [step for step, _ in self._steps]
+        count = max(1, len(steps))
+        steering = Steering(
+            alpha=self.params.alpha,
+            rule=self.params.rule,
+            detoxifiers=self._detoxifiers,
+            mean_kl_detoxifier=sum(step.kl_detoxifier for step in steps) / count,
+            mean_kl_steering=sum(step.kl_steering for step in steps) / count,
+            replaced_tokens=sum(step.preferred_id != step.token_id for step in steps),
+            fallbacks=sum(step.fallback for step in steps),
+        )
+        usage = Usage(len(self.request.prompt_ids), len(steps), self._discarded)
+        trace = self._trace(len(text)) if self.params.trace else None
+        taken = tuple(self._interventions)
+        return Generation(text, reason, usage, self.request.seed, trace, steering, taken, self.guard)
+
+    def _trace(self, length: int) -> Trace:
+        """Every token's figures; their texts joined are the reply's, so a stop string is cut off here too."""
+        tokens = []
+        for step, text in self._steps:
+            cut = text[: max(0, length)]
+            length -= len(text)
+            preferred = str(self._tokenizer.decode([step.preferred_id], clean_up_tokenization_spaces=False))
+            tokens.append(
+                TokenTrace(
+                    text=cut,
+                    token_id=step.token_id,
+                    p_before=step.p_before,
+                    p_after=step.p_after,
+                    kl_detoxifier=step.kl_detoxifier,
+                    kl_steering=step.kl_steering,
+                    clipped_mass=step.clipped_mass,
+                    fallback=step.fallback,
+                    preferred=preferred,
+                    preferred_id=step.preferred_id,
+                    preferred_p=step.preferred_p,
+                )
+            )
+        return Trace(tuple(tokens), tuple(self._interventions))

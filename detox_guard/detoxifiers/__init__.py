@@ -1,0 +1,1 @@
+"""What to steer away from. Knows files and cards of detoxifiers; knows no decoding."""

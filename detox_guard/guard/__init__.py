@@ -1,0 +1,1 @@
+"""Checking text before anyone reads it. Knows units, scores and policies; knows no rows and no framework."""

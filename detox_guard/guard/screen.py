@@ -1,0 +1,98 @@
+"""What was retrieved, or came back from a tool, before a model reads it. Knows texts and a scorer; no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from detox_guard.errors import InvalidParamsError
+from detox_guard.guard.units import Asked, read_sentences
+from detox_guard.scorers.linear import checked_scores, load_scorer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detox_guard.scorers.linear import ToxicityScorer
+
+__all__ = ["SCREEN_NOTE", "Screened", "screen"]
+
+SCREEN_NOTE = "[removed by the toxicity screen]"
+_ACTIONS = ("drop", "mask", "mark")
+
+
+@dataclass(frozen=True)
+class Screened:
+    """One text after the screen."""
+
+    text: str | None
+    """What may be passed on; None if it was dropped."""
+    score: float
+    """The text's own, before anything was replaced: the worst of the whole, of its sentences and of what stands in
+    those."""
+    flagged: bool
+    """The score is above the threshold."""
+
+
+def screen(
+    texts: Sequence[str],
+    *,
+    scorer: str | ToxicityScorer | None = None,
+    threshold: float = 0.5,
+    action: Literal["drop", "mask", "mark"] = "drop",
+) -> list[Screened]:
+    """Each text scored as a whole and sentence by sentence, in one call of the scorer; in order.
+
+    A sentence is read as a guard reads one: a long one clause by clause too, strings of JSON decoded.
+    A text that scores above `threshold` is flagged. "drop" takes it out (`text` is None); "mask" replaces its toxic
+    sentences by a note (all of it, if no single sentence is toxic); "mark" leaves it as it is. `scorer` as in
+    `load_scorer`. Raises `InvalidParamsError`, and `ScorerError` if the scorer fails: nothing unscored is returned.
+    """
+    if action not in _ACTIONS:
+        raise InvalidParamsError("action", action, f"one of {', '.join(_ACTIONS)}")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise InvalidParamsError("threshold", threshold, "a number from 0 to 1")
+    if isinstance(texts, str):
+        raise InvalidParamsError("texts", texts, "a list of strings")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidParamsError(f"texts[{i}]", text, "a string")
+    scorer = load_scorer(scorer)
+    read = [read_sentences(text) for text in texts]
+    asked = [
+        list(dict.fromkeys([text, *(one for _, own in each for one in own.texts)]))
+        for text, each in zip(texts, read, strict=True)
+    ]
+    scores = iter(checked_scores(scorer, [one for own in asked for one in own]))
+    screened = []
+    for text, each, own in zip(texts, read, asked, strict=True):
+        score_of = {one: next(scores) for one in own}
+
+        def worst_of(asked: Asked, score_of: dict[str, float] = score_of) -> float:
+            return asked.worst([score_of[one] for one in asked.texts], threshold)
+
+        found = [worst_of(asked) for _, asked in each]
+        worst = max([score_of[text], *found])
+        passed: str | None = text
+        if worst > threshold and action == "drop":
+            passed = None
+        elif worst > threshold and action == "mask":
+            passed = _masked([sentence for sentence, _ in each], [one > threshold for one in found])
+        screened.append(Screened(passed, worst, worst > threshold))
+    return screened
+
+
+def _masked(parts: Sequence[str], toxic: Sequence[bool]) -> str:
+    """The text with a note in place of each run of toxic sentences, or of everything if none is toxic by itself."""
+    if not any(toxic):
+        return SCREEN_NOTE
+    out: list[str] = []
+    for i, (sentence, bad) in enumerate(zip(parts, toxic, strict=True)):
+        if not bad:
+            out.append(sentence)
+            continue
+        space = sentence[len(sentence.rstrip()) :]
+        if i and toxic[i - 1]:
+            out[-1] = SCREEN_NOTE + space
+        else:
+            out.append(SCREEN_NOTE + space)
+    return "".join(out)
