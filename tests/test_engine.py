@@ -14,7 +14,8 @@ from harness import Recorder, check_against_oracle, decode, random_prompts, rand
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Engine, Rewind, TokenStep, cache, scheduler
+from detox_guard.engine import Engine, Rewind, TokenStep, scheduler
+from detox_guard.engine.torch import cache
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
