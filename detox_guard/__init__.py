@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from detox_guard._strict import field_of
 from detox_guard.errors import (
     BackboneError,
     BackboneNotFoundError,
@@ -127,6 +128,7 @@ __all__ = [
     "Usage",
     "__version__",
     "aguard_text",
+    "field_of",
     "function_of",
     "guard_text",
     "load_backbone",

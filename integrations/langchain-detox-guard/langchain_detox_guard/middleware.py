@@ -38,7 +38,7 @@ from langchain_core.messages.tool import tool_call
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langgraph.types import Command, Overwrite
 
-from langchain_detox_guard._engine import PROVIDER, policy_mark
+from langchain_detox_guard._identity import PROVIDER, policy_mark
 from langchain_detox_guard._inside import models_in, with_models
 from langchain_detox_guard._settings import refuse_scorer
 from langchain_detox_guard._words import names_in, replaced, words_of

@@ -1,4 +1,4 @@
-"""Retrieved documents, screened before a model reads them; and a RAG chain that does so. Knows documents, no engine."""
+"""Retrieved documents, screened before a model reads them; and a RAG chain that does so. Knows documents, no model."""
 
 from __future__ import annotations
 
