@@ -70,7 +70,9 @@ def test_it_asks_about_the_comments(data: list[str], monkeypatch: pytest.MonkeyP
 def test_it_goes_on_with_what_was_found(
     data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    detoxigen = ScriptedDetoxiGen(lambda prompt, _: "You stupid idiot." if "idiot" in prompt else "It opens at 7 o'clock.")
+    detoxigen = ScriptedDetoxiGen(
+        lambda prompt, _: "You stupid idiot." if "idiot" in prompt else "It opens at 7 o'clock."
+    )
     monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: detoxigen)
     main([*data, "--samples", "1", "--about", "thread"])
     assert [prompt.rpartition("\n\n")[2][:17] for _, prompt, _ in detoxigen.calls] == ["Reader's comment."] * 4

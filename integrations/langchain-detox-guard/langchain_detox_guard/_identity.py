@@ -20,7 +20,7 @@ def generation_info(detoxigen: DetoxiGen, generation: Generation, guard: GuardPo
     force, where someone may ask for it."""
     told = generation.summary()
     if guard is not None:
-        told["settings"] = policy_mark(guard)
+        told["policy"] = policy_mark(guard)
     return {
         "finish_reason": generation.finish_reason,
         "model_name": detoxigen.model_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
@@ -22,13 +22,14 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField
 from langchain_core.runnables.base import RunnableBinding
 from langchain_core.tools import tool
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxDocumentScreen, DetoxiGenLLM, DetoxMiddleware, DetoxRetriever
 from langchain_detox_guard._errors import as_langchain
 from langchain_scripts import ROTTEN, obliging
 
 BOTH = pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
+NAMES = {"max_new_tokens": "max_tokens"}
 POLICY = GuardPolicy(threshold=0.3, ladder=(2.5,))  # type: ignore[arg-type]
 
 
@@ -469,3 +470,39 @@ def test_a_twin_crosses_processes_as_itself(error: Any, theirs: str) -> None:
         assert getattr(twin, "field", None) == getattr(error, "field", None)
         if (base := getattr(exceptions, theirs, None)) is not None:
             assert isinstance(twin, base)
+
+
+# -- what the core says of its settings
+
+
+@BOTH
+@pytest.mark.parametrize("name", sorted(DecodingParams.model_fields))
+def test_fields_are_the_cores(kind: Any, name: str) -> None:
+    """Default, description and bounds: nothing is written twice."""
+    if name in ("stop_token_ids", "ignore_eos", "grammar", "trace"):
+        assert name not in kind.model_fields  # no setting of a LangChain model
+        return
+    core, ours = DecodingParams.model_fields[name], kind.model_fields[NAMES.get(name, name)]
+    assert ours.description == core.description
+    assert ours.default == (None if name == "stop" else core.default)
+    if name != "guard":  # it has a field for a callable, which no schema tells
+        bounds = TypeAdapter(Annotated[(core.annotation, *core.metadata, None)]).json_schema()
+        assert ours.json_schema_extra == bounds
+
+
+@BOTH
+def test_every_field_says_what_it_is(kind: Any) -> None:
+    from langchain_detox_guard._fields import ModelFields
+
+    for name in kind.model_fields.keys() & vars(ModelFields)["__annotations__"].keys():
+        assert kind.model_fields[name].description, name
+
+
+@BOTH
+def test_the_old_name_of_detoxigen_is_taken(kind: Any) -> None:
+    model, other = ScriptedDetoxiGen(), ScriptedDetoxiGen()
+    llm = kind(engine=model)
+    assert llm.engine is llm.detoxigen is model
+    assert llm.model_copy(update={"engine": other}).detoxigen is other
+    with pytest.raises(InvalidParamsError, match="engine"):
+        kind(engine=model, detoxigen=other)

@@ -72,17 +72,17 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call. Constructing it
-    loads nothing: the engine comes with the first call that needs it, and is shared by every LLM that names the same
+    loads nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
 
-    Copies keep all of that. An `engine`, a scorer object or a hook of one's own is shared by copies and belongs to its
-    process: pickling it, or making an LLM of what `to_dict` says about it, raises `NotPicklableError`.
+    Copies keep all of that. A `detoxigen`, a scorer object or a hook of one's own is shared by copies. It belongs to
+    its process: pickling it, or making an LLM of what `to_dict` says about it, raises `NotPicklableError`.
 
     A structured answer or a forced tool call that does not end with "stop" raises `IncompleteAnswerError`, in streams
     at their end. Where LlamaIndex would swallow an `InvalidParamsError` it is a `RefusedCallError`.
     """
 
-    own: ClassVar[tuple[str, ...]] = ("engine",)
+    own: ClassVar[tuple[str, ...]] = ("detoxigen",)
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
     detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
@@ -98,7 +98,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         default=None,
         description='Variables of the chat template, such as {"enable_thinking": False}; a call\'s own win.',
     )
-    engine: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
+    detoxigen: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
     pydantic_program_mode: PydanticProgramMode = Field(
         default=PydanticProgramMode.LLM, description="Structured answers are decoded under the schema's grammar."
     )
@@ -109,11 +109,15 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         decoding = self._moved(options, given)
         super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
-        self._check_engine()
+        self._check_model()
 
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
         """`decoding` with what `options` have of it, which is taken out of them. Raises `InvalidParamsError`."""
+        if "engine" in options:  # its old name
+            if options.get("detoxigen") is not None:
+                raise InvalidParamsError("engine", options["engine"], "not together with detoxigen, its new name")
+            options["detoxigen"] = options.pop("engine")
         decoding = dict(decoding)
         for name in [name for name in options if name not in cls.model_fields]:
             if name not in DecodingParams.model_fields:
@@ -129,23 +133,29 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         changes = dict(update or {})
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
         copy = super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
-        copy._check_engine()
+        copy._check_model()
         return copy
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "engine" or name in _LOADING:
+        name = "detoxigen" if name == "engine" else name
+        if name == "detoxigen" or name in _LOADING:
             self.model_copy(update={name: value})
         super().__setattr__(name, value)
 
-    def _check_engine(self) -> None:
-        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
-        if self.engine is None:
+    @property
+    def engine(self) -> Any:
+        """The old name of `detoxigen`."""
+        return self.detoxigen
+
+    def _check_model(self) -> None:
+        """Raises `InvalidParamsError` for a `detoxigen` that is none, or that names stand beside."""
+        if self.detoxigen is None:
             return
-        if isinstance(self.engine, str | bytes | int | float | list | tuple | dict):
-            raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
+        if isinstance(self.detoxigen, str | bytes | int | float | list | tuple | dict):
+            raise InvalidParamsError("detoxigen", self.detoxigen, "a DetoxiGen or None")
         if named := [name for name in _LOADING if getattr(self, name) is not None]:
             raise InvalidParamsError(
-                "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
+                "detoxigen", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )
 
     def in_force(self) -> dict[str, Any]:
@@ -169,28 +179,28 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     # -- what it is
 
     def load(self) -> detox_guard.DetoxiGen:
-        """The engine behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
-        return self.engine or detox_guard.DetoxiGen.shared(
+        """The model behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
+        return self.detoxigen or detox_guard.DetoxiGen.shared(
             self.model, detoxifier=self.detoxifier, device=self.device, dtype=self.dtype, revision=self.revision
         )
 
     @property
     def metadata(self) -> LLMMetadata:
         """Capabilities of the model, which this loads."""
-        engine = self.load()
-        window = engine.context_window or _NO_LIMIT
-        tools = engine.supports_tools if self.function_calling is None else self.function_calling
+        model = self.load()
+        window = model.context_window or _NO_LIMIT
+        tools = model.supports_tools if self.function_calling is None else self.function_calling
         return LLMMetadata(
             context_window=window,
             num_output=min(self.params.max_new_tokens, window // 2),
-            is_chat_model=engine.has_chat_template,
-            is_function_calling_model=engine.has_chat_template and tools,
-            model_name=engine.model_id,
+            is_chat_model=model.has_chat_template,
+            is_function_calling_model=model.has_chat_template and tools,
+            model_name=model.model_id,
         )
 
     @property
     def params(self) -> DecodingParams:
-        """What a call decodes with: the engine's defaults, then this LLM's fields, then `detox_options`."""
+        """What a call decodes with: the model's defaults, then this LLM's fields, then `detox_options`."""
         return self.load().params.replace(**{**self.decoding, **current_scope().options})
 
     def to_payload(self) -> dict[str, Any]:
@@ -391,10 +401,10 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     ) -> Generator[Shown, None, None]:
         failures = current_scope().failures
         with refusals(failures):
-            engine = self.load()
-            reply, *request = self._request(engine, prompt, kwargs)
+            model = self.load()
+            reply, *request = self._request(model, prompt, kwargs)
             # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
-            chunks = engine.stream(*request)
+            chunks = model.stream(*request)
 
         def responses() -> Generator[Shown, None, None]:
             with refusals(failures), closing(chunks) as running:
@@ -409,12 +419,12 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     ) -> AsyncGenerator[Shown, None]:
         failures = current_scope().failures
         with refusals(failures):
-            engine = await asyncio.to_thread(self.load)
-            reply, *request = self._request(engine, prompt, kwargs)
+            model = await asyncio.to_thread(self.load)
+            reply, *request = self._request(model, prompt, kwargs)
 
         async def responses() -> AsyncGenerator[Shown, None]:
             with refusals(failures):
-                async with aclosing(engine.astream(*request)) as chunks:
+                async with aclosing(model.astream(*request)) as chunks:
                     async for chunk in chunks:
                         if reply.push(chunk):
                             yield show(reply)
@@ -427,7 +437,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         return self.completion_to_prompt(prompt)
 
     def _request(
-        self, engine: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+        self, model: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> tuple[Reply, Any, DecodingParams]:
         """Where the reply gathers, the core's prompt, and how to decode it."""
         scope = current_scope()
@@ -447,25 +457,25 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=name)
         if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
             options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
-        elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", engine.params.stop):
+        elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", model.params.stop):
             options["stop"] = _REACT_STOP
-        params = engine.params.replace(**options)
+        params = model.params.replace(**options)
         structured = params.grammar is not None and params.grammar.kind in _STRUCTURED
         whole = structured or asked_by_a_program()
-        reply = Reply(engine.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
+        reply = Reply(model.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
         if isinstance(prompt, str):
             if kwargs.get("chat_template_kwargs"):
                 raise InvalidParamsError(
                     "chat_template_kwargs", variables, "messages: a plain text goes through no template"
                 )
             return reply, prompt, params
-        if engine.has_chat_template:
+        if model.has_chat_template:
             laid_out: dict[str, Any] = {"chat_template_kwargs": variables} if variables else {}
             return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools), **laid_out), params
         if tools:
-            raise PromptError("tools", f"{len(tools)} tools", f"{engine.model_id} has no chat template")
+            raise PromptError("tools", f"{len(tools)} tools", f"{model.model_id} has no chat template")
         if variables:
-            raise PromptError("chat_template_kwargs", variables, f"{engine.model_id} has no chat template")
+            raise PromptError("chat_template_kwargs", variables, f"{model.model_id} has no chat template")
         to_prompt = self.messages_to_prompt or messages_to_prompt
         return reply, to_prompt(prompt), params
 

@@ -46,7 +46,7 @@ _LLAMA_INDEX = "llama_index.core.response_synthesizers."
 
 
 def policy_in_force(llm: LLM, policy: detox_guard.GuardPolicy | None) -> detox_guard.GuardPolicy:
-    """`policy`; or else the guard of `detox_options`, the LLM or its engine, which this loads; or else the default."""
+    """`policy`; or else the guard of `detox_options`, the LLM or its model, which this loads; or else the default."""
     if policy is not None:
         return policy
     options, llm = current_scope().options, _asked(llm)
@@ -110,7 +110,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         toxic_context_alpha: float = 6.0,
         redact_sources: bool = True,
     ) -> None:
-        """`policy`: None is the guard of `detox_options`, the `DetoxiGenLLM` or its engine when asked, or the default.
+        """`policy`: None is the guard of `detox_options`, the `DetoxiGenLLM` or its model when asked, or the default.
 
         `context_threshold`: None is the threshold of the policy in force.
         """
@@ -403,7 +403,7 @@ def check_options(
     for name, value in unknown.items():
         raise InvalidParamsError(name, value, "no option of DetoxSynthesizer")
     if policy is not None and not isinstance(policy, detox_guard.GuardPolicy):
-        raise InvalidParamsError("settings", policy, "a GuardPolicy or None")
+        raise InvalidParamsError("policy", policy, "a GuardPolicy or None")
     if context is not None and context not in get_args(Action):
         raise InvalidParamsError("context", context, f"None or one of {', '.join(get_args(Action))}")
     _check_number("context_threshold", 0.0 if context_threshold is None else context_threshold, 1)
