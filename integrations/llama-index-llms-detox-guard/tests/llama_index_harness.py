@@ -31,10 +31,11 @@ HELD = "The library opens at nine. [removed] It closes at six."
 
 def scripted(script: Any = (CLEAN,), *, finish: Any = None, **options: Any) -> ScriptedDetoxiGen:
     """The scripted model as these tests want it. `finish` is why its replies end."""
-    if finish is not None:
-        told = script if callable(script) else lambda *_: script[0]
-        script = lambda *asked: Said(told(*asked), finish_reason=finish)  # noqa: E731
-    return ScriptedDetoxiGen(script, params=DecodingParams(max_new_tokens=64), **options)
+
+    def ended(*asked: Any) -> Said:
+        return Said(script(*asked) if callable(script) else script[0], finish_reason=finish)
+
+    return ScriptedDetoxiGen(ended if finish else script, params=DecodingParams(max_new_tokens=64), **options)
 
 
 class ForeignLLM(CustomLLM):

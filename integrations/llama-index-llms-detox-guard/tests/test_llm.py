@@ -19,7 +19,7 @@ from llama_index.llms.detox_guard import DetoxiGenLLM, detox_options
 from llama_index_harness import CLEAN, Callbacks, recorded_events, scripted
 
 from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptError, StepError
-from detox_guard.testing import ScriptedDetoxiGen
+from detox_guard.testing import ScriptedDetoxiGen  # noqa: TC001
 
 HELLO = [ChatMessage("When does the library open?")]
 WAYS = ["complete", "stream_complete", "chat", "stream_chat", "acomplete", "astream_complete", "achat", "astream_chat"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llama_index.core.llms import LLM
 
 POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
-STRICT = POLICY.replace(threshold=0.05, on_exhausted="raise")  # nothing is under it
+STRICT = GuardPolicy(scorer=ScriptedScorer("stupid", "library"), on_exhausted="raise")
 QUERY = "When does the library open?"
 CONTEXT = ["The library opens at nine.", "It closes at six. What a stupid building."]
 MODES = list(ResponseMode)
@@ -112,9 +112,9 @@ async def test_tree_summarize_hands_the_guard_to_its_worker_threads(is_async: bo
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("where", ["options", "llm", "structured", "engine"])
+@pytest.mark.parametrize("where", ["options", "llm", "structured", "model"])
 async def test_without_a_policy_the_guard_of_the_llm_stays_in_force(where: str, is_async: bool) -> None:
-    model = scripted([opening("Do come.") if where == "structured" else CLEAN])
+    model = scripted([opening("Do come.") if where == "structured" else "Do come."])
     if where == "model":
         model.params = model.params.replace(guard=STRICT)
     llm: LLM = DetoxiGenLLM(detoxigen=model, **({"guard": STRICT} if where in ("llm", "structured") else {}))
@@ -122,7 +122,7 @@ async def test_without_a_policy_the_guard_of_the_llm_stays_in_force(where: str, 
     with detox_options(**({"guard": STRICT} if where == "options" else {})):
         _, response = await answered(get_detox_response_synthesizer(llm), is_async=is_async)
     assert [params.guard for *_, params in model.calls] == [STRICT]
-    assert len(response.metadata["detox"]["screened"]) == 2
+    assert len(response.metadata["detox"]["screened"]) == len(CONTEXT)
 
 
 def test_a_given_policy_wins_and_so_do_options_over_the_llm() -> None:

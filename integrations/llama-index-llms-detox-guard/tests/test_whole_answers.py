@@ -353,7 +353,7 @@ async def test_a_real_answer_that_does_not_fit(real: DetoxiGenLLM) -> None:
 async def test_an_agent_tells_of_a_cut_structured_answer_by_a_warning_and_none() -> None:
     """Upstream swallows every error there. Asked by itself, the structured LLM raises."""
 
-    def reply(prompt: Any) -> str:
+    def reply(prompt: Any, _: Any) -> str:
         return '{"title": ' if "provided schema" in str(prompt) else "At nine."
 
     llm = DetoxiGenLLM(detoxigen=scripted(reply, finish="length"))

@@ -28,21 +28,19 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
     Scope,
-    aheld,
     current_scope,
     entered,
-    held,
     made_here,
     read_options,
 )
 from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
 from llama_index.llms.detox_guard.reply import Reply
+from llama_index.llms.detox_guard.structured import DetoxStructuredLLM, StructuredAnswers
 
 import detox_guard
 from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, PromptError
@@ -50,9 +48,7 @@ from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, Pro
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 
-    from llama_index.core.bridge.pydantic import BaseModel
     from llama_index.core.chat_engine.types import AgentChatResponse
-    from llama_index.core.prompts import PromptTemplate
     from llama_index.core.tools.types import BaseTool
 
 __all__ = ["DetoxiGenLLM"]
@@ -67,7 +63,7 @@ _IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 
 
-class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
+class DetoxiGenLLM(StructuredAnswers, Portable, CustomLLM, FunctionCallingLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
@@ -317,83 +313,6 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             response = await super().apredict_and_call(tools, *args, **kwargs)
         return _unless(failed, response)
 
-    # -- structured answers: upstream's text program, decoded under the schema's grammar, so that it always parses
-
-    def structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
-        options = self._bound(output_cls, llm_kwargs)
-        answer: Model = super().structured_predict(output_cls, prompt, options, **prompt_args)
-        return answer
-
-    async def astructured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
-        options = self._bound(output_cls, llm_kwargs)
-        answer: Model = await super().astructured_predict(output_cls, prompt, options, **prompt_args)
-        return answer
-
-    def stream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Generator[Any, None, None]:
-        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
-        options = self._bound(output_cls, llm_kwargs)
-        answers = super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
-
-        def checked() -> Generator[Any, None, None]:
-            last = None
-            with closing(answers):
-                for last in answers:
-                    yield last
-            _check_last(output_cls, last)
-
-        return held(current_scope(), checked())
-
-    async def astream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> AsyncGenerator[Any, None]:
-        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
-        options = self._bound(output_cls, llm_kwargs)
-        answers = await super().astream_structured_predict(output_cls, prompt, options, **prompt_args)
-
-        async def checked() -> AsyncGenerator[Any, None]:
-            last = None
-            async with aclosing(answers):
-                async for last in answers:
-                    yield last
-            _check_last(output_cls, last)
-
-        return aheld(current_scope(), checked())
-
-    def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
-        """An LLM that answers with instances of `output_cls`."""
-        return _DetoxStructuredLLM(llm=self, output_cls=output_cls, **kwargs)
-
-    def _bound(self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-        if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            return llm_kwargs or {}
-        with refusals():
-            grammar = detox_guard.Grammar.json_schema(output_cls.model_json_schema(), lenient=True)
-        return {"grammar": grammar, **(llm_kwargs or {})}
-
     # -- the one way they all take
 
     def _run(
@@ -486,16 +405,6 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         return {**(self.chat_template_kwargs or {}), **(given or {})}
 
 
-class _DetoxStructuredLLM(Portable, StructuredLLM):
-    """Upstream's, whose streams belong to the options under which they were made, and which never loses its LLM."""
-
-    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return held(current_scope(), super().stream_chat(messages, **kwargs))
-
-    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        return aheld(current_scope(), await super().astream_chat(messages, **kwargs))
-
-
 def _collecting(failed: list[DetoxGuardError]) -> Scope:
     outer = current_scope()
     return Scope(outer.options, outer.collectors, outer, (*outer.failures, failed))
@@ -507,14 +416,6 @@ def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> Agent
     return response
 
 
-def _check_last(output_cls: type[BaseModel], last: Any) -> None:
-    """Raises what is wrong with the last instance of a stream that ended by itself."""
-    if last is None:
-        raise detox_guard.IncompleteAnswerError("stop", "")
-    if not isinstance(last, output_cls):
-        output_cls.model_validate(last.model_dump(exclude_unset=True))
-
-
 # What is made in a block of options is decoded under them, wherever it is awaited.
 for _cls, _names in {
     DetoxiGenLLM: (
@@ -522,7 +423,7 @@ for _cls, _names in {
         *("astructured_predict", "astream_structured_predict", "apredict", "astream", "apredict_and_call"),
         *("achat_with_tools", "astream_chat_with_tools"),
     ),
-    _DetoxStructuredLLM: ("achat", "acomplete", "astream_chat"),
+    DetoxStructuredLLM: ("achat", "acomplete", "astream_chat"),
 }.items():
     for _name in _names:
         setattr(_cls, _name, made_here(inspect.getattr_static(_cls, _name)))
