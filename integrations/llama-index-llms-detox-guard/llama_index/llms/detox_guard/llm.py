@@ -21,35 +21,29 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
-from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
-    Scope,
     current_scope,
-    entered,
     made_here,
     read_options,
 )
 from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
 from llama_index.llms.detox_guard.reply import Reply
 from llama_index.llms.detox_guard.structured import DetoxStructuredLLM, StructuredAnswers
+from llama_index.llms.detox_guard.tool_calls import ToolCalls
 
 import detox_guard
-from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, PromptError
+from detox_guard import DecodingParams, InvalidParamsError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 
-    from llama_index.core.chat_engine.types import AgentChatResponse
-    from llama_index.core.tools.types import BaseTool
 
 __all__ = ["DetoxiGenLLM"]
 
@@ -58,12 +52,11 @@ Shown = TypeVar("Shown", CompletionResponse, ChatResponse)
 _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
 _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
-_CUT = ("length", "guard")
 _IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 
 
-class DetoxiGenLLM(StructuredAnswers, Portable, CustomLLM, FunctionCallingLLM):
+class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
@@ -252,67 +245,6 @@ class DetoxiGenLLM(StructuredAnswers, Portable, CustomLLM, FunctionCallingLLM):
         """`stream_chat` without blocking the event loop; closing the generator frees the seat."""
         return await self._arun(Reply.as_chat, messages, kwargs)
 
-    # -- tools
-
-    def _prepare_chat_with_tools(
-        self,
-        tools: Sequence[BaseTool],
-        user_msg: str | ChatMessage | None = None,
-        chat_history: list[ChatMessage] | None = None,
-        verbose: bool = False,
-        allow_parallel_tool_calls: bool = False,
-        tool_required: bool = False,
-        tool_choice: str | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        messages = list(chat_history or [])
-        if user_msg is not None:
-            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
-        return {
-            **kwargs,
-            "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
-            "tool_choice": tool_choice or ("any" if tool_required or asked_by_a_program() else "auto"),
-            "allow_parallel_tool_calls": allow_parallel_tool_calls,
-        }
-
-    def get_tool_calls_from_response(
-        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
-    ) -> list[ToolSelection]:
-        """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`.
-
-        Calls that cannot be read stand in `raw["invalid_tool_calls"]`. Raises `IncompleteAnswerError` where one was cut
-        off at `max_new_tokens` or broken off by the guard: an agent would take what is left for its answer.
-        """
-        raw = response.raw if isinstance(response.raw, dict) else {}
-        if raw.get("invalid_tool_calls") and raw.get("finish_reason") in _CUT:
-            raise detox_guard.IncompleteAnswerError(raw["finish_reason"], raw["invalid_tool_calls"][0], "a tool call")
-        calls = [
-            ToolSelection.model_validate(
-                {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
-            )
-            for block in response.message.blocks
-            if isinstance(block, ToolCallBlock)
-        ]
-        if not calls and error_on_no_tool_call:
-            wrote = "".join([response.message.content or "", *raw.get("invalid_tool_calls", ())])
-            raise ValueError(f"the model called no tool; it wrote {wrote[:80]!r}")
-        return calls
-
-    def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
-        failed: list[DetoxGuardError] = []
-        with entered(_collecting(failed)):
-            response = super().predict_and_call(tools, *args, **kwargs)
-        return _unless(failed, response)
-
-    async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
-        failed: list[DetoxGuardError] = []
-        with entered(_collecting(failed)):
-            response = await super().apredict_and_call(tools, *args, **kwargs)
-        return _unless(failed, response)
-
     # -- the one way they all take
 
     def _run(
@@ -403,17 +335,6 @@ class DetoxiGenLLM(StructuredAnswers, Portable, CustomLLM, FunctionCallingLLM):
         if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
             raise InvalidParamsError("chat_template_kwargs", given, "a dict of variables by name")
         return {**(self.chat_template_kwargs or {}), **(given or {})}
-
-
-def _collecting(failed: list[DetoxGuardError]) -> Scope:
-    outer = current_scope()
-    return Scope(outer.options, outer.collectors, outer, (*outer.failures, failed))
-
-
-def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> AgentChatResponse:
-    if failed and not response.sources:
-        raise failed[-1]
-    return response
 
 
 # What is made in a block of options is decoded under them, wherever it is awaited.
