@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from detox_guard.models.backbone import Backbone
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 # 1. Rows
