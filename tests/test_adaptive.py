@@ -70,10 +70,10 @@ def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
 def test_a_scorer_that_fails_lets_nothing_be_decoded(fixed: Any, tiny_llama: Backbone, score: Any) -> None:
     fixed({"text": score})
     with (
-        DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as guard,
+        DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as model,
         pytest.raises(ScorerError, match="fixed"),
     ):
-        guard.generate("text", max_new_tokens=2)
+        model.generate("text", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "half"])
@@ -121,13 +121,13 @@ def test_a_reply_says_what_it_was_steered_with(tiny_llama: Backbone, guarded: bo
     policy = GuardPolicy() if guarded else None
     turns = [("user", RUDE), ("assistant", "Let us stay calm."), ("user", HARMLESS)]
     chat = [{"role": role, "content": content} for role, content in turns]
-    with DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))], params=PARAMS) as guard:
+    with DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))], params=PARAMS) as model:
         asked = {"max_new_tokens": 4, "seed": 3, "ignore_eos": True, "guard": policy}
-        calm, rude = guard.batch([HARMLESS, RUDE], PARAMS.replace(**asked))
+        calm, rude = model.batch([HARMLESS, RUDE], PARAMS.replace(**asked))
         assert (calm.steering.alpha, rude.steering.alpha) == (0.75, 3.0)
         assert all(token.kl_steering > 0 for token in rude.trace.tokens)
         # Not a label alone: the calm prompt's text is that of the lower strength behind every prompt.
-        low = guard.generate(HARMLESS, **{**asked, "alpha": 0.75, "calm_share": 1.0})
+        low = model.generate(HARMLESS, **{**asked, "alpha": 0.75, "calm_share": 1.0})
         assert calm.text == low.text
         assert [t.p_after for t in calm.trace.tokens] == pytest.approx([t.p_after for t in low.trace.tokens], abs=1e-5)
-        assert guard.generate(chat, **asked).steering.alpha == 3.0
+        assert model.generate(chat, **asked).steering.alpha == 3.0

@@ -53,7 +53,7 @@ def info(
     backbone = None
     if model is not None or fetch or _is_here():
         try:
-            guard = session.load_guard(
+            loaded = session.load_model(
                 model,
                 device=str(on_device),
                 dtype=dtype,
@@ -62,8 +62,8 @@ def info(
                 steered=False,
                 config=EngineConfig(pack_weights=False),  # packed ones are no parameters, and would not be counted
             )
-            with guard:
-                backbone = guard.backbone
+            with loaded:
+                backbone = loaded.backbone
             facts["backbone"] = _backbone(backbone)
         except DetoxGuardError as error:
             errors.append(error)

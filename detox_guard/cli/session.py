@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from detox_guard.text.prompts import Prompt
 
 __all__ = [
-    "Reply",
+    "Exchange",
     "draw_seed",
-    "load_guard",
+    "load_model",
     "load_named_scorer",
     "needs_extra",
     "run_all",
@@ -36,8 +36,9 @@ __all__ = [
 
 
 @dataclass
-class Reply:
-    """One prompt under way. `text` grows; at the end there is a `generation` or an `error`, or neither if cut off."""
+class Exchange:
+    """One prompt and what comes of it. `text` grows. At the end there is a `generation` or an `error`; neither if cut
+    off."""
 
     prompt: Prompt
     params: DecodingParams
@@ -55,7 +56,7 @@ def draw_seed() -> int:
     return secrets.randbits(31)
 
 
-def load_guard(
+def load_model(
     model: str | None = None,
     detoxifiers: Sequence[str] | None = None,
     *,
@@ -102,11 +103,11 @@ def load_named_scorer(name: str | None) -> ToxicityScorer:
 
 def run_all(
     model: DetoxiGen,
-    replies: Sequence[Reply],
+    replies: Sequence[Exchange],
     *,
     words: str = "Decoding",
     quiet: bool = False,
-    on_done: Callable[[Reply], None] | None = None,
+    on_done: Callable[[Exchange], None] | None = None,
 ) -> None:
     """Decode all replies together, with a bar on stderr. `on_done` hears of each, in their order, as soon as it can.
 
@@ -168,7 +169,7 @@ def spinner(words: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(words: str, replies: Sequence[Reply], quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def _bar(words: str, replies: Sequence[Exchange], quiet: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = stderr_console()

@@ -23,7 +23,7 @@ from detox_guard.cli import EXIT_CODES, app
 from detox_guard.cli.compare import BETTER, Pair, summary
 from detox_guard.cli.console import print_json, tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
-from detox_guard.cli.session import Reply
+from detox_guard.cli.session import Exchange
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.results import TokenTrace, Trace
@@ -603,7 +603,7 @@ def test_tint_deepens_with_the_steering() -> None:
 
 def test_summary_is_honest() -> None:
     def pair(plain: float, guarded: float) -> Pair:
-        reply = Reply("x", DecodingParams())
+        reply = Exchange("x", DecodingParams())
         return Pair(reply, reply, plain, guarded)
 
     line = summary([pair(0.8, 0.2), pair(0.3, 0.3 + BETTER / 2), pair(0.1, 0.4)])
