@@ -14,6 +14,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detox_guard._forking import in_children
 from detox_guard.errors import InvalidParamsError
 
 if TYPE_CHECKING:
@@ -137,5 +138,4 @@ def _forget() -> None:
     _logs_lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)

@@ -152,7 +152,7 @@ class MiniLMScorer:
         """The SHA-256 of the adapter's weights and that of the linear model."""
         return f"{self.card['weights_sha256']}+{self._linear.fingerprint}"
 
-    def load(self) -> None:
+    def prepare(self) -> None:
         """Load the encoder now, unless it is there; fetches it once. Raises `ScorerError`."""
         self._load()
 

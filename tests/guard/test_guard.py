@@ -32,7 +32,7 @@ from detox_guard import (
 )
 from detox_guard.engine import Ended, Engine, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length, scan
-from detox_guard.scorers.batcher import judge_for
+from detox_guard.scorers.batcher import batcher_for
 from detox_guard.text.tools import parse_tool_calls
 
 if TYPE_CHECKING:
@@ -436,13 +436,13 @@ def test_one_who_does_not_wait_for_a_verdict_takes_nobody_elses() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    judge = judge_for(scorer)
+    judge = batcher_for(scorer)
     asyncio.run(give_up())
     assert "".join(guard_text([FOREIGN], policy)) == FOREIGN
     for stream in ({"a": "hi"}, b"hi", 5):
         with pytest.raises(InvalidParamsError, match="chunks"):
             guard_text(stream, policy)  # type: ignore[arg-type]
-    assert judge is judge_for(scorer)
+    assert judge is batcher_for(scorer)
     late = judge.submit(["one"])
     given_up = judge.submit(["two"])
     given_up.cancel()
@@ -452,7 +452,7 @@ def test_one_who_does_not_wait_for_a_verdict_takes_nobody_elses() -> None:
 def test_a_forked_child_is_guarded_too() -> None:
     text, policy = "It rains. We stay at home.", GuardPolicy()
     assert "".join(guard_text([text], policy)) == text
-    assert judge_for("embedded")._thread is not None  # it waits for more
+    assert batcher_for("embedded")._thread is not None  # it waits for more
     child = os.fork()
     if child == 0:
         try:
@@ -653,7 +653,7 @@ def test_what_timed_out_or_was_cancelled_is_not_scored_later(tiny: DetoxiGen) ->
         with pytest.raises(ScorerError, match="no answer"):
             scan_or_hold()
     deadline = time.monotonic() + 60
-    while len(judge_for(scorer)._waiting) > 16:  # the one call that hangs
+    while len(batcher_for(scorer)._waiting) > 16:  # the one call that hangs
         assert time.monotonic() < deadline
         time.sleep(0.002)
     gate.set()

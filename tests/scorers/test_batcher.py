@@ -13,7 +13,7 @@ import pytest
 
 from detox_guard import GuardPolicy, ScorerError, guard_text
 from detox_guard.scorers import batcher as judge_module
-from detox_guard.scorers.batcher import Judge, judge_for
+from detox_guard.scorers.batcher import Batcher, batcher_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,9 +50,9 @@ def scorer() -> Gated:
     return Gated()
 
 
-def held_up(scorer: Gated) -> Judge:
+def held_up(scorer: Gated) -> Batcher:
     """A judge whose scorer is busy."""
-    judge = Judge(scorer)
+    judge = Batcher(scorer)
     judge.submit(["first"])
     until(lambda: bool(scorer.calls))
     return judge
@@ -73,7 +73,7 @@ def test_what_nobody_waits_for_is_not_scored(scorer: Gated) -> None:
 
 
 def test_one_that_gives_up_half_way_is_not_gone_on_with(scorer: Gated) -> None:
-    judge = Judge(scorer)
+    judge = Batcher(scorer)
     much = judge.submit([f"much {i}" for i in range(1000)])
     until(lambda: bool(scorer.calls))
     assert much.cancel()
@@ -96,7 +96,7 @@ def test_who_asks_for_much_holds_up_nobody(scorer: Gated) -> None:
 
 def test_scores_come_in_order_however_many(scorer: Gated) -> None:
     scorer.gate.set()
-    judge = Judge(scorer)
+    judge = Batcher(scorer)
     texts = [["bad" if i % k == 0 else "good" for i in range(k * 30)] for k in range(1, 8)]
     answers = [judge.submit(own) for own in texts]
     for own, answer in zip(texts, answers, strict=True):
@@ -142,7 +142,7 @@ def test_no_thread_to_be_had_is_an_error_of_ours(scorer: Gated, monkeypatch: pyt
 def test_a_child_forked_at_any_time_has_judges_that_work() -> None:
     """Also those that somebody holds, whose lock another thread may have held at the fork."""
     policy, text = GuardPolicy(scorer_timeout_s=20), "It rains. We stay at home."
-    judge, stop = judge_for("embedded"), threading.Event()
+    judge, stop = batcher_for("embedded"), threading.Event()
 
     def drive() -> None:
         while not stop.is_set():
