@@ -33,8 +33,6 @@ _IDLE_S = 5.0
 """An idle thread ends; the next text starts another."""
 _SHARE, _CALL = 16, 64
 """Texts that one job brings to one call of the scorer, and from how many on a call takes no other job."""
-_MOST_WAITING = 10_000
-"""Jobs; one more is an error at once."""
 
 
 @dataclass(eq=False)
@@ -51,7 +49,10 @@ class _Job:
 
 
 class Batcher:
-    """One scorer and its thread. `submit` from any thread."""
+    """One scorer and its thread. `submit` from any thread. Its length is the number of jobs that wait."""
+
+    most_waiting = 10_000
+    """One job more is an error at once."""
 
     def __init__(self, scorer: ToxicityScorer) -> None:
         self.scorer = scorer
@@ -60,6 +61,9 @@ class Batcher:
         self._thread: threading.Thread | None = None
         in_children_of(self, Batcher._forget)
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """A future of one score in [0, 1] a text, or of a `ScorerError`. Cancel it when nobody waits for it."""
         future: Future[list[float]] = Future()
@@ -67,8 +71,8 @@ class Batcher:
             future.set_result([])
             return future
         with self._wake:
-            if len(self._waiting) >= _MOST_WAITING:
-                _fail(future, ScorerError(f"{_MOST_WAITING} texts wait for scorer {self.scorer.name!r} already"))
+            if len(self._waiting) >= self.most_waiting:
+                _fail(future, ScorerError(f"{self.most_waiting} texts wait for scorer {self.scorer.name!r} already"))
                 return future
             if self._thread is None or not self._thread.is_alive():
                 self._thread = None
