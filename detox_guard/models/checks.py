@@ -29,10 +29,7 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 """Of every PEFT adapter."""
-NO_SOFT_PROMPT = (
-    "Another adapter (LoRA, say) is part of the model: merge it, with PEFT's "
-    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload(), save that and its tokenizer, and load those."
-)
+NO_SOFT_PROMPT = "Another adapter (LoRA, say) is part of the model: pass its folder as the model."
 
 
 def causal_class(config: PreTrainedConfig, name: str) -> Any:
