@@ -108,9 +108,14 @@ def _check(source: str, kind: str, config: Mapping[str, Any]) -> None:
 
 
 def put_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> PreTrainedModel:
-    """The model with the adapter in it: merged, or beside weights that cannot be added to (quantized, offloaded)."""
+    """The model with the adapter in it: merged, or beside weights that cannot be added to (quantized, spread)."""
     from peft import PeftModel
 
+    if any(parameter.is_meta for parameter in model.parameters()):  # PEFT would load nothing, and only warn
+        raise BackboneError(
+            f"the adapter in {adapter.folder.name} cannot be put on weights that are offloaded",
+            hint="Leave more memory in max_memory, or save the merged model (merge_and_unload) and load that.",
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # tokens that came with the adapter
     tuned = PeftModel.from_pretrained(model, str(adapter.folder))

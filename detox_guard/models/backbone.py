@@ -119,7 +119,8 @@ def from_model(
     if model.get_output_embeddings() is None:
         raise UnsupportedBackboneError(f"{name}: {type(model).__name__} has no language-model head")
     model.eval().requires_grad_(False)
-    window = probe(model, name)
+    device = _input_device(model)
+    window = probe(model, name, device)
 
     vocab_size = int(config.vocab_size)
     if max(tokenizer("The quick brown fox").input_ids, default=0) >= vocab_size:
@@ -133,7 +134,7 @@ def from_model(
         tokenizer=tokenizer,
         id=name,
         revision=revision or fingerprint_of(model),
-        device=_input_device(model),
+        device=device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
         num_layers=int(config.num_hidden_layers),

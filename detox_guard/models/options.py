@@ -131,7 +131,7 @@ class LoadOptions(Checked):
     def spreads(self) -> bool:
         """Whether the model may lie on several devices, or partly on disk."""
         if isinstance(self.device_map, Mapping):
-            return set(self.device_map) != {""}
+            return set(self.device_map) != {""} or self.device_map[""] == "disk"
         return isinstance(self.device_map, str) and self.device_map in _SPREADS
 
     @property
