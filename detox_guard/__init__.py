@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from detox_guard.guard.reply import scan
     from detox_guard.guard.screen import SCREEN_NOTE, Screened, screen
     from detox_guard.guard.stream import aguard_text, guard_text
-    from detox_guard.models.backbone import Backbone, load_backbone
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.models.load import load_backbone
     from detox_guard.results import Chunk, Generation, Intervention, Steering, Trace, Usage
     from detox_guard.scorers.linear import EmbeddedScorer, HuggingFaceScorer, ToxicityScorer, load_scorer
     from detox_guard.text.prompts import ChatPrompt
@@ -70,7 +71,8 @@ _LAZY = {
     "Usage": "results",
     "aguard_text": "guard.stream",
     "guard_text": "guard.stream",
-    "load_backbone": "models.backbone",
+    "LoadOptions": "models.options",
+    "load_backbone": "models.load",
     "load_scorer": "scorers.linear",
     "SCREEN_NOTE": "guard.screen",
     "report_intervention": "guard.audit",

@@ -22,7 +22,8 @@ from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
 from detox_guard.evaluation.random_models import PREFIX, random_backbone, random_detoxifier
-from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.models.backbone import Backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:
