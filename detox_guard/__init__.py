@@ -25,7 +25,9 @@ _EXPORTS = {
     "guard.reply": "scan",
     "guard.screen": "SCREEN_NOTE Screened screen",
     "guard.stream": "aguard_text guard_text",
-    "models.backbone": "Backbone load_backbone",
+    "models.backbone": "Backbone",
+    "models.load": "load_backbone",
+    "models.options": "LoadOptions",
     "results": "Chunk Generation Intervention Steering Trace Usage",
     "scorers.base": "ToxicityScorer load_scorer",
     "scorers.classifier": "HuggingFaceScorer",
@@ -77,7 +79,9 @@ if TYPE_CHECKING:
     from detox_guard.guard.reply import scan as scan
     from detox_guard.guard.screen import SCREEN_NOTE as SCREEN_NOTE, Screened as Screened, screen as screen
     from detox_guard.guard.stream import aguard_text as aguard_text, guard_text as guard_text
-    from detox_guard.models.backbone import Backbone as Backbone, load_backbone as load_backbone
+    from detox_guard.models.backbone import Backbone as Backbone
+    from detox_guard.models.load import load_backbone as load_backbone
+    from detox_guard.models.options import LoadOptions as LoadOptions
     from detox_guard.results import (
         Chunk as Chunk,
         Generation as Generation,

@@ -60,21 +60,23 @@ def _entry(key: tuple[Any, ...]) -> _Entry:
         return _entries.setdefault(key, _Entry())
 
 
-def _key(model: object, *, device: Any, dtype: Any, **others: Any) -> tuple[Any, ...]:
+def _key(model: object, *, detoxifier: Any, config: EngineConfig | None, **loading: Any) -> tuple[Any, ...]:
     """Equal for calls that load the same: "cpu" and no device are one where there is nothing better than a CPU."""
     from detox_guard.models.backbone import pick_device, pick_dtype
+    from detox_guard.models.options import LoadOptions
 
-    on_device = pick_device(device)
-    named = {"model": model, "detoxifier": others.pop("detoxifier")}
+    named = {"model": model, "detoxifier": detoxifier}
     for name, value in named.items():
         if value is not None and value != () and not isinstance(value, str | os.PathLike):
             raise InvalidParamsError(name, value, "a name or a path, to be shared", hint="use from_pretrained")
+    options = LoadOptions(**loading)
+    on_device = pick_device(options.one_device)
     return (
         *(_place(value) for value in named.values()),
-        _device_name(on_device),
-        str(pick_dtype(dtype, on_device)),
-        others.pop("config") or EngineConfig(),
-        *(others[name] for name in sorted(others)),
+        "" if options.spreads else _device_name(on_device),
+        "auto" if options.dtype == "auto" else str(pick_dtype(options.dtype, on_device)),
+        options.key(),
+        config or EngineConfig(),
     )
 
 

@@ -17,9 +17,10 @@ from detox_guard._reply import Reply
 from detox_guard._threads import run_aside
 from detox_guard.detoxifiers.soft_prompt import as_streams
 from detox_guard.engine import Engine, EngineStats, StreamSpec
+from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.text.prompts import Prompt, encode_prompt, with_template_kwargs
 from detox_guard.text.template import template_of
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
@@ -72,7 +72,7 @@ class DetoxiGen:
         specs = [
             StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
         ]
-        self._engine: Engine = run_aside(lambda: Engine(backbone, specs, self.config))
+        self._engine: Engine = run_aside(lambda: Engine(TorchRunner(backbone, specs, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -80,32 +80,21 @@ class DetoxiGen:
         model: str | Path | PreTrainedModel | None = None,
         *,
         detoxifier: ManySteering = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         params: DecodingParams | None = None,
         config: EngineConfig | None = None,
+        **loading: Any,
     ) -> Self:
         """Load a backbone and its detoxifier.
 
-        `model`: hub id, folder, GGUF file, a loaded model (with `tokenizer`), or None for the embedded default (fetched
-        once). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None is the one
+        `model`: hub id, folder, GGUF file, LoRA adapter, a loaded model or `PeftModel` (with `tokenizer`), or None for
+        the embedded default (fetched once). `loading`: fields of `LoadOptions` (`device`, `dtype`, `device_map`,
+        `quantization_config`, `revision`, …). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None is the one
         we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call; a call's
         own take their place, all but a guard, which stays unless the call's own set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
-        backbone = run_aside(
-            lambda: load_backbone(
-                model,
-                tokenizer=tokenizer,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-        )
+        backbone = run_aside(lambda: load_backbone(model, tokenizer=tokenizer, **loading))
         streams = () if detoxifier == () else as_streams(detoxifier, backbone)
         return cls(backbone, streams, params=params, config=config)
 
@@ -115,27 +104,15 @@ class DetoxiGen:
         model: str | Path | None = None,
         *,
         detoxifier: str | Path | tuple[()] | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         config: EngineConfig | None = None,
+        **loading: Any,
     ) -> DetoxiGen:
         """The one model of this process for these arguments; loaded at the first call, for all who ask at once.
 
-        Every wrapper that names the same model, detoxifier and device so shares one batch. It lives as long as the
+        Every wrapper that names the same model, detoxifier and `LoadOptions` shares one batch. It lives as long as the
         process, or until it is closed; then the next call loads anew. Raises as `from_pretrained`.
         """
-        return shared_model(
-            DetoxiGen.from_pretrained,
-            model,
-            detoxifier=detoxifier,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            config=config,
-        )
+        return shared_model(DetoxiGen.from_pretrained, model, detoxifier=detoxifier, config=config, **loading)
 
     # -- one prompt
 

@@ -36,16 +36,13 @@ HELP = """\
 
 
 @options.decoding_options
+@options.loading_options
 def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the plain model would say.")] = False,
     template_kwarg: options.TemplateKwargs = None,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     with_guard: options.Guard = False,
     guard_threshold: options.GuardThreshold = None,
     audit_log: options.AuditLog = None,
@@ -54,16 +51,14 @@ def chat(
     """Talk with the model. Ctrl-C stops a reply, Ctrl-D or /quit ends; /help lists the commands."""
     taken_back: SimpleQueue[Intervention] = SimpleQueue()
     policy = options.guard_policy(with_guard, guard_threshold, audit_log, on_event=taken_back.put)
+    loading = options.loading(fields)
     params = DecodingParams(**options.given(fields), trace=compare, guard=policy)
     variables = options.template_kwargs(template_kwarg)
     loaded = session.load_model(
         model,
         detoxifier,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         steered=params.alpha > 0 or policy is not None,
+        **loading,
     )
     with loaded:
         if not loaded.backbone.has_chat_template:

@@ -42,6 +42,7 @@ __all__ = ["generate"]
 
 
 @options.decoding_options
+@options.loading_options
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help='Prompts; "-" is stdin, as is a pipe.')] = None,
     file: Annotated[
@@ -60,10 +61,6 @@ def generate(
     with_trace: Annotated[bool, typer.Option("--with-trace", help="Every token's figures in the JSON.")] = False,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     with_guard: options.Guard = False,
     guard_threshold: options.GuardThreshold = None,
     audit_log: options.AuditLog = None,
@@ -76,6 +73,7 @@ def generate(
     if not prompts and file is None and session.stdin_is_terminal():
         raise typer.BadParameter("give prompts, a --file, or pipe them in", param_hint="PROMPTS")
     policy = options.guard_policy(with_guard, guard_threshold, audit_log)
+    loading = options.loading(fields)
     params = DecodingParams(**options.given(fields), guard=policy)
     params = params.replace(trace=params.trace and (compare or with_trace or trace is not None))
     if with_trace and not as_json:
@@ -88,11 +86,8 @@ def generate(
     loaded = session.load_model(
         model,
         detoxifier,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         steered=params.alpha > 0 or policy is not None,
+        **loading,
     )
     pairs = []
     for prompt in wanted:

@@ -60,14 +60,14 @@ def load_model(
     model: str | None = None,
     detoxifiers: Sequence[str] | None = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     steered: bool = True,
     config: EngineConfig | None = None,
+    **loading: Any,
 ) -> DetoxiGen:
-    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
+    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for.
+
+    `loading`: fields of `LoadOptions`.
+    """
     if model is None:
         from detox_guard.models.default import default_backbone_dir
 
@@ -82,11 +82,8 @@ def load_model(
         return DetoxiGen.from_pretrained(
             model,
             detoxifier=detoxifier,
-            device=device,
-            dtype=None if dtype == "auto" else dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             config=config,
+            **loading,
         )
 
 

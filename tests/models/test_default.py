@@ -21,9 +21,9 @@ from waiting import wait_until
 from detox_guard.errors import BackboneError, BackboneNotFoundError
 from detox_guard.models import cache as caching
 from detox_guard.models import default as embedded
-from detox_guard.models.backbone import load_backbone
 from detox_guard.models.cache import Source, cache_dir, check_hash
 from detox_guard.models.default import FOLDER, GGUF_MEMBER, SOURCE, default_backbone_dir, default_is_cached
+from detox_guard.models.load import load_backbone
 
 GGUF = b"GGUF and what follows"
 pytestmark = pytest.mark.usefixtures("cache")
@@ -314,6 +314,7 @@ def test_the_real_folder_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch, 
 
 
 # --- after a power cut
+
 
 def test_a_file_half_zero_is_noticed_and_made_anew(cache: Path, wheel: bytes) -> None:
     folder = default_backbone_dir(progress=False)
