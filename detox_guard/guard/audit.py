@@ -28,7 +28,7 @@ __all__ = ["AuditLog", "audit_log", "call_hook", "check_log", "report_interventi
 
 _log = logging.getLogger("detox_guard.guard")
 _MAX_BYTES, _KEPT_FILES = 10_000_000, 5
-_MOST_LOGS = 256
+MOST_LOGS = 256
 """Logs that are remembered; one that was forgotten is opened anew."""
 
 
@@ -113,10 +113,15 @@ def audit_log(path: str) -> AuditLog:
     real = os.path.realpath(Path(path).expanduser())
     with _logs_lock:
         if real not in _logs:
-            if len(_logs) >= _MOST_LOGS:
+            if len(_logs) >= MOST_LOGS:
                 _logs.pop(next(iter(_logs)))
             _logs[real] = AuditLog(real)
         return _logs[real]
+
+
+def remembered() -> int:
+    """How many logs this process knows."""
+    return len(_logs)
 
 
 def check_log(path: str) -> None:
