@@ -78,6 +78,8 @@ def _root(
     if not debug:
         # A failed request is told in one line; the libraries' own words come with --debug.
         logging.getLogger("detox_guard").addHandler(logging.NullHandler())
+        for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # transformers imports them where they are
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
