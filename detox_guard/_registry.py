@@ -1,4 +1,4 @@
-"""The process-wide registry of guards: one for the same arguments. Knows keys and locks; knows no model."""
+"""The models of this process: one for the same arguments. Knows keys and locks; does not load."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxigen import DetoxiGen
 
-__all__ = ["shared_guard"]
+__all__ = ["shared_model"]
 
 
 @dataclass
 class _Entry:
-    """One guard, or the lock that those wait at who want it while it is loaded."""
+    """One model, and the lock that concurrent callers wait on while it loads."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    guard: DetoxiGen | None = None
+    model: DetoxiGen | None = None
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
@@ -43,16 +43,16 @@ def _forget() -> None:
 in_children(_forget)
 
 
-def shared_guard(load: Callable[..., DetoxiGen], model: object, **arguments: Any) -> DetoxiGen:
-    """`load(model, **arguments)`, once a process for equal arguments while the guard is not closed.
+def shared_model(load: Callable[..., DetoxiGen], model: object, **arguments: Any) -> DetoxiGen:
+    """`load(model, **arguments)`, once a process for equal arguments, until the model is closed.
 
     A load that fails is not remembered. Raises what `load` raises, and `InvalidParamsError` for loaded objects.
     """
     entry = _entry(_key(model, **arguments))
     with entry.lock:
-        if entry.guard is None or entry.guard.closed:
-            entry.guard = load(model, **arguments)
-        return entry.guard
+        if entry.model is None or entry.model.closed:
+            entry.model = load(model, **arguments)
+        return entry.model
 
 
 def _entry(key: tuple[Any, ...]) -> _Entry:

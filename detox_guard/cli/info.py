@@ -52,14 +52,14 @@ def info(
     backbone = None
     if model is not None or fetch or _is_here():
         try:
-            guard = session.load_guard(
+            loaded = session.load_model(
                 model,
                 steered=False,
                 config=EngineConfig(pack_weights=False),  # packed ones are no parameters, and would not be counted
                 **loading,
             )
-            with guard:
-                backbone = guard.backbone
+            with loaded:
+                backbone = loaded.backbone
             facts["backbone"] = _backbone(backbone)
         except DetoxGuardError as error:
             errors.append(error)

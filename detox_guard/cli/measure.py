@@ -34,7 +34,7 @@ def demo(
 
     params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed, guard=GuardPolicy())
     prepare_file(output)
-    guard = session.load_guard(model, detoxifier, **options.loading(fields))
+    guard = session.load_model(model, detoxifier, **options.loading(fields))
     with guard:
         run_demo(guard, params, output, stdout_console())
 

@@ -22,7 +22,7 @@ from detox_guard.settings import DecodingParams, GuardPolicy
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from detox_guard._strict import Checked
+    from detox_guard._strict import StrictModel
 
 __all__ = [
     "AuditLog",
@@ -153,7 +153,9 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
-def _with_options(command: Command, source: type[Checked], panel: str | None, leave: Set[str] = frozenset()) -> Command:
+def _with_options(
+    command: Command, source: type[StrictModel], panel: str | None, leave: Set[str] = frozenset()
+) -> Command:
     """typer reads signatures, so the options are written into the command's. Their default is None, "not typed"; the
     help is the field's description, and shows the field's own default."""
     signature = inspect.signature(command, eval_str=True)

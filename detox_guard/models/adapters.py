@@ -95,7 +95,9 @@ def _on_hub(name: str, options: LoadOptions) -> Path | None:
 def _check(source: str, kind: str, config: Mapping[str, Any]) -> None:
     """Raises `UnsupportedBackboneError` unless both rows of a batch can go through such an adapter."""
     if kind in _PROMPTS:
-        hint = _SOFT_PROMPT if kind == "PROMPT_TUNING" else "A LoRA adapter can be loaded; a soft prompt, as a detoxifier."
+        hint = (
+            _SOFT_PROMPT if kind == "PROMPT_TUNING" else "A LoRA adapter can be loaded; a soft prompt, as a detoxifier."
+        )
         raise UnsupportedBackboneError(f"{source}: a {kind} adapter is no model", hint=hint)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise UnsupportedBackboneError(

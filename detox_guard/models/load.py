@@ -235,9 +235,7 @@ def _tokenizer(tokenizer: Any, options: LoadOptions) -> Any:
     from transformers import AutoTokenizer
 
     with _translated(str(tokenizer)):
-        return AutoTokenizer.from_pretrained(
-            tokenizer, trust_remote_code=options.trust_remote_code, **options.hub
-        )
+        return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=options.trust_remote_code, **options.hub)
 
 
 @contextmanager
@@ -283,7 +281,7 @@ def _hint(error: Exception) -> str:
     if "offload_folder" in said or "offload_dir" in said:
         return "Some weights go on disk: name a folder for them, offload_folder=…, or leave more memory in max_memory."
     if "GPU" in said or "accelerator" in said or "CUDA" in said:
-        return "This quantization runs on a GPU only; on a CPU take quantization_config=\"int8\" and the plain weights."
+        return 'This quantization runs on a GPU only; on a CPU take quantization_config="int8" and the plain weights.'
     if "no file named" in said or "does not appear to have a file" in said:
         if "config.json" in said:
             return "Is it a model? Its repository or folder has no config.json."

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, field_validator
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.errors import InvalidParamsError
 
 __all__ = ["DTYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
@@ -33,7 +33,7 @@ _OF_THE_HUB = ("subfolder", "force_download", "proxies", "code_revision")
 """What configs and tokenizers take too, out of `model_kwargs`."""
 
 
-class LoadOptions(Checked):
+class LoadOptions(StrictModel):
     """How a model is loaded: every keyword of `load_backbone`, `DetoxiGen.from_pretrained` and `DetoxiGen.shared`.
 
     `torch_dtype` is another name for `dtype`. A field may also stand in `model_kwargs`, as people write it for other
@@ -87,7 +87,9 @@ class LoadOptions(Checked):
             if name in _OURS:
                 raise InvalidParamsError(f"model_kwargs.{name}", data["model_kwargs"][name], _OURS[name])
         if self.device is not None and self.device_map is not None:
-            raise InvalidParamsError("device", str(self.device), "not together with device_map, which places every part")
+            raise InvalidParamsError(
+                "device", str(self.device), "not together with device_map, which places every part"
+            )
         for name in ("max_memory", "offload_folder"):
             if data.get(name) is not None and not self.spreads:
                 raise InvalidParamsError(name, data[name], 'only with a device_map, such as "auto"')
@@ -125,7 +127,9 @@ class LoadOptions(Checked):
     def _known_quantization(cls, value: Any) -> Any:
         if value is None or value in QUANTIZATIONS or isinstance(value, Mapping) or hasattr(value, "quant_method"):
             return value
-        raise ValueError(f"{', '.join(QUANTIZATIONS)}, or a quantization config of transformers, an object or a mapping")
+        raise ValueError(
+            f"{', '.join(QUANTIZATIONS)}, or a quantization config of transformers, an object or a mapping"
+        )
 
     @property
     def spreads(self) -> bool:
@@ -171,7 +175,9 @@ class LoadOptions(Checked):
             try:
                 json.dumps(value, default=_told)
             except (TypeError, ValueError):
-                raise InvalidParamsError(name, value, "plain values, to be shared", hint="use from_pretrained") from None
+                raise InvalidParamsError(
+                    name, value, "plain values, to be shared", hint="use from_pretrained"
+                ) from None
         return json.dumps(told, default=_told, sort_keys=True)
 
 

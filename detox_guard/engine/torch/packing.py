@@ -48,7 +48,11 @@ def can_pack(model: nn.Module) -> bool:
     if not (available and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     linears = [linear for _, _, linear in _linears(model)]
-    if not linears or hasattr(model, "_hf_hook") or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+    if (
+        not linears
+        or hasattr(model, "_hf_hook")
+        or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters())
+    ):
         return False
     probe = nn.Linear(24, 40)
     x = torch.linspace(-1, 1, 3 * 24).view(3, 24)
@@ -77,5 +81,9 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for parent in model.modules():
         for name, child in parent.named_children():
             # A rounded weight is a tensor class of its own. PEFT, whose matrices stand in dicts, looks at their weights.
-            if type(child) is nn.Linear and type(child.weight) is nn.Parameter and not isinstance(parent, nn.ModuleDict):
+            if (
+                type(child) is nn.Linear
+                and type(child.weight) is nn.Parameter
+                and not isinstance(parent, nn.ModuleDict)
+            ):
                 yield parent, name, child
