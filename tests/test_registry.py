@@ -63,6 +63,31 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     again.close()
 
 
+def test_ways_of_loading_are_told_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = folders
+    wanted: list[dict[str, Any]] = [
+        {},
+        {"dtype": "auto"},
+        {"device_map": {"": "disk"}, "offload_folder": tmp_path},
+        {"attn_implementation": "eager"},
+        {"model_kwargs": {"max_position_embeddings": 64}},
+    ]
+    made = [DetoxiGen.shared(model, detoxifier=(), **way) for way in wanted]
+    assert len({id(one) for one in made}) == len(made)
+    same: list[dict[str, Any]] = [
+        {"device_map": "cpu"},
+        {"torch_dtype": "auto"},
+        {"device_map": {"": "disk"}, "offload_folder": f"{tmp_path}/"},
+        {"model_kwargs": {"attn_implementation": "eager"}},
+        {"model_kwargs": {"max_position_embeddings": 64}},
+    ]
+    assert [DetoxiGen.shared(model, detoxifier=(), **way) for way in same] == made
+    with pytest.raises(InvalidParamsError, match="model_kwargs"):
+        DetoxiGen.shared(model, detoxifier=(), model_kwargs={"generation_config": object()})
+    for one in made:
+        one.close()
+
+
 def test_what_failed_is_not_remembered(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, detoxifier = folders
     for _ in range(2):

@@ -134,6 +134,14 @@ def test_without_accelerate_it_is_named(folder: Path, monkeypatch: pytest.Monkey
 # --- rounded weights
 
 
+@pytest.fixture
+def quantizers() -> None:
+    """In the dev extra; one import of both is slow."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.usefixtures("quantizers")
 @pytest.mark.parametrize(
     ("quantization", "kind", "most"),
     [("int8", "torchao-Int8", 0.1), ("fp8", "torchao-Float8", 0.5), ("nf4", "bitsandbytes-nf4", 1.0),
@@ -161,6 +169,7 @@ def test_rounded_weights_say_nearly_the_same(quantization: str, kind: str, most:
     assert said(again, detoxifier) == want
 
 
+@pytest.mark.usefixtures("quantizers")
 def test_a_config_of_transformers_is_passed_through(folder: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -236,6 +245,7 @@ def test_a_detoxifier_of_the_base_serves_the_adapter(folder: Path, tmp_path: Pat
         assert model.generate("So,", alpha=2.0, max_new_tokens=2, ignore_eos=True).usage.completion_tokens == 2
 
 
+@pytest.mark.usefixtures("quantizers")
 def test_an_adapter_stays_beside_rounded_weights(folder: Path, tmp_path: Path) -> None:
     tuned(folder).save_pretrained(tmp_path / "my-lora")
     rounded = load_backbone(tmp_path / "my-lora", dtype="float32", quantization_config="int8")
@@ -307,10 +317,8 @@ def cached(repo: str, source: Path, cache: Path, commit: str, revision: str = "m
 
 
 def test_hub_models_and_adapters_out_of_a_cache(folder: Path, tmp_path: Path) -> None:
-    cache, commits = (
-        tmp_path / "cache",
-        {name: letter * 40 for name, letter in (("base", "a"), ("new", "b"), ("l", "c"))},
-    )
+    cache = tmp_path / "cache"
+    commits = {name: letter * 40 for name, letter in (("base", "a"), ("new", "b"), ("lora", "c"))}
     cached("org/tiny", folder, cache, commits["base"])
     make_tiny_model(make_tiny_config("llama", **SHAPE), seed=1).save_pretrained(folder)
     cached("org/tiny", folder, cache, commits["new"], "v2")
@@ -323,9 +331,9 @@ def test_hub_models_and_adapters_out_of_a_cache(folder: Path, tmp_path: Path) ->
     made.peft_config["default"].base_model_name_or_path = "org/tiny"
     made.peft_config["default"].revision = "v2"
     made.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    cached("org/lora", tmp_path / "adapter", cache, commits["l"])
+    cached("org/lora", tmp_path / "adapter", cache, commits["lora"])
     adapted = load_backbone("org/lora", **where)
-    assert (adapted.id, adapted.base_id, adapted.revision) == ("org/lora", "org/tiny", commits["l"])
+    assert (adapted.id, adapted.base_id, adapted.revision) == ("org/lora", "org/tiny", commits["lora"])
     torch.testing.assert_close(logits(adapted), logits(from_model(made.merge_and_unload(), make_tiny_tokenizer())))
 
 
