@@ -72,6 +72,22 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def test_ways_of_loading_are_options(
+    model: Path, loaded: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", PROMPT, "--seed", "1", "--max-new-tokens", "6", "--json")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    plain = run(*asked, *loaded)
+    on_disk = (*loaded[:4], "--dtype", "float32", "--device-map", '{"": "disk"}', "--offload-folder", tmp_path)
+    spread = run(*asked, *on_disk, "--local-files-only", "--attn-implementation", "sdpa")
+    assert json.loads(spread.stdout)["text"] == json.loads(plain.stdout)["text"]
+    for words in (("--device-map", "{"), ("--quantize", "int3"), ("--model-kwargs", '{"zork": 1}')):
+        result = run(*asked, *loaded[:4], *words)
+        assert result.exit_code == 2
+        assert words[0].strip("-").replace("-", "_").replace("quantize", "quantization_config") in result.stderr
+    assert "--token" not in run("generate", "--help").stdout.replace("--max-new-tokens", "").replace("--stop-token", "")
+
+
 def run(*words: str | Path, stdin: str | bytes | None = None) -> Result:
     result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -120,7 +120,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     def _load_options(cls, options: dict[str, Any], loading: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """`loading` with the fields of `LoadOptions` that `options` have, which are taken out of them.
 
-        Quantization configs of transformers are kept as mappings. Raises `InvalidParamsError`.
+        Quantization configs of transformers are kept as mappings.
         """
         if not (loading is None or isinstance(loading, dict)):
             raise InvalidParamsError("loading", loading, "a dict of fields of LoadOptions")
@@ -129,8 +129,6 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         refuse_stand_ins(cls.__name__, loading)
         if hasattr(rounded := loading.get("quantization_config"), "to_dict"):
             loading["quantization_config"] = {k: getattr(v, "value", v) for k, v in rounded.to_dict().items()}
-        named = {name: options[name] for name in ("device", "dtype", "revision") if options.get(name) is not None}
-        LoadOptions(**{**loading, **named})
         return loading or None
 
     @classmethod
@@ -149,10 +147,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some fields changed, those of `DecodingParams` too. Raises `InvalidParamsError`."""
         changes = dict(update or {})
-        named = {name: getattr(self, name) for name in ("device", "dtype", "revision")}
-        wanted = {**named, **changes}
-        loading = self._load_options(wanted, wanted.pop("loading", self.loading))
-        changes = {name: value for name, value in wanted.items() if name in changes}
+        loading = self._load_options(changes, changes.pop("loading", self.loading))
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
         copy = super().model_copy(update={**changes, "loading": loading, "decoding": decoding}, deep=deep)
         copy._check_engine()
@@ -164,8 +159,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         super().__setattr__(name, value)
 
     def _check_engine(self) -> None:
-        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
+        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside, and for bad loading."""
         if self.engine is None:
+            LoadOptions(**self._how)
             return
         if isinstance(self.engine, str | bytes | int | float | list | tuple | dict):
             raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
@@ -201,8 +197,12 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
 
     def load(self) -> detox_guard.DetoxiGen:
         """The engine behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
-        how = {"device": self.device, "dtype": self.dtype, "revision": self.revision, **(self.loading or {})}
-        return self.engine or detox_guard.DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **how)
+        return self.engine or detox_guard.DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What is said about loading, as `LoadOptions` takes it."""
+        return {"device": self.device, "dtype": self.dtype, "revision": self.revision, **(self.loading or {})}
 
     @property
     def metadata(self) -> LLMMetadata:
