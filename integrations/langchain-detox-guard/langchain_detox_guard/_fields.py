@@ -21,7 +21,7 @@ from pydantic_core import PydanticSerializationError
 
 from langchain_detox_guard._around import Around
 from langchain_detox_guard._identity import PROVIDER, identity_of, name_of
-from langchain_detox_guard._settings import Settings
+from langchain_detox_guard._loading import LOADING, LoadFields
 from langchain_detox_guard._threads import each
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from langchain_core.language_models.base import LangSmithParams
 
 _DEFAULT_MODEL = "detox-guard/default"
-_LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 _DECODING = (
     "alpha", "calm_share", "rule", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
     "stop",
@@ -41,9 +40,10 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-class ModelFields(Around, Settings):
+class ModelFields(Around, LoadFields):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
+    How a model is loaded is said as in `detox_guard.LoadOptions`: `device_map="auto"`, `quantization_config="int8"`.
     Those of `detox_guard.DecodingParams` mean what they mean there; `max_tokens` is its `max_new_tokens`. A bad value
     or an unknown name is `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in
     `model_copy(update=...)`. Deep copies share a `detoxigen`, and no cache takes it for another of its name. It is
@@ -55,15 +55,9 @@ class ModelFields(Around, Settings):
     )
 
     model: str | None = None
-    """Hub id, folder or GGUF file; None is the embedded default."""
+    """Hub id, folder, LoRA adapter or GGUF file; None is the embedded default."""
     detoxifier: str | None = None
     """Hub id or folder; None is the one we ship, which is for the embedded default."""
-    device: str | None = None
-    """Where the model runs; None chooses."""
-    dtype: str | None = None
-    """Number type of the weights; None chooses."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
 
     alpha: float = field_of(DecodingParams, "alpha")
     calm_share: float = field_of(DecodingParams, "calm_share")
@@ -113,7 +107,9 @@ class ModelFields(Around, Settings):
             if error.field.startswith("max_new_tokens"):
                 raise InvalidParamsError("max_tokens", error.value, error.bound, hint=error.hint) from None
             raise
-        if self.detoxigen is not None and (named := [name for name in _LOADING if getattr(self, name) is not None]):
+        self._loading()
+        named = [name for name in LOADING if getattr(self, name) not in (None, False)]
+        if self.detoxigen is not None and named:
             raise InvalidParamsError(
                 "detoxigen", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )
@@ -134,8 +130,7 @@ class ModelFields(Around, Settings):
             return self.detoxigen  # type: ignore[no-any-return]
         from detox_guard import DetoxiGen  # brings torch
 
-        names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
-        return DetoxiGen.shared(names.pop("model"), **names)
+        return DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._loading())
 
     async def _adetoxigen(self) -> DetoxiGen:
         return self.detoxigen if self.detoxigen is not None else await asyncio.to_thread(self._detoxigen)
@@ -154,7 +149,7 @@ class ModelFields(Around, Settings):
         """The keywords that set a field, and the others."""
         settable = self._settable()
         update = {name: value for name, value in kwargs.items() if name in settable}
-        if not update.keys().isdisjoint(_LOADING):
+        if not update.keys().isdisjoint(LOADING):
             update["detoxigen"] = None  # this call wants another
         return update, {name: value for name, value in kwargs.items() if name not in settable}
 
@@ -199,8 +194,8 @@ class ModelFields(Around, Settings):
 
         Names stand as they were given until something is loaded, then as it calls itself.
         """
-        names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
-        names["model"] = self._model_name
+        names: dict[str, Any] = {"model": self._model_name, "detoxifier": self.detoxifier, **self._loading()}
+        names.pop("token", None)
         if self.detoxigen is not None:  # another of its name may hold other weights
             names["detoxigen"] = identity_of(self.detoxigen)
         elif self.model is not None and os.path.exists(self.model):

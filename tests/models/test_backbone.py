@@ -1,0 +1,580 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny import Kind, make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPTNeoConfig,
+    OPTConfig,
+    PreTrainedModel,
+    T5Config,
+)
+
+from detox_guard.errors import (
+    BackboneError,
+    BackboneNotFoundError,
+    InvalidParamsError,
+    NotPicklableError,
+    UnsupportedBackboneError,
+)
+from detox_guard.models import backbone as module
+from detox_guard.models import default as embedded
+from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
+from detox_guard.models.checks import max_positions
+from detox_guard.models.load import load_backbone
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama on disk."""
+    return save(tmp_path / "tiny-llama", make_tiny_model(make_tiny_config("llama")))
+
+
+def save(path: Path, model: PreTrainedModel) -> Path:
+    model.save_pretrained(path)
+    make_tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def causal(config: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+# --- what is loaded
+
+
+def test_folder_loads_frozen_in_eval_mode_with_its_facts(folder: Path) -> None:
+    backbone = load_backbone(folder, device="cpu", dtype="float32")
+    assert backbone.id == "tiny-llama"
+    assert backbone.revision == load_backbone(folder, device="cpu", dtype="bfloat16").revision
+    assert backbone.revision != make_tiny_backbone("llama", seed=1).revision  # another model of that name
+    assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
+    assert (backbone.hidden_size, backbone.num_layers, backbone.vocab_size) == (48, 3, 480)
+    assert (backbone.max_positions, backbone.learned_positions, backbone.window) == (512, False, None)
+    assert (backbone.eos_token_ids, backbone.pad_token_id, backbone.has_chat_template) == ((2,), 3, True)
+    assert not backbone.model.training
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    expected = make_tiny_model(make_tiny_config("llama")).eval()(ids).logits
+    torch.testing.assert_close(backbone.model(ids).logits, expected)
+
+
+def test_string_path_and_trailing_slash_name_the_same_folder(folder: Path) -> None:
+    assert load_backbone(f"{folder}/", dtype="float32").id == "tiny-llama"
+
+
+def test_dtype_is_honoured(folder: Path) -> None:
+    backbone = load_backbone(str(folder), dtype=torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.bfloat16 for parameter in backbone.model.parameters())
+
+
+def test_loaded_model_is_wrapped_in_place_and_moved_only_when_asked() -> None:
+    model = make_tiny_model(make_tiny_config("llama"))
+    backbone = load_backbone(model, tokenizer=make_tiny_tokenizer())
+    assert backbone.model is model
+    assert (backbone.id, backbone.dtype) == ("llama", torch.float32)
+    assert load_backbone(model, tokenizer=make_tiny_tokenizer(), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_tokenizer_may_be_a_folder(folder: Path) -> None:
+    model = make_tiny_model(make_tiny_config("llama"))
+    assert load_backbone(model, tokenizer=folder).pad_token_id == 3
+
+
+def test_loaded_model_needs_its_tokenizer() -> None:
+    with pytest.raises(InvalidParamsError, match="tokenizer"):
+        load_backbone(make_tiny_model(make_tiny_config("llama")))
+
+
+@pytest.mark.parametrize("model", [7, object(), torch.nn.Linear(2, 2)])
+def test_not_a_model(model: Any) -> None:
+    with pytest.raises(InvalidParamsError, match="model"):
+        load_backbone(model, tokenizer=make_tiny_tokenizer(), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned", "limit", "window", "pad"),
+    [("gpt2", True, 256, None, 3), ("gpt2-no-pad", True, 256, None, 2), ("mistral", False, 512, 16, 3)],
+)
+def test_positions_windows_and_padding(kind: Kind, learned: bool, limit: int, window: int | None, pad: int) -> None:
+    backbone = make_tiny_backbone(kind)
+    assert (backbone.learned_positions, backbone.max_positions) == (learned, limit)
+    assert (backbone.window, backbone.pad_token_id) == (window, pad)
+    assert len(backbone.tokenizer) == 480, "nothing is added to the vocabulary"
+
+
+def test_opt_and_gpt_neo_are_recognised() -> None:
+    small = {"vocab_size": 480, "hidden_size": 32, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+    opt = from_model(
+        causal(
+            OPTConfig(
+                **small,
+                word_embed_proj_dim=16,
+                ffn_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        ),
+        make_tiny_tokenizer(),
+    )
+    assert (opt.learned_positions, opt.max_positions) == (True, 64)
+    assert opt.hidden_size == 16, "the width of an input embedding, not of the layers"
+    neo = from_model(
+        causal(
+            GPTNeoConfig(
+                **small,
+                num_layers=2,
+                num_heads=2,
+                attention_types=[[["global", "local"], 1]],
+                window_size=8,
+                max_position_embeddings=64,
+            )
+        ),
+        make_tiny_tokenizer(),
+    )
+    assert (neo.learned_positions, neo.window, neo.num_layers) == (True, 8, 2)
+
+
+def test_end_tokens_come_from_all_sources_once_in_order() -> None:
+    model = make_tiny_model(make_tiny_config("llama", eos_token_id=[7, 2]))
+    model.generation_config.eos_token_id = [9, 7]
+    assert from_model(model, make_tiny_tokenizer()).eos_token_ids == (9, 7, 2)
+
+
+def test_no_pad_and_no_end_token_pads_with_zero() -> None:
+    model = make_tiny_model(make_tiny_config("llama", eos_token_id=None, pad_token_id=None))
+    tokenizer = make_tiny_tokenizer(pad=False)
+    tokenizer.eos_token = None
+    tokenizer.chat_template = None
+    backbone = from_model(model, tokenizer)
+    assert (backbone.eos_token_ids, backbone.pad_token_id, backbone.has_chat_template) == ((), 0, False)
+
+
+def test_importing_the_module_loads_no_torch() -> None:
+    code = "import sys, detox_guard.models.backbone; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(module.__file__).parents[1]).returncode == 0
+
+
+# --- the embedded default
+
+
+def test_default_backbone(default_backbone: Backbone) -> None:
+    assert (default_backbone.id, default_backbone.revision) == (embedded.DEFAULT_ID, embedded.DEFAULT_REVISION)
+    assert (default_backbone.hidden_size, default_backbone.num_layers, default_backbone.vocab_size) == (576, 30, 49152)
+    assert (default_backbone.max_positions, default_backbone.window) == (8192, None)
+    assert default_backbone.eos_token_ids == (2, 0)
+    assert default_backbone.has_chat_template
+    tokenizer = default_backbone.tokenizer
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    out = default_backbone.model.generate(ids, do_sample=False, max_new_tokens=2, pad_token_id=2)
+    assert "Paris" in tokenizer.decode(out[0])
+    assert tokenizer("<|im_start|>").input_ids == [1]
+
+
+@pytest.mark.parametrize("field", ["gguf_file", "revision"])
+def test_default_takes_neither_a_file_nor_a_revision(field: str) -> None:
+    with pytest.raises(InvalidParamsError, match=field):
+        load_backbone(**{field: "x.gguf"})
+
+
+def test_hub_snapshot_as_default_carries_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = folder.rename(folder.parent / "0123abc")
+    monkeypatch.setattr(embedded, "default_backbone_dir", lambda: commit)
+    backbone = load_backbone(dtype="float32")
+    assert (backbone.id, backbone.revision) == (embedded.DEFAULT_ID, "0123abc")
+
+
+# --- device and dtype
+
+
+def test_device_is_cuda_if_there_is_one_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device(None) == torch.device("cuda")
+    assert pick_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", 3.5, "meta"])
+def test_bad_device(device: Any) -> None:
+    with pytest.raises(InvalidParamsError) as caught:
+        pick_device(device)
+    assert caught.value.field == "device"
+    assert caught.value.value == device
+
+
+def test_absent_device_says_so_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InvalidParamsError, match="0 cuda devices") as caught:
+        pick_device("cuda")
+    assert 'device="cpu"' in caught.value.hint
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(InvalidParamsError, match="1 cuda devices"):
+        pick_device("cuda:1")
+
+
+def test_cpu_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert pick_dtype(None, cpu) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert pick_dtype("auto", cpu) == torch.float32
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert pick_dtype(None, cpu) == torch.float32
+
+
+def test_cuda_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_dtype(None, torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half", "", torch.int8, 16])
+def test_bad_dtype(dtype: Any) -> None:
+    with pytest.raises(InvalidParamsError) as caught:
+        pick_dtype(dtype, torch.device("cpu"))
+    assert caught.value.field == "dtype"
+
+
+# --- what cannot be found or read
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder-here", "a/b/c", "nowhere.gguf"])
+def test_missing_path(name: str) -> None:
+    with pytest.raises(BackboneNotFoundError, match="no such file or folder"):
+        load_backbone(name)
+
+
+def test_missing_path_object() -> None:
+    with pytest.raises(BackboneNotFoundError, match="no such file or folder"):
+        load_backbone(Path("nowhere"))
+
+
+def test_unknown_hub_id_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneNotFoundError, match="no-such-org/no-such-model") as caught:
+        load_backbone("no-such-org/no-such-model")
+    assert "HF_HUB_OFFLINE" in caught.value.hint
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_impossible_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneNotFoundError):
+        load_backbone("not a hub id!")
+
+
+def test_file_that_is_no_gguf(tmp_path: Path) -> None:
+    file = tmp_path / "notes.gguf"
+    file.write_bytes(b"hello")
+    with pytest.raises(BackboneError, match=r"notes\.gguf: not a GGUF file"):
+        load_backbone(file)
+
+
+def write_tiny_gguf(file: Path) -> None:
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(480)
+    bpe = json.loads(make_tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].__getitem__))
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (480, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {f"blk.0.{name}": (32, 32) for name in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    shapes |= {f"blk.0.{name}": (16, 32) for name in ("attn_k", "attn_v")}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_loads_and_can_be_saved(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    backbone = load_backbone(tmp_path / "tiny.gguf", dtype="float32")
+    assert (backbone.id, backbone.vocab_size, backbone.max_positions) == ("tiny.gguf", 480, 64)
+    assert backbone.eos_token_ids == (2,)
+    assert load_backbone(tmp_path, gguf_file="tiny.gguf", dtype="float32").id == "tiny.gguf"
+    backbone.model.save_pretrained(tmp_path / "saved")
+    backbone.tokenizer.save_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    saved = load_backbone(tmp_path / "saved", dtype="float32")
+    torch.testing.assert_close(saved.model(ids).logits, backbone.model(ids).logits)
+
+
+def test_truncated_gguf(tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(BackboneError, match=r"cut\.gguf: cannot be loaded"):
+        load_backbone(file)
+
+
+def test_gguf_name_inside_a_folder_that_lacks_it(folder: Path) -> None:
+    with pytest.raises(BackboneNotFoundError, match=r"absent\.gguf"):
+        load_backbone(folder, gguf_file="absent.gguf")
+
+
+def test_empty_folder_and_adapter_folder(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"no config\.json"):
+        load_backbone(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(tmp_path)
+    assert "adapter" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "zork"}', "[]"])
+def test_unreadable_config(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(BackboneError, match="tiny-llama: cannot be loaded"):
+        load_backbone(folder)
+
+
+def test_config_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(folder)
+    assert "safetensors" in caught.value.hint
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(make_tiny_model(make_tiny_config("llama")).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(folder)
+    assert "pickled" in caught.value.hint
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_damaged_weights(folder: Path, damage: str) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[damage])
+    with pytest.raises(BackboneError, match="cannot be loaded") as caught:
+        load_backbone(folder)
+    assert caught.value.__cause__ is not None
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match="1 weights are missing"):
+        load_backbone(folder)
+
+
+def test_weights_that_config_leaves_out_are_not_dropped(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    others = {"another_head.weight": torch.zeros(2), "model.layers.1.self_attn.bias": torch.ones(1, 1, 4, 4)}
+    save_file({**weights, **others}, folder / "model.safetensors", {"format": "pt"})
+    assert load_backbone(folder).id == "tiny-llama"  # parts that the architecture does not have
+    bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(48)}
+    save_file({**weights, **bias}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match="1 weights have no place"):
+        load_backbone(folder)
+
+
+def test_an_adapter_beside_a_model_is_not_served_unseen(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BackboneError, match="a model and a PEFT adapter"):
+        load_backbone(folder)
+
+
+def test_longrope_is_served_up_to_the_length_of_its_training() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    known = {**rope, "original_max_position_embeddings": 64, "factor": 8.0}
+    assert make_tiny_backbone("llama", rope_parameters=known).max_positions == 64
+    assert make_tiny_backbone("llama").max_positions == 512
+    config = make_tiny_config("llama", rope_parameters=known)
+    config.rope_parameters = rope
+    with pytest.raises(UnsupportedBackboneError, match="longrope"):
+        max_positions(config, "tiny")
+
+
+def test_missing_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(BackboneError):
+        load_backbone(folder)
+
+
+def test_remote_code_is_refused_unless_asked_for(folder: Path) -> None:
+    config = folder / "config.json"
+    own_code = '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}'
+    config.write_text(own_code)
+    (folder / "own.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(folder)
+    assert "trust_remote_code=True" in caught.value.hint
+
+
+# --- what cannot be steered
+
+
+def refused(path: Path, model: PreTrainedModel, reason: str) -> None:
+    with pytest.raises(UnsupportedBackboneError, match=reason):
+        load_backbone(save(path, model), dtype="float32")
+
+
+def test_encoder_decoder(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=480, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    refused(tmp_path, AutoModel.from_config(config), "cannot be steered: it is an encoder-decoder|no causal language")
+    config = AutoConfig.for_model(
+        "bart", vocab_size=480, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    refused(tmp_path, AutoModel.from_config(config), "it is an encoder-decoder")
+
+
+def test_recurrent_models(tmp_path: Path) -> None:
+    mamba = AutoConfig.for_model("mamba", vocab_size=480, hidden_size=16, num_hidden_layers=1, state_size=4)
+    refused(tmp_path / "mamba", causal(mamba), "recurrent state")
+    rwkv = AutoConfig.for_model(
+        "rwkv", vocab_size=480, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16
+    )
+    refused(tmp_path / "rwkv", causal(rwkv), "recurrent state")
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "reason"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer"),
+        ("qwen3_next", {}, "recurrent state"),
+        ("jamba", {}, "recurrent state"),
+        ("falcon_h1", {}, "recurrent state"),
+        ("minimax", {}, "LinearAttentionLayer"),
+        ("deepseek_v32", {}, "DynamicIndexedLayer"),
+        ("gemma3n_text", {}, "per-layer embeddings"),
+        ("gemma4_text", {}, "per-layer embeddings"),
+        ("gemma3", {}, "multimodal"),
+        ("llama4", {}, "multimodal"),
+        ("phi4_multimodal", {}, "multimodal"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("vit", {}, "no causal language model"),
+        ("whisper", {}, "encoder-decoder"),
+    ],
+)
+def test_refused_by_config_before_any_weight_is_read(
+    tmp_path: Path, kind: str, extra: dict[str, Any], reason: str
+) -> None:
+    if "layer_types" in extra:
+        extra = {**extra, "num_hidden_layers": len(extra["layer_types"])}
+    AutoConfig.for_model(kind, **extra).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBackboneError, match=reason):
+        load_backbone(tmp_path)
+
+
+def test_bidirectional_encoder(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=480, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        initializer_range=0.5, tie_word_embeddings=True,
+    )  # fmt: skip
+    refused(tmp_path, causal(config), "not causal|no key/value cache")
+
+
+def test_no_position_ids() -> None:
+    """Bloom would swallow them among its other arguments and place every token by the padding mask."""
+    config = AutoConfig.for_model("bloom", vocab_size=480, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(UnsupportedBackboneError, match="position_ids"):
+        from_model(causal(config), make_tiny_tokenizer())
+
+
+def test_attention_that_takes_no_mask_of_ours() -> None:
+    """flex_attention would not refuse the engine's masks: it would read past them."""
+    model = causal(make_tiny_config("llama"))
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedBackboneError, match="flex_attention"):
+        from_model(model, make_tiny_tokenizer())
+
+
+def test_headless_model() -> None:
+    with pytest.raises(UnsupportedBackboneError, match="no language-model head"):
+        from_model(AutoModel.from_config(make_tiny_config("llama")), make_tiny_tokenizer())
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    model = make_tiny_model(make_tiny_config("llama"))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(BackboneError, match="not finite") as caught:
+        load_backbone(save(tmp_path, model), dtype="float32")
+    assert "float32" in caught.value.hint
+
+
+def test_vocabulary_of_config_and_head_differ() -> None:
+    model = make_tiny_model(make_tiny_config("llama"))
+    model.config.vocab_size = 500
+    with pytest.raises(BackboneError, match="480 logits for a vocabulary of 500"):
+        from_model(model, make_tiny_tokenizer())
+
+
+def test_tokenizer_of_another_model() -> None:
+    model = make_tiny_model(make_tiny_config("llama", vocab_size=100))
+    with pytest.raises(BackboneError, match="wrong tokenizer"):
+        from_model(model, make_tiny_tokenizer())
+
+
+def test_weights_left_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = causal(make_tiny_config("llama"))
+    with pytest.raises(BackboneError, match="meta"):
+        from_model(model, make_tiny_tokenizer())
+
+
+# --- adapters and odd folders
+
+
+def test_a_soft_prompt_in_a_folder_is_sent_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(tmp_path)
+    assert "pass it as the detoxifier" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_pipe_in_a_models_folder_is_refused_at_once(folder: Path, name: str) -> None:
+    import os
+
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BackboneError, match=name):
+        load_backbone(folder)
+
+
+def test_a_backbone_is_shared_by_copies_and_not_pickled(tiny_llama: Backbone) -> None:
+    assert copy.deepcopy({"b": tiny_llama})["b"] is tiny_llama
+    with pytest.raises(NotPicklableError, match="belong to their process"):
+        pickle.dumps(tiny_llama)
