@@ -30,7 +30,7 @@ class Backbone:
     """A frozen causal language model, its tokenizer, and what the engine must know of them.
 
     `model` is in eval mode, without gradients. `device` is where its inputs go, `dtype` what it computes in; `spread`:
-    its layers lie on several devices or on disk, and accelerate moves what passes. `id` is the hub id, or the base name of
+    its layers lie on several devices or on disk, and accelerate moves what passes. `id` is the hub id, or the name of
     the folder or GGUF file; `revision` the hub's commit, else a digest of the weights. `hidden_size` is the width of an
     input embedding, hence of a virtual token. `max_positions` None: no limit known. `learned_positions`: positions come
     from a table, so `max_positions` is hard. `window`: the smallest sliding (or chunked) attention window in tokens,

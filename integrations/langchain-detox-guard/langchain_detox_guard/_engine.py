@@ -92,7 +92,8 @@ class EngineFields(Around, LoadFields):
     `model`: hub id, folder, LoRA adapter or GGUF file; None is the embedded default. How it is loaded is said as in
     `detox_guard.LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …). `detoxifier`: hub id or folder;
     None is the one we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared
-    one; deep copies share it, no cache takes it for another of its name, and it is neither serialized nor pickled (`NotPicklableError`).
+    one; deep copies share it, no cache takes it for another of its name, and it is neither serialized nor pickled
+    (`NotPicklableError`).
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. A bad value or an unknown name is
     `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in `model_copy(update=...)`.
     """
