@@ -17,7 +17,6 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, NotPicklableError, __version__
-from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented  # noqa: TC002
 from langchain_core.runnables import Runnable, RunnableConfig  # noqa: TC002
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from detox_guard import DetoxiGen, Generation
+    from langchain_core.caches import BaseCache
     from langchain_core.language_models.base import LangSmithParams
 
 _T = TypeVar("_T")
@@ -91,8 +91,9 @@ class EngineFields(Around, LoadFields):
 
     `model`: hub id, folder, LoRA adapter or GGUF file; None is the embedded default. How it is loaded is said as in
     `detox_guard.LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …). `detoxifier`: hub id or folder;
-    None is the one we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
-    share it, no cache takes it for another of its name, and it is neither serialized nor pickled (`NotPicklableError`).
+    None is the one we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared
+    one; deep copies share it, no cache takes it for another of its name, and it is neither serialized nor pickled
+    (`NotPicklableError`).
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. A bad value or an unknown name is
     `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in `model_copy(update=...)`.
     """
@@ -151,7 +152,9 @@ class EngineFields(Around, LoadFields):
                 raise InvalidParamsError("max_tokens", error.value, error.bound, hint=error.hint) from None
             raise
         self._loading()
-        if self.engine is not None and (named := [name for name in LOADING if getattr(self, name) not in (None, False)]):
+        if self.engine is not None and (
+            named := [name for name in LOADING if getattr(self, name) not in (None, False)]
+        ):
             raise InvalidParamsError(
                 "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from detox_guard import DetoxiGen, InvalidParamsError
 from langchain_core.load import dumps
+from transformers import BitsAndBytesConfig
+
 from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 from scripted_engine import ScriptedEngine
-from transformers import BitsAndBytesConfig
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         others = [name for name in options if name in LoadOptions.model_fields and name not in cls.model_fields]
         loading = {**(loading or {}), **{name: options.pop(name) for name in others}}
         refuse_stand_ins(cls.__name__, loading)
-        if hasattr(rounded := loading.get("quantization_config"), "to_dict"):
+        rounded: Any = loading.get("quantization_config")
+        if hasattr(rounded, "to_dict"):
             loading["quantization_config"] = {k: getattr(v, "value", v) for k, v in rounded.to_dict().items()}
         return loading or None
 
