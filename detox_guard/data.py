@@ -109,7 +109,9 @@ def parse_rows(content: bytes, name: str, kind: str | None = None, sha256: str =
         kind = ".jsonl" if isinstance(next(_jsonl(text), Row(0, None)).value, dict) else ".txt"
     try:
         if kind in (".csv", ".tsv"):
-            table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+            table = csv.DictReader(
+                io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True
+            )
             rows = [Row(table.line_num, row) for row in table]
             return Rows(name, rows, sha256=sha256, columns=tuple(table.fieldnames) if table.fieldnames else None)
         if kind == ".json":
@@ -176,6 +178,8 @@ def _from_hub(source: str, name: str, split: str) -> Rows:
     try:
         found = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library has no common root for what a fetch can raise
-        raise DataError(f"{name}:{split}: cannot be fetched: {error}", hint=f"{_FORMATS}, or org/name[:split]") from error
+        raise DataError(
+            f"{name}:{split}: cannot be fetched: {error}", hint=f"{_FORMATS}, or org/name[:split]"
+        ) from error
     rows = [Row(number, row) for number, row in enumerate(found, start=1)]
     return Rows(source, rows, "row", columns=tuple(found.column_names))

@@ -37,6 +37,7 @@ __all__ = [
     "Revision",
     "TemplateKwargs",
     "TrustRemoteCode",
+    "config_options",
     "decoding_options",
     "given",
     "guard_policy",
@@ -76,7 +77,9 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
-_FLAGS = {"stop_token_ids": "--stop-token-id"}
+_FLAGS = {"stop_token_ids": "--stop-token-id", "methods": "--method", "alphas": "--alpha"}
+_FLAGS |= {"judges": "--judge", "lm_judges": "--lm-judge", "bold": "--bold"}
+_FLAGS |= {"temperatures": "--temperature", "top_ps": "--top-p", "initial_texts": "--initial-text"}
 
 _GUARDING = "Guarding"
 Guard = Annotated[
@@ -127,6 +130,11 @@ def training_options(command: Command) -> Command:
     return _with_options(command, TrainingConfig, None)
 
 
+def config_options(source: type[Checked], *, leave: Set[str] = frozenset()) -> Callable[[Command], Command]:
+    """The command, with an option for every field of a class of settings; they arrive in `**fields`."""
+    return lambda command: _with_options(command, source, None, leave=leave)
+
+
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the user typed; the rest is left to the class's own defaults."""
     return {name: value for name, value in fields.items() if value is not None and value != []}
@@ -170,6 +178,8 @@ def _typed(name: str, annotation: Any) -> Any:
     """What typer is to read for a field: without bounds and None, any number of values as a list."""
     if name == "dtype":
         return DtypeName
+    if annotation is Any:  # an object, from Python
+        return str
     if get_origin(annotation) is Annotated:
         return _typed(name, get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

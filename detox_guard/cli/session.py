@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._progress import Progress
 from detox_guard.cli.console import stderr_console
 from detox_guard.errors import DetoxGuardError
 
@@ -117,7 +118,15 @@ def run_all(
     A reply that fails holds its error and hurts no other. On Ctrl-C the seats are freed, what was decoded so far is
     in `replies`, and `KeyboardInterrupt` is raised.
     """
-    with _bar(words, replies, quiet) as tick:
+    done, chars = sum(reply.done for reply in replies), 0
+    with Progress(not quiet, passing=True) as bars, bars.stage(words, len(replies), done) as stage:
+
+        def tick(more_chars: int, more_done: int) -> None:
+            nonlocal chars
+            chars += more_chars
+            stage.say(f"{chars} characters")
+            stage.tick(more_done)
+
         asyncio.run(_run_all(guard, replies, tick, on_done))
 
 
@@ -173,30 +182,6 @@ def spinner(words: str) -> Iterator[None]:
         return
     with console.status(f"[dim]{words} …", spinner="dots"):
         yield
-
-
-@contextmanager
-def _bar(words: str, replies: Sequence[Reply], quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr_console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("[dim]{task.fields[chars]} characters"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        done, chars = sum(reply.done for reply in replies), 0
-        task = bar.add_task(words, total=len(replies), completed=done, chars=0)
-
-        def tick(more_chars: int, more_done: int) -> None:
-            nonlocal done, chars
-            done, chars = done + more_done, chars + more_chars
-            bar.update(task, completed=done, chars=chars)
-
-        yield tick
 
 
 def visible_name(model: str | None) -> str:

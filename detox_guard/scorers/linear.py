@@ -96,12 +96,17 @@ def _named(name: str) -> ToxicityScorer:
         from detox_guard.scorers.minilm import MiniLMScorer
 
         return MiniLMScorer()
+    if name == "profanity-check":
+        from detox_guard.scorers.words import ProfanityCheck
+
+        return ProfanityCheck()
     model_id, _, label = name.partition("#")
     return HuggingFaceScorer(model_id, label=label or None)
 
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
     """None or "embedded": the embedded scorer. "minilm": the small transformer of `scorers.minilm`, fetched once.
+    "profanity-check": the package alt-profanity-check, which is no scorer of the guard's family.
     Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where its toxic label has to be named. A
     scorer: itself.
 

@@ -254,7 +254,9 @@ def _after_context(model: Any, batch: Batch, past: Any, first: torch.Tensor | No
     mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
     inputs = batch["reply_ids"][:, :-1]
     if not inputs.shape[1]:
-        return inputs.new_zeros(rows, 0, model.config.vocab_size).float() if first is None else first.expand(rows, -1, -1)
+        return (
+            inputs.new_zeros(rows, 0, model.config.vocab_size).float() if first is None else first.expand(rows, -1, -1)
+        )
     logits: torch.Tensor = model(
         input_ids=inputs,
         attention_mask=mask,
