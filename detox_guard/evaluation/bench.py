@@ -69,8 +69,9 @@ class BenchReport:
             ],
         )
         ratios = [
-            [name, f"{bar.value:.2f}×", f"{'at most' if bar.at_most else 'at least'} {bar.bound:g}", _verdict(bar)]
+            [name, f"{bar.value:.2f}×", f"{'at most' if bar.at_most else 'at least'} {bar.bound:g}", verdict]
             for name, bar in self.ratios.items()
+            for verdict in ["met" if bar.met else "missed"]
         ]
         return rich_tables(
             [times, Sheet("Ratios of neighbouring runs", ["", "ratio", "aim", ""], ratios)],

@@ -32,7 +32,7 @@ def test_long_prompts_are_new_each_time() -> None:
             ways[name]()
     ids = {tuple(backbone.tokenizer(prompt)["input_ids"]) for prompt in asked}
     assert len(asked) == len(ids) == 4
-    assert {len(one) for one in ids} == {60}
+    assert all(58 <= len(one) <= 60 for one in ids)  # decoded and read again
 
 
 def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
