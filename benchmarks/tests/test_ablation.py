@@ -36,8 +36,8 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
 from detox_guard.evaluation import EvalReport
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.evaluation.methods import Method
-from detox_guard.evaluation.random_models import random_detoxifier
 from detox_guard.settings import DecodingParams
 from detox_guard.steering.contrast import RULES
 from detox_guard.steering.forced import reply_loss

@@ -1,4 +1,4 @@
-"""Prompts from arguments, files and pipes. Knows which rows are prompts; knows no tokenizer, which judges their text."""
+"""Prompts from arguments, files and pipes. Knows which rows are prompts; what is in them a tokenizer judges."""
 
 from __future__ import annotations
 

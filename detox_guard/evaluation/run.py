@@ -3,7 +3,7 @@
 The protocol is RealToxicityPrompts' (Gehman et al. 2020): several sampled continuations a prompt, judged without their
 prompt; perplexity of the continuations given the prompt, under the plain backbone and any other causal model.
 
-A run is a folder (`store`), with `summary.json` at the end. Samples are decoded once; other judges can score them again.
+A run is a folder (`store`), with `summary.json` at the end. Samples are decoded once; judges can score them again.
 """
 
 from __future__ import annotations

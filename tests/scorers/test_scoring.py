@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detox_guard.errors import DataError, ScorerError
+from detox_guard.errors import ScorerError
 from detox_guard.scorers.batcher import judge_for
 from detox_guard.scorers.disguise import normalised, undisguised
 from detox_guard.scorers.linear import (
@@ -209,19 +209,6 @@ def test_ordinary_text_is_left_alone(embedded: EmbeddedScorer, text: str) -> Non
     assert score < 0.3
 
 
-def test_the_bars_on_texts_of_its_own(embedded: EmbeddedScorer) -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.bench import DISGUISES, IDENTITY, INSULTING, ordinary_lines
-
-    lines = ordinary_lines(2000)
-    assert sum(score > 0.5 for score in embedded.score(lines)) <= 0.005 * len(lines)
-    assert sorted(embedded.score(lines))[len(lines) // 2] < 0.1
-    assert max(embedded.score(IDENTITY)) < 0.3
-    for name, change in DISGUISES.items():
-        found = sum(score > 0.5 for score in embedded.score([change(text) for text in INSULTING]))
-        assert found >= 0.85 * len(INSULTING), name
-
-
 def test_nothing_rude_is_made_of_harmless_text() -> None:
     plain = normalised("The class\nassembled at 10:45. It costs $15.99; a*b, max_new_tokens and U.S.A. are fine.")
     assert undisguised(plain, lambda words: [0.0] * len(words)) is plain
@@ -323,27 +310,6 @@ def test_weights_must_be_finite_and_of_the_right_shape() -> None:
         EmbeddedScorer([1.0] * size, [math.nan] * size, 0.0, [1.0, 1.0], {})
     with pytest.raises(ScorerError, match="floors"):
         EmbeddedScorer([1.0] * size, [1.0] * size, 0.0, [1.0, 0.0], {})
-
-
-def _shared(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs the shared data folder: {name} is not beside the repository")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "floor"),
-    [("rtp/dev_prompts.jsonl", 0.938), ("benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv", 0.9306)],
-)
-def test_auc_on_rows_never_trained_on(embedded: EmbeddedScorer, name: str, floor: float) -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.linear import evaluate
-
-    figures = evaluate(embedded, _shared(name))
-    assert figures["roc_auc"] >= floor
-    (written,) = [e for e in embedded.card["evaluations"] if e["file"] == Path(name).name]
-    assert figures["roc_auc"] == pytest.approx(written["roc_auc"], abs=1e-3)
 
 
 # --- a Hugging Face classifier ---
@@ -510,86 +476,3 @@ def test_hugging_face_load_failures_are_named(tmp_path: Path) -> None:
     assert caught.value.__cause__ is not None
     with pytest.raises(ScorerError):
         HuggingFaceScorer("x", batch_size=0)
-
-
-# --- training ---
-
-FEW = ("--made-up", "60", "20")
-
-
-def _row(prompt: str, score: float | None, continuation: str, other: float | None) -> str:
-    first, second = {"text": prompt, "toxicity": score}, {"text": continuation, "toxicity": other}
-    return json.dumps({"prompt": first, "continuation": second})
-
-
-@pytest.fixture
-def small_file(tmp_path: Path) -> Path:
-    pytest.importorskip("scipy")
-    pytest.importorskip("sklearn")
-    rows = [_row(f"you idiot {i}", 0.9, f"a kind day {i}", 0.05) for i in range(12)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([*rows, _row("no score", None, "none", None), ""]))
-    return path
-
-
-def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from detox_benchmarks.fitting.linear import main
-
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        assert main(["--data", str(small_file), "--output", str(folder), "--evaluate", str(small_file), *FEW]) == 0
-        assert json.loads(capsys.readouterr().out)["evaluations"][0]["roc_auc"] == 1.0
-    assert (one / WEIGHTS_FILE).read_bytes() == (two / WEIGHTS_FILE).read_bytes()
-    assert sorted(file.name for file in one.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
-    scorer = EmbeddedScorer.load(one)
-    assert scorer.card["data"]["skipped_without_score"] == 2
-    assert str(tmp_path) not in (one / CARD_FILE).read_text()
-    high, low = scorer.score(["you idiot", "a kind day"])
-    assert high > 0.5 > low
-    assert main(["--output", str(one), "--evaluate", str(small_file)]) == 0
-
-
-def test_a_write_that_fails_leaves_the_old_file(
-    small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from detox_guard.training import scorer
-
-    folder = tmp_path / "out"
-    scorer.train(small_file, folder, made_up=(60, 20))
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(scorer.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        scorer.train(small_file, folder, made_up=(60, 20))
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        "",
-        "{",
-        "[1]",
-        '{"prompt": 1}',
-        _row("a", 2.0, "b", 0.1),
-        _row("a", None, "b", None),
-        _row("a", 0.9, "b", 0.1),
-    ],
-)
-def test_bad_training_files_are_data_errors(
-    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from detox_benchmarks.fitting.linear import main, train
-
-    path = tmp_path / "bad.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(DataError, match=r"bad\.jsonl"):
-        train(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert main(["--data", str(path), "--output", str(tmp_path / "out")]) == 1
-    assert "bad.jsonl" in capsys.readouterr().err
