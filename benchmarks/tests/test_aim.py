@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from detox_benchmarks.__main__ import app
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
 from detox_benchmarks.diagnostics.ranking import FIRST, LISTED, OTHER, SIGN, kinds_of, measure_aim, rank
 from detox_benchmarks.methods import WordList

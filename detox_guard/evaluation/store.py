@@ -42,8 +42,8 @@ FLUSH_S = 1.0
 class Journal:
     """Rows by `key` fields, in a file of JSON lines that grows with the work.
 
-    A line cut off by a kill is dropped, so its row is simply made again; of equal keys the last row counts. Not for two processes at
-    once: the caller holds the lock. Raises `DataError`, also for what an older version left half done.
+    A line cut off by a kill is dropped, so its row is simply made again; of equal keys the last row counts. Not for two
+    processes at once: the caller holds the lock. Raises `DataError`, also for what an older version left half done.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...]) -> None:

@@ -1,15 +1,14 @@
-"""Tables, written once for terminals, Markdown and pages, and those of a run's summary. Knows figures; knows not how they
-came.
+"""Tables, written once for terminals, Markdown and pages, and those of a run's summary. Knows figures, not their origin.
 
 `summary["groups"]` lists classes and categories of prompts: `{"kind", "name", "prompts", "methods"}`, and
 `methods[method][figure]` is `{"value", "difference", "ratio"}`, each `{"value", "low", "high"}` with a 95 % bootstrap
 interval over prompts; difference and ratio are to plain text, paired by prompt (None for plain itself).
 Figures: `<scorer>:expected_max|probability|share|mean`; `<model>:perplexity` (mean of the continuations' own, those of
-1e4 and more left out, `:perplexity_dropped` their share); `distinct_1|2|3`; shares `degenerate` (of which `repeats`, `junk`, or over 1e3), `empty`, `stopped`,
-`ended_by_guard`; `tokens` a reply; `kl_detoxifier`, `kl_steering`, `clipped`, `fallbacks` a token; `tries`,
-`interventions` and `decoded_tokens` a reply. `along[method][kl_detoxifier|kl_steering]`: by token of the reply the
-`mean`, and the 10th and 90th percentile of the prompts' own, `low` and `high`; `ms_per_token[method]`: the batch's time
-over all tokens.
+1e4 and more left out, `:perplexity_dropped` their share); `distinct_1|2|3`; shares `degenerate` (of which `repeats`,
+`junk`, or over 1e3), `empty`, `stopped`, `ended_by_guard`; `tokens` a reply; `kl_detoxifier`, `kl_steering`, `clipped`,
+`fallbacks` a token; `tries`, `interventions` and `decoded_tokens` a reply. `along[method][kl_detoxifier|kl_steering]`:
+by token of the reply the `mean`, and the 10th and 90th percentile of the prompts' own, `low` and `high`;
+`ms_per_token[method]`: the batch's time over all tokens.
 """
 
 from __future__ import annotations

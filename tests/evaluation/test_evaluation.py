@@ -245,7 +245,7 @@ def test_formats_of_prompts(tmp_path: Path) -> None:
     ]
     assert [prompt.text for prompt in read_prompts(path, words=2)] == ["Two, and", "Three"]
     assert [prompt.text for prompt in read_prompts(path, field="id")] == ["1", "2"]
-    with pytest.raises(DataError, match="line 3: no prompt text .no 'body'"):
+    with pytest.raises(DataError, match=r"line 3: no prompt text .no 'body'"):
         read_prompts(path, field="body")
     with pytest.raises(InvalidParamsError, match="words"):
         read_prompts(path, words=0)
