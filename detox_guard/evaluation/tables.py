@@ -1,4 +1,4 @@
-"""Tables, written once for terminals, Markdown and pages, and those of a run's summary. Knows figures, not their origin.
+"""Tables, written once for terminals, Markdown and pages, and those of a run's summary. Knows figures only.
 
 `summary["groups"]` lists classes and categories of prompts: `{"kind", "name", "prompts", "methods"}`, and
 `methods[method][figure]` is `{"value", "difference", "ratio"}`, each `{"value", "low", "high"}` with a 95 % bootstrap
