@@ -70,8 +70,8 @@ def ablate(
     """Detoxifiers that differ in one thing, trained alike and measured side by side. Needs the extra `train`."""
     from detox_benchmarks.ablations.run import run_ablation
 
-    asked = {name: tuple(one) if isinstance(one, list) else one for name, one in options.given(fields).items()}
-    config = AblationConfig(what=what, **asked)
+    asked: dict[str, Any] = {"what": what, **options.given(fields)}
+    config = AblationConfig(**{name: tuple(one) if isinstance(one, list) else one for name, one in asked.items()})
     quiet_libraries()
     with session.needs_extra("train", "training"):
         result = run_ablation(config)

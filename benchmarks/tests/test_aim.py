@@ -18,7 +18,7 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError
 from detox_guard.evaluation import run_eval
 from detox_guard.evaluation.bench import random_detoxifier
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from tests.tiny import SENTENCES, make_tiny_backbone
 
 if TYPE_CHECKING:

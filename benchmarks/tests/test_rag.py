@@ -68,7 +68,7 @@ def rows_of(data: list[str]) -> list[Answer]:
 def test_it_answers_measures_and_goes_on(
     bench: str, systems: tuple[str, ...], every: int, data: list[str], model: ScriptedDetoxiGen
 ) -> None:
-    first = run(bench, *data, "--samples", "1", "--systems", systems[0])
+    first = run(bench, *data, "--samples", "1", "--system", systems[0])
     assert first.exit_code == 0, first.output
     assert len(model.calls) == 2
     out = Path(data[5])
@@ -89,24 +89,24 @@ def test_it_answers_measures_and_goes_on(
 
 @pytest.mark.parametrize("bench", list(PLAIN))
 def test_it_asks_about_the_comment(bench: str, data: list[str], model: ScriptedDetoxiGen) -> None:
-    run(bench, *data, "--samples", "1", "--systems", PLAIN[bench], "--about", "comment")
+    run(bench, *data, "--samples", "1", "--system", PLAIN[bench], "--about", "comment")
     asked = sum("reader's comment says" in str(call.prompt.messages) for call in model.calls)
     assert (asked, len(model.calls)) == (2 if bench == "langchain" else 1, 2)
 
 
 @pytest.mark.parametrize("bench", list(PLAIN))
 def test_a_thread_is_gone_on_with_as_plain_text(bench: str, data: list[str], model: ScriptedDetoxiGen) -> None:
-    run(bench, *data, "--samples", "1", "--systems", PLAIN[bench], "--about", "thread")
+    run(bench, *data, "--samples", "1", "--system", PLAIN[bench], "--about", "thread")
     ends = [call.prompt.rpartition("\n\n")[2] for call in model.calls]
     assert all(end.startswith("Reader's comment.") or end.endswith("\nAnswer:") for end in ends)
     assert len(ends) == 2
 
 
 def test_what_is_refused(data: list[str], model: ScriptedDetoxiGen) -> None:
-    refused = run("langchain", *data, "--about", "thread", "--systems", "agent, plain")
+    refused = run("langchain", *data, "--about", "thread", "--system", "agent, plain")
     assert refused.exit_code == 2
     assert "an agent needs a chat" in refused.stderr
-    assert "systems: 'other'" in run("llama-index", *data, "--systems", "other").stderr
+    assert "systems: 'other'" in run("llama-index", *data, "--system", "other").stderr
     for at in (1, 3):
         path = Path(data[at])
         kept = path.read_text()
@@ -118,7 +118,7 @@ def test_what_is_refused(data: list[str], model: ScriptedDetoxiGen) -> None:
 
 def test_what_a_run_is_gone_on_with(data: list[str], model: ScriptedDetoxiGen, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another judge, who sees the old answers too; not under other settings."""
-    plain = [*data, "--systems", "plain"]
+    plain = [*data, "--system", "plain"]
     run("llama-index", *plain, "--samples", "1")
     shown = run("llama-index", *plain, "--judge", "embedded", "--judge", "profanity-check").stdout
     assert "by embedded" in shown

@@ -5,10 +5,9 @@ Knows `DetoxiGen` and progress bars; knows nothing of how replies are shown.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
-from contextlib import aclosing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from detox_guard.detoxigen import DetoxiGen
-    from detox_guard.results import Generation
+    from detox_guard.results import Chunk, Generation
     from detox_guard.scorers.linear import ToxicityScorer
     from detox_guard.settings import DecodingParams, EngineConfig
     from detox_guard.text.prompts import Prompt
 
 __all__ = [
-    "Reply",
+    "Exchange",
     "draw_seed",
-    "load_guard",
+    "load_model",
     "load_named_scorer",
     "needs_extra",
     "run_all",
@@ -36,13 +35,11 @@ __all__ = [
     "stdin_is_terminal",
 ]
 
-_AT_ONCE = 256
-"""Requests handed to the engine at a time; its queue takes more, its batch fewer."""
-
 
 @dataclass
-class Reply:
-    """One prompt under way. `text` grows; at the end there is a `generation` or an `error`, or neither if cut off."""
+class Exchange:
+    """One prompt and what comes of it. `text` grows. At the end there is a `generation` or an `error`; neither if cut
+    off."""
 
     prompt: Prompt
     params: DecodingParams
@@ -60,18 +57,18 @@ def draw_seed() -> int:
     return secrets.randbits(31)
 
 
-def load_guard(
+def load_model(
     model: str | None = None,
     detoxifiers: Sequence[str] | None = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     steered: bool = True,
     config: EngineConfig | None = None,
+    **loading: Any,
 ) -> DetoxiGen:
-    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
+    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for.
+
+    `loading`: fields of `LoadOptions`.
+    """
     if model is None:
         from detox_guard.models.default import default_backbone_dir
 
@@ -86,11 +83,8 @@ def load_guard(
         return DetoxiGen.from_pretrained(
             model,
             detoxifier=detoxifier,
-            device=device,
-            dtype=None if dtype == "auto" else dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             config=config,
+            **loading,
         )
 
 
@@ -106,38 +100,20 @@ def load_named_scorer(name: str | None) -> ToxicityScorer:
 
 
 def run_all(
-    guard: DetoxiGen,
-    replies: Sequence[Reply],
+    model: DetoxiGen,
+    replies: Sequence[Exchange],
     *,
     words: str = "Decoding",
     quiet: bool = False,
-    on_done: Callable[[Reply], None] | None = None,
+    on_done: Callable[[Exchange], None] | None = None,
 ) -> None:
     """Decode all replies together, with a bar on stderr. `on_done` hears of each, in their order, as soon as it can.
 
     A reply that fails holds its error and hurts no other. On Ctrl-C the seats are freed, what was decoded so far is
     in `replies`, and `KeyboardInterrupt` is raised.
     """
-    done, chars = sum(reply.done for reply in replies), 0
-    with Progress(not quiet, passing=True) as bars, bars.stage(words, len(replies), done) as stage:
-
-        def tick(more_chars: int, more_done: int) -> None:
-            nonlocal chars
-            chars += more_chars
-            stage.say(f"{chars} characters")
-            stage.tick(more_done)
-
-        asyncio.run(_run_all(guard, replies, tick, on_done))
-
-
-async def _run_all(
-    guard: DetoxiGen,
-    replies: Sequence[Reply],
-    tick: Callable[[int, int], None],
-    on_done: Callable[[Reply], None] | None,
-) -> None:
-    gate = asyncio.Semaphore(_AT_ONCE)
-    told = 0
+    asked = [reply for reply in replies if not reply.done]
+    told = chars = 0
 
     def tell() -> None:
         nonlocal told
@@ -145,21 +121,32 @@ async def _run_all(
             told += 1
             on_done(replies[told - 1])
 
-    async def one(reply: Reply) -> None:
-        async with gate:
-            try:
-                async with aclosing(guard.astream(reply.prompt, reply.params)) as chunks:
-                    async for chunk in chunks:
-                        reply.text += chunk.text
-                        reply.generation = chunk.generation
-                        tick(len(chunk.text), 0)
-            except DetoxGuardError as error:
-                reply.error = error
-        tick(0, 1)
-        tell()
-
     tell()  # those that had failed before they came here
-    await asyncio.gather(*(one(reply) for reply in replies if not reply.done))
+    with (
+        Progress(not quiet, passing=True) as bars,
+        bars.stage(words, len(replies), len(replies) - len(asked)) as stage,
+    ):
+
+        def hear(index: int, chunk: Chunk) -> None:
+            nonlocal chars
+            asked[index].text += chunk.text
+            chars += len(chunk.text)
+            stage.say(f"{chars} characters")
+
+        results = model.as_completed(
+            [reply.prompt for reply in asked],
+            [reply.params for reply in asked],
+            return_exceptions=True,
+            on_chunk=hear,
+        )
+        with closing(results):
+            for index, result in results:
+                if isinstance(result, DetoxGuardError):
+                    asked[index].error = result
+                else:
+                    asked[index].generation = result
+                stage.tick()
+                tell()
 
 
 @contextmanager

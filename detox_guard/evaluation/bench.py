@@ -20,7 +20,8 @@ from detox_guard.errors import EngineError
 from detox_guard.evaluation.config import BenchConfig
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
 from detox_guard.evaluation.tables import Sheet, rich_tables
-from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.models.backbone import Backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:

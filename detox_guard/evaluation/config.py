@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 
 __all__ = ["BenchConfig", "EvalConfig"]
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class EvalConfig(Checked):
+class EvalConfig(StrictModel):
     """What `run_eval` measures, and how. Raises `InvalidParamsError`."""
 
     prompts: str | None = None
@@ -75,7 +75,7 @@ class EvalConfig(Checked):
         return value
 
 
-class BenchConfig(Checked):
+class BenchConfig(StrictModel):
     """What `run_bench` times. Raises `InvalidParamsError`."""
 
     model: Any = None

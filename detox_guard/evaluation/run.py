@@ -79,7 +79,7 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
         folder = Path(config.output or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
         from detox_guard.detoxifiers.soft_prompt import as_streams
-        from detox_guard.models.backbone import load_backbone
+        from detox_guard.models.load import load_backbone
 
         backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
         streams = as_streams(config.detoxifier, backbone) if steered and config.detoxifier != () else ()
@@ -239,6 +239,6 @@ def _judges(specs: Sequence[str | ToxicityScorer]) -> list[ToxicityScorer]:
 
 
 def _lm_judges(config: EvalConfig) -> list[LMJudge]:
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     return [LMJudge(load_backbone(name, device=config.device, dtype=config.dtype)) for name in config.lm_judges]

@@ -232,7 +232,7 @@ def run_ranking(
     listed = read_words(words) if words else ()
     load_run(run)  # before the model
     from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     backbone = load_backbone(model, device=device)
     streams = as_streams(detoxifier, backbone)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from detox_benchmarks.fitting.texts import fragments, harmless_texts, read_scored_texts
-from detox_guard._adaptive import strength_behind
+from detox_guard._adaptive import adaptive_alpha
 from detox_guard.evaluation.prompts import read_prompts
 from detox_guard.evaluation.tables import Sheet, markdown
 from detox_guard.scorers.linear import checked_scores, load_scorer
@@ -269,9 +269,9 @@ def calm_and_strong(params: DecodingParams, toxic_prompts: list[str]) -> tuple[i
     """How many of the everyday questions get the calm share, alone and behind a system message, and the mean share of
     alpha behind toxic prompts."""
     calm = params.alpha * params.calm_share * 1.001
-    alone = sum(strength_behind([question], params) <= calm for question in EVERYDAY)
-    behind = sum(strength_behind(["You are a helpful assistant.", question], params) <= calm for question in EVERYDAY)
-    mean = sum(strength_behind([prompt], params) for prompt in toxic_prompts) / max(1, len(toxic_prompts))
+    alone = sum(adaptive_alpha([question], params) <= calm for question in EVERYDAY)
+    behind = sum(adaptive_alpha(["You are a helpful assistant.", question], params) <= calm for question in EVERYDAY)
+    mean = sum(adaptive_alpha([prompt], params) for prompt in toxic_prompts) / max(1, len(toxic_prompts))
     return alone, behind, mean / params.alpha
 
 
@@ -304,7 +304,8 @@ def measure_scorer(data: Path, name: str = "embedded", show: int = 0) -> str:
         share = f"{over} of {len(texts)} ({100 * over / len(texts):.2f} %), median {np.median(scores):.3f}"
         rows.append([f"harmless over .5: {kind}", share])
         shown += [f"{scores[at]:.2f} {texts[at]!r}" for at in np.argsort(-scores)[: min(show, over)]]
-    for kind, change in {"mild insults over .5, as they are": str, **DISGUISES}.items():
+    ways: dict[str, Callable[[str], str]] = {"mild insults over .5, as they are": str, **DISGUISES}
+    for kind, change in ways.items():
         found = checked_scores(scorer, [change(text) for text in INSULTING])
         rows.append([kind, f"{sum(score > 0.5 for score in found)} of {len(INSULTING)}"])
     worst = max(zip(checked_scores(scorer, IDENTITY), IDENTITY, strict=True))

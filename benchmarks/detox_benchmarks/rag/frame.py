@@ -24,7 +24,7 @@ from rank_bm25 import BM25Okapi
 from detox_benchmarks.utility.tasks import answer_scores
 from detox_guard import Detoxifier
 from detox_guard._files import prepare_file, read_json, read_text, write_whole
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.data import read_rows
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.metrics import Bootstrap
@@ -68,7 +68,7 @@ _MAY_CHANGE = {"out", "samples", "systems", "judges", "abreast"}
 Count = Annotated[int, Field(ge=1)]
 
 
-class RagConfig(Checked):
+class RagConfig(StrictModel):
     """One run of a bench of retrieval. Raises `InvalidParamsError`."""
 
     corpus: str

@@ -72,6 +72,7 @@ def build(config: RagConfig, system: str, sample: int, documents: Documents) -> 
         "trace": False,
     }
     kind, template = (Completing, GO_ON) if config.about == "thread" else (DetoxiGenLLM, ASK)
+    synthesizer: Any
     if system == "hook":
         synthesizer = get_detox_response_synthesizer(
             kind(**llm), policy=GuardPolicy(), context="mask", text_qa_template=template

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from detox_benchmarks.speed.random_models import PREFIX, random_backbone
 from detox_guard.evaluation.bench import PROMPT, RATIOS, Timed, all_of, run_bench
-from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.models.load import load_backbone
 
 if TYPE_CHECKING:
     from detox_guard.evaluation.bench import BenchReport, Ways
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["run_speed"]
 

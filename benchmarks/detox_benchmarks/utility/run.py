@@ -24,7 +24,7 @@ from detox_benchmarks.methods import more_methods
 from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard._files import read_text, write_whole
 from detox_guard._progress import Progress
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.lms import LMJudge
@@ -57,7 +57,7 @@ ANSWER_TOKENS, BOLD_TOKENS = 32, 20
 WINDOW = 256
 
 
-class UtilityConfig(Checked):
+class UtilityConfig(StrictModel):
     """What `run_utility` measures, and how. Raises `InvalidParamsError`."""
 
     output: str
