@@ -39,7 +39,7 @@ from detox_guard.evaluation.store import (
 )
 from detox_guard.evaluation.summary import summarize
 from detox_guard.evaluation.tables import SUMMARY_FILE, EvalReport
-from detox_guard.scorers.linear import ToxicityScorer, checked_scores, load_scorer
+from detox_guard.scorers.base import ToxicityScorer, checked_scores, load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:

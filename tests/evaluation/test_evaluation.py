@@ -45,7 +45,7 @@ from detox_guard.evaluation.store import KEY, Journal, open_run
 from detox_guard.evaluation.summary import summarize
 from detox_guard.evaluation.tables import shown
 from detox_guard.models.load import load_backbone
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:

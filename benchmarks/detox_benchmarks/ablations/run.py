@@ -34,7 +34,7 @@ from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_prom
 from detox_guard.evaluation.run import CONTEXTS, collect, judge_run
 from detox_guard.evaluation.store import open_run
 from detox_guard.models.load import load_backbone
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training.data import read_pairs, read_texts, whole
 from detox_guard.training.examples import NEUTRAL_TEXTS
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from detox_guard.evaluation.prompts import EvalPrompt
     from detox_guard.models.backbone import Backbone
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.training.data import Text
 
 __all__ = ["AblationConfig", "run_ablation"]

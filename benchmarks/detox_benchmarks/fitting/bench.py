@@ -19,7 +19,7 @@ from detox_benchmarks.fitting.texts import fragments, harmless_texts, read_score
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.evaluation.prompts import read_prompts
 from detox_guard.evaluation.tables import Sheet, markdown
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

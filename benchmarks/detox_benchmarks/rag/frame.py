@@ -30,12 +30,12 @@ from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.metrics import Bootstrap
 from detox_guard.evaluation.prompts import read_squad
 from detox_guard.evaluation.tables import Sheet, markdown
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
 
 __all__ = [
     "About",

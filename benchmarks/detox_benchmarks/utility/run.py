@@ -35,7 +35,7 @@ from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prom
 from detox_guard.evaluation.run import collect, judge_run
 from detox_guard.evaluation.store import Journal, all_methods, open_run, stored_replies
 from detox_guard.evaluation.tables import Sheet, rich_tables, shown
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
