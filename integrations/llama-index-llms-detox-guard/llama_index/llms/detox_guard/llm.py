@@ -102,7 +102,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         options["loading"] = self._load_options(options, options.pop("loading", None))
         decoding = self._moved(options, given)
-        super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
+        options |= {"model": None if model is None else str(model), "decoding": decoding}
+        super().__init__(**options)
         self._check_model()
 
     @classmethod
