@@ -56,7 +56,8 @@ def field_of(kind: type[BaseModel], name: str, **changes: Any) -> Any:
     """
     field = kind.model_fields[name]
     bounds: dict[str, Any] = {}
+    annotated: Any = Annotated[(field.annotation, *field.metadata, Field())]
     with suppress(PydanticInvalidForJsonSchema):  # a field that holds a callable has no schema
-        bounds = TypeAdapter(Annotated[(field.annotation, *field.metadata, Field())]).json_schema()
+        bounds = TypeAdapter(annotated).json_schema()
     own = {"default": field.default, "description": field.description, "json_schema_extra": bounds or None}
     return Field(**{**own, **changes})

@@ -102,7 +102,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         options["loading"] = self._load_options(options, options.pop("loading", None))
         decoding = self._moved(options, given)
-        super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
+        options |= {"model": None if model is None else str(model), "decoding": decoding}
+        super().__init__(**options)
         self._check_model()
 
     @classmethod
@@ -116,7 +117,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         others = [name for name in options if name in LoadOptions.model_fields and name not in cls.model_fields]
         loading = {**(loading or {}), **{name: options.pop(name) for name in others}}
         refuse_stand_ins(cls.__name__, loading)
-        if hasattr(rounded := loading.get("quantization_config"), "to_dict"):
+        rounded: Any = loading.get("quantization_config")
+        if hasattr(rounded, "to_dict"):
             loading["quantization_config"] = {k: getattr(v, "value", v) for k, v in rounded.to_dict().items()}
         return loading or None
 
