@@ -232,8 +232,6 @@ class ScriptedDetoxiGen:
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         raise NotPicklableError(f"the engine of {self.model_id!r} belongs to its process")
 
-    # -- who waits for whom
-
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Inside the block no request gets a further word. Cancelling one still works."""
