@@ -18,7 +18,7 @@ from detox_guard._registry import shared_guard
 from detox_guard._reply import Reply
 from detox_guard._threads import run_aside, run_off_loop
 from detox_guard.detoxifiers.soft_prompt import as_streams
-from detox_guard.engine import Engine, EngineStats, StreamSpec
+from detox_guard.engine import Engine, EngineStats, Scheduler, StreamSpec
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.errors import (
     DetoxGuardError,
@@ -86,7 +86,7 @@ class DetoxiGen:
         specs = [
             StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
         ]
-        self._engine: Engine = run_aside(lambda: Engine(TorchRunner(backbone, specs, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(TorchRunner(backbone, specs, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -342,7 +342,7 @@ class DetoxiGen:
     def context_window(self) -> int | None:
         """Tokens that prompt and reply may have together when steered; None = no bound known."""
         virtual = max((stream.detoxifier.card.virtual_tokens for stream in self.streams), default=0)
-        most = self._engine.max_positions
+        most = self._engine.limits.max_positions
         return None if most is None else most - virtual
 
     def encode(self, text: str) -> list[int]:
@@ -409,11 +409,7 @@ class DetoxiGen:
         prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
         kind = GuardedReply if params.guard else Reply
-        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._check_fits)
-
-    def _check_fits(self, prompt_ids: list[int], params: DecodingParams) -> None:
-        raised = params.guard is not None and params.guard.most_alpha > 0 and bool(self.streams)
-        self._engine.check(prompt_ids, params, params.alpha > 0 or raised)
+        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._engine.check)
 
     def _take_place(self, check: Callable[[], None] | None = None) -> None:
         self._not_in_a_hook()

@@ -20,7 +20,7 @@ async def main() -> None:
     for text in await asyncio.gather(*(one(prompt) for prompt in PROMPTS)):
         print("-", text)
     stats = guard.stats()
-    assert stats.tokens_guarded == stats.steps_guarded  # every token went through the contrast
+    assert stats.tokens_steered == stats.steps_steered  # every token went through the contrast
 
 
 if __name__ == "__main__":

@@ -10,7 +10,18 @@ import torch
 from reference import Reference
 
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
-from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
+from detox_guard.engine import (
+    End,
+    Engine,
+    Go,
+    PromptIds,
+    Request,
+    Sampling,
+    Scheduler,
+    StreamSpec,
+    TokenConstraint,
+    TokenStep,
+)
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
 
@@ -22,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """A sink that keeps everything. `react(step)` may return a verdict for the engine."""
+    """A sink that keeps everything. `react(step)` may return a verdict for the engine; None goes on."""
 
     def __init__(self, react: Callable[[TokenStep], Any] | None = None) -> None:
         self.steps: list[TokenStep] = []
@@ -32,10 +43,11 @@ class Recorder:
 
     def on_token(self, step: TokenStep) -> Any:
         self.steps.append(step)
-        return self.react(step) if self.react else None
+        verdict = self.react(step) if self.react else None
+        return Go() if verdict is None else verdict
 
     def on_end(self, reason: str) -> Any:
-        return Ended(reason)
+        return End(reason)
 
     def on_finish(self, reason: str) -> None:
         self.outcome = reason
@@ -56,7 +68,7 @@ class Recorder:
 
 def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
-    return Engine(TorchRunner(backbone, streams, config), config)
+    return Scheduler(TorchRunner(backbone, streams, config), config)
 
 
 def request(
@@ -67,9 +79,22 @@ def request(
     seed: int = 1,
     end_ids: frozenset[int] = frozenset(),
     keep: bool = False,
+    constraint: TokenConstraint | None = None,
+    may_rewind: bool = True,
 ) -> tuple[Request, Recorder]:
     sink = sink or Recorder()
-    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep), sink
+    made = Request(
+        PromptIds(tuple(prompt), params.alpha > 0),
+        Sampling.of(params),
+        params.max_new_tokens,
+        seed,
+        end_ids,
+        sink,
+        constraint=constraint,
+        may_rewind=may_rewind,
+        keep_distributions=keep,
+    )
+    return made, sink
 
 
 def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingParams, **kw: Any) -> list[Recorder]:
@@ -145,6 +170,6 @@ def check_against_oracle(
             if params.temperature == 0:
                 assert step.token_id == ref.argmax()
     stats = engine.stats()
-    assert stats.tokens_guarded == stats.steps_guarded == steps
+    assert stats.tokens_steered == stats.steps_steered == steps
     assert unsure_steps <= 2 + steps * 0.01
     engine.close()

@@ -46,10 +46,10 @@ def guard() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
         yield guard
-        # Whatever a test did, no seat is left taken and no token went unguarded.
+        # Whatever a test did, no seat is left taken and no token that should be steered was not.
         wait_until(lambda: guard.stats().seats == 0)
         stats = guard.stats()
-        assert stats.tokens_guarded == stats.steps_guarded
+        assert stats.tokens_steered == stats.steps_steered
         assert (stats.rows, stats.queued) == (0, 0)
 
 

@@ -100,7 +100,7 @@ def test_alpha_zero_equals_model_generate(kind: str) -> None:
             pad_token_id=0, repetition_penalty=1.1,
         )  # fmt: skip
         assert sink.ids == out[0, len(prompt) :].tolist()
-    assert engine.stats().steps_guarded == 0
+    assert engine.stats().steps_steered == 0
     engine.close()
 
 
@@ -230,7 +230,7 @@ def test_a_nan_fails_its_own_request_and_nobody_else(monkeypatch: pytest.MonkeyP
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     prompts = [[5, 6, 7], [8, 9, 10]]
     expected = decode(engine, [prompts[1]], GREEDY)[0].ids
-    forward = engine._worker._runner._forward
+    forward = engine._runner._forward
     decode_rows = forward.decode
     calls = 0
 
@@ -251,7 +251,7 @@ def test_a_nan_fails_its_own_request_and_nobody_else(monkeypatch: pytest.MonkeyP
     assert len(failed.ids) == 4
     assert fine.ids == expected
     stats = engine.stats()
-    assert stats.tokens_guarded == stats.steps_guarded
+    assert stats.tokens_steered == stats.steps_steered
     engine.close()
 
 
@@ -259,7 +259,7 @@ def test_a_missing_detoxifier_row_is_an_error_never_a_plain_sample(monkeypatch: 
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     req, sink = request([5, 6, 7], GREEDY)
-    sink.react = lambda step: engine._worker._seats[0].rows.pop() and None if step.index == 3 else None
+    sink.react = lambda step: engine._loop._seats.decoding[0].rows.pop() and None if step.index == 3 else None
     engine.submit(req)
     assert isinstance(sink.wait().outcome, StepError)
     assert len(sink.ids) == 4
@@ -271,7 +271,7 @@ def test_a_failing_step_reaches_everybody_and_the_next_request_is_served(monkeyp
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
-    forward = engine._worker._runner._forward
+    forward = engine._runner._forward
     with monkeypatch.context() as m:
         m.setattr(forward, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         pairs = [request([5, 6, 7], GREEDY) for _ in range(3)]
@@ -288,7 +288,7 @@ def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPat
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
-    run = engine._worker._runner._forward.run
+    run = engine._runner._forward.run
     second, second_sink = request([5] * 9, GREEDY)
 
     def failing(cache: object, positions: torch.Tensor, **kw: object) -> torch.Tensor:
@@ -296,7 +296,7 @@ def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("no room")
         return run(cache, positions, **kw)
 
-    monkeypatch.setattr(engine._worker._runner._forward, "run", failing)
+    monkeypatch.setattr(engine._runner._forward, "run", failing)
     first, first_sink = request([5, 6, 7], GREEDY)
     first_sink.react = lambda step: engine.submit(second) if step.index == 2 else None
     engine.submit(first)
@@ -358,7 +358,7 @@ def test_the_cache_keeps_to_its_bound() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, (), EngineConfig(max_rows=40, max_cached_slots=4000, prompt_cache_slots=0))
     seen = []
-    row_cache = engine._worker._runner._cache
+    row_cache = engine._runner._cache
 
     def look(step: TokenStep) -> None:
         seen.append(row_cache.capacity[0] * row_cache.capacity[1])
@@ -480,7 +480,7 @@ def test_an_engine_nobody_holds_stops_its_thread() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     decode(engine, [[5, 6]], GREEDY)
-    thread = engine._worker._thread
+    thread = engine._loop._thread
     assert thread is not None
     del engine
     thread.join(5)
@@ -540,10 +540,10 @@ def test_an_equal_prompt_is_computed_once(kinds: str, monkeypatch: pytest.Monkey
     assert sum(computed) == 3
     # Neither an unguarded request nor another prompt takes what is not its own; and old ones are forgotten.
     plain = decode(engine, [prompts[0]], SAMPLED.replace(alpha=0.0))[0]
-    assert not plain.steps[0].guarded
+    assert not plain.steps[0].steered
     assert sum(computed) == 4
     decode(engine, random_prompts(backbone, 12, shortest=20, seed=5), SAMPLED)
-    assert sum(len(kept.rows) * kept.rows[0].slots for kept in engine._worker._recent.values()) <= 200
+    assert sum(len(kept.rows) * kept.rows[0].slots for kept in engine._loop._groups.recent._kept.values()) <= 200
     engine.close()
 
 
@@ -574,7 +574,7 @@ def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts(streams: str) 
     engine = torch_engine(backbone, random_streams(backbone, streams), EngineConfig(prefill_chunk=16))
     long, short = random_prompts(backbone, 2, shortest=320, longest=320)[0], [9, 8, 7]
     alone = [decode(engine, [prompt], GREEDY.replace(max_new_tokens=4))[0].ids for prompt in (long, short)]
-    engine._worker._recent.clear()
+    engine._loop._groups.recent.clear()
     order, sinks = _alone_then_together(engine, long, short)
     assert order.index("2") <= 4, "the short one waits for a chunk or two"
     # 320 tokens are 20 chunks of 16, and the stream gets a token after each.
@@ -634,7 +634,7 @@ def test_equal_prompts_join_what_is_being_computed(monkeypatch: pytest.MonkeyPat
 def test_everybody_in_a_failing_batch_gets_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
-    forward = engine._worker._runner._forward
+    forward = engine._runner._forward
     decode_rows = forward.decode
 
     def failing(*_: object) -> torch.Tensor:
@@ -670,8 +670,7 @@ def test_a_constraint_that_cannot_say_what_is_allowed_fails_alone() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = [decode(engine, [[9, 8, i]], GREEDY)[0].ids for i in (1, 2)]
-    pairs = [request([5, 6, 7], GREEDY), *(request([9, 8, i], GREEDY) for i in (1, 2))]
-    pairs[0][0].constraint = Broken()
+    pairs = [request([5, 6, 7], GREEDY, constraint=Broken()), *(request([9, 8, i], GREEDY) for i in (1, 2))]
     for req, _ in pairs:
         engine.submit(req)
     failed, *fine = (sink.wait() for _, sink in pairs)

@@ -30,7 +30,7 @@ from detox_guard import (
     aguard_text,
     guard_text,
 )
-from detox_guard.engine import Ended, Rewind, TokenStep
+from detox_guard.engine import End, Go, PromptIds, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length, scan
 from detox_guard.scorers.batcher import judge_for
 from detox_guard.text.tools import parse_tool_calls
@@ -80,7 +80,7 @@ def tiny() -> Iterator[DetoxiGen]:
             assert time.monotonic() < deadline, "a seat was left taken"
             time.sleep(0.002)
         stats = guard.stats()
-        assert (stats.tokens_guarded, stats.rows, stats.queued) == (stats.steps_guarded, 0, 0)
+        assert (stats.tokens_steered, stats.rows, stats.queued) == (stats.steps_steered, 0, 0)
 
 
 policies = st.builds(
@@ -350,7 +350,7 @@ def test_a_parked_reply_goes_on_as_if_it_never_stopped() -> None:
 
     for back in (1, 5, 12):
         req, sink = request([5, 6, 7], greedy, keep=True)
-        answers: list[Any] = [None, None, None, Rewind(back), None, Ended("stop")]
+        answers: list[Any] = [None, None, None, Rewind(back), None, End("stop")]
         sink.on_end = lambda reason, answers=answers: answers.pop(0)  # type: ignore[method-assign]
         engine.submit(req)
         sink.wait()
@@ -515,6 +515,7 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
     said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in attempts]
     (instead,) = backbone.tokenizer("*", add_special_tokens=False)["input_ids"]
     emitted: list[int] = []
+    banned: frozenset[int] = frozenset()
     tries, deadline = 0, time.monotonic() + 60
     while True:
         assert time.monotonic() < deadline
@@ -522,17 +523,19 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
         verdict: Any
         if len(emitted) < len(ids):
             token = ids[len(emitted)]
-            emitted.append(instead if token in reply.request.banned else token)
+            emitted.append(instead if token in banned else token)
             verdict = reply.on_token(
                 TokenStep(len(emitted) - 1, emitted[-1], 1.0, 1.0, 0.0, 0.0, 0.0, False, emitted[-1], 1.0, False)
             )
         else:
             verdict = reply.on_end("stop")
             time.sleep(0 if verdict else 0.001)
+        if isinstance(verdict, Go | Rewind):
+            banned = verdict.banned
         if isinstance(verdict, Rewind):
             del emitted[len(emitted) - verdict.tokens :]
             tries += 1
-        elif isinstance(verdict, Ended):
+        elif isinstance(verdict, End):
             reply.on_finish(verdict.reason)
             break
     generation = chunks[-1].generation
@@ -698,14 +701,14 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_scored() -> None:
     params = DecodingParams(guard=GuardPolicy(scorer=scorer, scan_input=True), max_new_tokens=7)
     asked: list[Any] = []
 
-    def check_fits(prompt_ids: list[int], own: DecodingParams) -> None:
-        asked.append((len(prompt_ids), own.max_new_tokens))
+    def check_fits(prompt: PromptIds, max_new_tokens: int, may_rewind: bool) -> None:
+        asked.append((len(prompt.ids), max_new_tokens, may_rewind))
         raise KeyError("too long")
 
     with pytest.raises(KeyError):
         GuardedReply(make_tiny_backbone("llama"), "a\n" * 500, params, check_fits=check_fits)
     assert asked[0][0] >= 500
-    assert asked[0][1] == 7
+    assert asked[0][1:] == (7, True)
     assert scorer.calls == []
 
 
