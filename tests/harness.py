@@ -120,12 +120,14 @@ def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: flo
     ]
 
 
-def random_prompts(
-    backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0
-) -> list[list[int]]:
+def random_prompts(backbone: Backbone, count: int, **lengths: int) -> list[list[int]]:
+    return random_ids(backbone.vocab_size, count, **lengths)
+
+
+def random_ids(vocab_size: int, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=g).tolist()
-    return [torch.randint(4, backbone.vocab_size, (n,), generator=g).tolist() for n in lengths]
+    return [torch.randint(4, vocab_size, (n,), generator=g).tolist() for n in lengths]
 
 
 def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int = 5, seed: int = 7) -> Detoxifier:
@@ -150,10 +152,14 @@ def check_against_oracle(
     on: Backbone | None = None,
     **config: int,
 ) -> None:
-    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss. `on`: the
-    copy of the backbone that the engine runs on."""
+    """`check_engine` on torch. `on`: the copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
+    check_engine(engine, oracle, prompts, params)
+
+
+def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams) -> None:
+    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
     steps = unsure_steps = 0
     for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
         p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
