@@ -45,7 +45,7 @@ class Reference:
         return out[0], out[1:]
 
     def logits(self, prompt: list[int], reply: list[int]) -> list[Tensor]:
-        """What the model says before each token of the reply, `[len(reply), vocab]`, of each view; the generator first."""
+        """What the model says before each reply token, `[len(reply), vocab]`, of each view; the generator first."""
         embed = self.model.get_input_embeddings()
         p, r = embed(torch.tensor(prompt)), embed(torch.tensor(reply, dtype=torch.long))
         views = [torch.cat([p, r])]

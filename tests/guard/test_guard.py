@@ -73,13 +73,13 @@ def with_letter(letter: str) -> Callable[[str], float]:
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
-        yield guard
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as model:
+        yield model
         deadline = time.monotonic() + 10
-        while guard.stats().seats:
+        while model.stats().seats:
             assert time.monotonic() < deadline, "a seat was left taken"
             time.sleep(0.002)
-        stats = guard.stats()
+        stats = model.stats()
         assert (stats.tokens_steered, stats.rows, stats.queued) == (stats.steps_steered, 0, 0)
 
 
