@@ -31,7 +31,7 @@ from detox_guard.scorers.linear import (
     text_windows,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 RUDE = "You are a complete idiot."
 KIND = "You are a kind person."
 PLAIN = "The train to the coast leaves at nine and arrives before noon. "
