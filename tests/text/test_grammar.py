@@ -17,13 +17,13 @@ from uuid import UUID
 import jsonschema
 import pytest
 import torch
-from harness import Recorder, random_detoxifier, random_prompts, random_streams, request
+from harness import Recorder, random_detoxifier, random_prompts, random_streams, request, torch_engine
 from pydantic import BaseModel, ByteSize, IPvAnyAddress, Json, SecretStr, create_model
 from tiny import make_tiny_backbone
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, RequestCancelledError
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
-from detox_guard.engine import Engine, Rewind
+from detox_guard.engine import Rewind
 from detox_guard.text.llguidance import compile_grammar
 from detox_guard.text.tools import tool_format
 
@@ -161,7 +161,7 @@ def test_a_rewind_takes_the_grammar_back_too(alpha: float, at: int, back: int) -
     schema = {"type": "array", "items": PERSON, "minItems": 2}
     params = DecodingParams(grammar=Grammar.json_schema(schema), alpha=alpha, max_new_tokens=120)
     texts = []
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     for rewinds in (0, 1):
         todo = [Rewind(back)] * rewinds
         kept: list[int] = []
@@ -210,7 +210,7 @@ def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(guard: D
 
 def test_a_ban_yields_where_the_grammar_leaves_nothing_else() -> None:
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex("ab"), alpha=0.0)
     req, sink = request([5, 6, 7], params)
     req.constraint = compile_grammar(Grammar.regex("ab"), backbone, 10)
@@ -232,7 +232,7 @@ def test_a_constraint_that_fails_takes_only_its_own_request_down() -> None:
         def rollback(self, tokens: int) -> None: ...
 
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(alpha=0.0, max_new_tokens=8)
     (bad, bad_sink), (good, good_sink) = (request([5, 6, 7], params) for _ in range(2))
     bad.constraint = Broken()
@@ -245,7 +245,7 @@ def test_a_constraint_that_fails_takes_only_its_own_request_down() -> None:
 
 def test_cancelling_a_constrained_request_frees_its_seat() -> None:
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex(".{400}"), alpha=0.0, max_new_tokens=450)
     req, sink = request([5, 6, 7], params, Recorder(lambda _: req.cancel()))
     req.constraint = compile_grammar(Grammar.regex(".{400}"), backbone, 450)
