@@ -31,8 +31,10 @@ class Reply:
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
         check_fits: Callable[[list[int], DecodingParams], object] | None = None,
+        contexts: Sequence[Sequence[int]] = (),
     ) -> None:
-        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored."""
+        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored. `contexts`: as in
+        `Request`."""
         prompt_ids = encode_prompt(backbone, prompt)
         if check_fits is not None:
             check_fits(prompt_ids, params)
@@ -44,7 +46,7 @@ class Reply:
             from detox_guard.text.llguidance import compile_grammar
 
             constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
-        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
+        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint, contexts=contexts)
         self.params = params
         self.put: Callable[[Chunk | Exception], object] = lambda item: None
         self._tokenizer = backbone.tokenizer

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from reference import Reference
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix, View
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
-from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
+from detox_guard.engine import Ended, Engine, Request, TokenStep
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
 
@@ -54,7 +55,7 @@ class Recorder:
         return [step.token_id for step in self.steps]
 
 
-def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
+def torch_engine(backbone: Backbone, streams: Sequence[View] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
     return Engine(TorchRunner(backbone, streams, config), config)
 
@@ -84,12 +85,14 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingPar
     return [sink for _, sink in pairs]
 
 
-def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[StreamSpec]:
+def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[View]:
     """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
     g = torch.Generator().manual_seed(7)
     return [
-        StreamSpec(
-            torch.randn(width + i, backbone.hidden_size, generator=g) * scale, 1.0 if k.isupper() else -1.0, k in "fF"
+        EmbeddingPrefix(
+            torch.randn(width + i, backbone.hidden_size, generator=g) * scale,
+            1.0 if k.isupper() else -1.0,
+            "front" if k in "fF" else "reply",
         )
         for i, k in enumerate(kinds)
     ]
@@ -118,7 +121,7 @@ def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int
 
 def check_against_oracle(
     backbone: Backbone,
-    streams: list[StreamSpec],
+    streams: list[View],
     prompts: list[list[int]],
     params: DecodingParams,
     *,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EmbeddingPrefix", "Place", "TokenPrefix", "View", "ids_behind", "most_slots", "own_contexts"]
+__all__ = ["EmbeddingPrefix", "Place", "TokenPrefix", "View", "ids_behind", "most_beside", "own_contexts"]
 
 Place = Literal["front", "reply", "system"]
 
@@ -72,7 +72,6 @@ def own_contexts(views: Sequence[View], contexts: Sequence[Sequence[int]]) -> di
     return dict(zip(own, contexts, strict=True))
 
 
-def most_slots(views: Sequence[View], context: int, contexts: Sequence[Sequence[int]] = ()) -> int:
-    """The most slots that any row of a request holds before its reply; `context` is the generator's."""
-    beside = (len(view) + min(getattr(view, "tail", 0), context) for view in views if view.place != "system")
-    return max(context + max(beside, default=0), *map(len, contexts), 0)
+def most_beside(views: Sequence[View]) -> int:
+    """The most slots that a row holds besides the request's context; one with a context of its own holds none."""
+    return max((len(view) + getattr(view, "tail", 0) for view in views if view.place != "system"), default=0)

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.detoxifiers import registry
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, last_part
-from detox_guard.detoxifiers.text_view import UNTRAINED, TextView
+from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.errors import DetoxifierError, InvalidParamsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from detox_guard.models.backbone import Backbone
 
-    ManySteering = "Steering | Sequence[Steering] | None"
-
-__all__ = ["AUTO", "Steering", "as_streams"]
+__all__ = ["AUTO", "UNTRAINED", "ManySteering", "Steering", "as_streams"]
 
 AUTO = "auto"
 Steering = str | Path | Detoxifier | TextView | SteeringStream
+ManySteering = Steering | Sequence[Steering] | None
+UNTRAINED = (
+    Detoxifier.from_text(
+        "The following text is rude, disrespectful, and full of insults, threats and swear words:\n\n", weight=-1.0
+    ),
+    Detoxifier.from_text(
+        "The following text is polite, respectful and kind, without insults, threats or swear words:\n\n", weight=0.5
+    ),
+)
+"""What serves a model that has no detoxifier. How they were chosen: docs/detoxifiers.md."""
 _log = logging.getLogger("detox_guard.detoxifiers")
 
 
-def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backbone) -> tuple[SteeringStream, ...]:
+def as_streams(detoxifier: ManySteering, backbone: Backbone) -> tuple[SteeringStream, ...]:
     """`detoxifier` as streams that were checked against `backbone`; `()` is none at all.
 
     "auto" (or None) is the shipped soft prompt for the embedded default model; else the one that was trained here for

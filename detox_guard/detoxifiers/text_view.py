@@ -17,7 +17,7 @@ from detox_guard.errors import DetoxifierError, DetoxifierMismatchError, Invalid
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
 
-__all__ = ["UNTRAINED", "TextView"]
+__all__ = ["TextView"]
 
 _MOST_TAIL = 4096
 
@@ -60,15 +60,14 @@ class TextView:
 
     def validate(self, backbone: Backbone) -> None:
         """Raise `DetoxifierError` where this text is none for `backbone`."""
-        ids = self._ids(backbone)
+        ids, most = self._ids(backbone), backbone.max_positions
         if not ids:
             raise DetoxifierError(f"{self.text!r}: the tokenizer of {backbone.id!r} makes no token of it")
         if max(ids) >= backbone.vocab_size:
             raise DetoxifierError(f"{self.text!r}: a token past the vocabulary of {backbone.id!r}")
-        if backbone.max_positions is not None and len(ids) + self.tail >= backbone.max_positions:
-            raise DetoxifierMismatchError(
-                f"a text of {len(ids)} tokens leaves no room in the {backbone.max_positions} positions of {backbone.id!r}"
-            )
+        if most is not None and len(ids) + self.tail >= most:
+            beside = len(ids) + self.tail
+            raise DetoxifierMismatchError(f"{beside} tokens leave no room in the {most} positions of {backbone.id!r}")
 
     def view(self, backbone: Backbone, weight: float) -> TokenPrefix:
         """What the engine serves."""

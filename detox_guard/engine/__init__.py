@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out. Knows rows, caches and steps; knows no text and no framework."""
 
-from detox_guard.engine.base import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenConstraint, TokenStep
+from detox_guard.engine.base import Ended, Finish, Request, Rewind, Sink, TokenConstraint, TokenStep
 from detox_guard.engine.scheduler import Engine, EngineStats
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Request",
     "Rewind",
     "Sink",
-    "StreamSpec",
     "TokenConstraint",
     "TokenStep",
 ]

@@ -10,22 +10,13 @@ from detox_guard.results import Finish
 from detox_guard.steering.choose import TokenStep
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from detox_guard.settings import DecodingParams
 
-__all__ = ["Ended", "Finish", "Request", "Rewind", "Sink", "StreamSpec", "TokenConstraint", "TokenStep"]
-
-
-class StreamSpec(NamedTuple):
-    """One steering stream as the engine sees it."""
-
-    embeddings: Tensor
-    """`[P, hidden]` the virtual tokens."""
-    weight: float
-    """Signed; negative for a detoxifier, positive for an expert."""
-    front: bool
-    """Before the whole context (spliced K/V prefix), else between the context and the reply."""
+__all__ = ["Ended", "Finish", "Request", "Rewind", "Sink", "TokenConstraint", "TokenStep"]
 
 
 class Rewind(NamedTuple):
@@ -90,6 +81,8 @@ class Request:
     keep_distributions: bool = False
     constraint: TokenConstraint | None = None
     steered: bool = False
+    contexts: Sequence[Sequence[int]] = ()
+    """What each view of place "system" reads in the place of the prompt, in the order of the views."""
     banned: frozenset[int] = frozenset()
     """Ids that the next token may not be, unless the constraint leaves no other."""
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)

@@ -45,6 +45,13 @@ class Prompt(NamedTuple):
     ids: tuple[int, ...]
     steered: bool
     """Whether it takes a row of every view besides the generator's."""
+    contexts: tuple[tuple[int, ...], ...] = ()
+    """What each view of place "system" reads in the place of `ids`, in the order of the views; none if not steered."""
+
+    @property
+    def longest(self) -> int:
+        """Columns to compute: of its longest context."""
+        return max(map(len, (self.ids, *self.contexts)))
 
 
 @dataclass(eq=False)
@@ -107,7 +114,7 @@ class Runner(Protocol):
 
     @property
     def virtual_slots(self) -> int:
-        """The most slots that a view adds to a row."""
+        """The most slots that a view adds to the request's context; a context of its own is not one of them."""
 
     @property
     def device(self) -> torch.device:

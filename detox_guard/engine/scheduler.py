@@ -143,7 +143,7 @@ class _Group:
         """Columns still to compute."""
         if self.prefill is not None:
             return self.prefill.left
-        return max((len(key.ids) for key in self.missing), default=0)
+        return max((key.longest for key in self.missing), default=0)
 
 
 class Engine:
@@ -161,14 +161,17 @@ class Engine:
         self._vocab_size = runner.limits.vocab_size
         self._finalizer = weakref.finalize(self, self._worker.close)
 
-    def check(self, prompt_ids: Sequence[int], params: DecodingParams, steered: bool) -> None:
-        """Raise what `submit` would raise for such a request: `PromptError`, `EngineError`."""
+    def check(
+        self, prompt_ids: Sequence[int], params: DecodingParams, steered: bool, contexts: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Raise what `submit` would raise for such a request: `PromptError`, `EngineError`. `contexts` are those of its
+        views (`Request.contexts`)."""
         if steered and self.streams == 0:
             raise EngineError(
                 "alpha > 0 asks for steering, but this engine has no detoxifier", hint="load one, or set alpha=0"
             )
         prompt, new = len(prompt_ids), params.max_new_tokens
-        rows, asked = self._worker.rows(steered), self._worker.slots(prompt, params, steered)
+        rows, asked = self._worker.rows(steered), self._worker.slots(prompt, params, steered, contexts)
         if self.max_positions is not None and asked > self.max_positions:
             raise PromptTooLongError(
                 "prompt",
@@ -185,7 +188,7 @@ class Engine:
             )
         if not prompt_ids:
             raise PromptError("prompt", prompt_ids, "at least one token")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocab_size:
+        if not all(0 <= min(ids) <= max(ids) < self._vocab_size for ids in (prompt_ids, *contexts) if ids):
             raise PromptError("prompt", prompt_ids, f"token ids from 0 to {self._vocab_size - 1}")
 
     def submit(self, request: Request, *, placed: bool = False) -> None:
@@ -196,7 +199,7 @@ class Engine:
         if not placed:
             self._take()
         try:
-            self.check(request.prompt_ids, request.params, request.steered)
+            self.check(request.prompt_ids, request.params, request.steered, request.contexts)
             self._worker.submit(request)
         except BaseException:
             self.give_back()
@@ -346,12 +349,14 @@ class _Worker:
         """The rows that a request takes."""
         return 1 + len(self._runner.weights) if steered else 1
 
-    def slots(self, prompt: int, params: DecodingParams, steered: bool) -> int:
+    def slots(self, prompt: int, params: DecodingParams, steered: bool, contexts: Sequence[Sequence[int]] = ()) -> int:
         """The most slots a row of a request with a prompt of so many tokens will come to hold."""
-        return prompt + (self._runner.virtual_slots if steered else 0) + params.max_new_tokens
+        if not steered:
+            return prompt + params.max_new_tokens
+        return max(prompt + self._runner.virtual_slots, *map(len, contexts), 0) + params.max_new_tokens
 
     def _slots(self, request: Request) -> int:
-        return self.slots(len(request.prompt_ids), request.params, request.steered)
+        return self.slots(len(request.prompt_ids), request.params, request.steered, request.contexts)
 
     def snapshot(self) -> EngineStats:
         with self._wake:
@@ -546,7 +551,7 @@ class _Worker:
                 return open_ or group
         known = {key: self._recent[key]} if key in self._recent else {}
         if open_ is not None and open_.prefill is None:
-            longest = max(len(one.ids) for one in (*open_.keys, key))
+            longest = max(one.longest for one in (*open_.keys, key))
             if longest * (len(open_.keys) + 1) <= self._config.prefill_chunk:
                 open_.requests.append(request)
                 open_.keys.append(key)
@@ -750,7 +755,8 @@ class _Worker:
 
 
 def _prompt_key(request: Request) -> Prompt:
-    return Prompt(tuple(request.prompt_ids), request.steered)
+    contexts = tuple(map(tuple, request.contexts)) if request.steered else ()
+    return Prompt(tuple(request.prompt_ids), request.steered, contexts)
 
 
 def _own(error: DetoxGuardError) -> DetoxGuardError:

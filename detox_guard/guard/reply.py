@@ -97,6 +97,7 @@ class GuardedReply(Reply):
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
         check_fits: Callable[[list[int], DecodingParams], object] | None = None,
+        contexts: Sequence[Sequence[int]] = (),
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
@@ -104,7 +105,7 @@ class GuardedReply(Reply):
         self.guard = self._judge.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers, check_fits)
+        super().__init__(backbone, prompt, params, detoxifiers, check_fits, contexts)
         if detoxifiers and self.policy.most_alpha > 0:
             self.request.steered = True
             self._detoxifiers = tuple(detoxifiers)

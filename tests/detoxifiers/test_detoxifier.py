@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone
 
 from detox_guard.detoxifiers import soft_prompt as module
+from detox_guard.detoxifiers.resolve import as_streams
 from detox_guard.detoxifiers.soft_prompt import (
     CARD_FILE,
     CONFIG_FILE,
@@ -27,7 +28,6 @@ from detox_guard.detoxifiers.soft_prompt import (
     Detoxifier,
     DetoxifierCard,
     SteeringStream,
-    as_streams,
 )
 from detox_guard.errors import (
     DetoxifierError,
