@@ -552,7 +552,7 @@ def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_write_that_fails_leaves_the_old_file(
     small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detox_guard.training import scorer
+    from detox_benchmarks.fitting import linear as scorer
 
     folder = tmp_path / "out"
     scorer.train(small_file, folder, made_up=(60, 20))
