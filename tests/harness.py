@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from reference import Reference
 
-from detox_guard.detoxifiers.base import EmbeddingPrefix, View
+from detox_guard.detoxifiers.base import EmbeddingPrefix, Place, TokenPrefix, View
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.engine import Ended, Engine, Request, TokenStep
 from detox_guard.engine.torch.runner import TorchRunner
@@ -68,9 +68,17 @@ def request(
     seed: int = 1,
     end_ids: frozenset[int] = frozenset(),
     keep: bool = False,
+    views: Sequence[View] = (),
 ) -> tuple[Request, Recorder]:
     sink = sink or Recorder()
-    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep), sink
+    own = contexts_of(prompt, views) if params.alpha else []
+    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep, contexts=own), sink
+
+
+def contexts_of(prompt: Sequence[int], views: Sequence[View]) -> list[list[int]]:
+    """What the views of place "system" read for this prompt: longer and shorter than it is, and never the same."""
+    own = [view for view in views if view.place == "system"]
+    return [[9 + i, *prompt[: 12 * i + 3], 7, *prompt[-8:], 5] for i, _ in enumerate(own)]
 
 
 def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingParams, **kw: Any) -> list[Recorder]:
@@ -86,16 +94,20 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingPar
 
 
 def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[View]:
-    """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
+    """One view a letter: soft prompts of place `f`ront and `r`eply; texts `t` (front), `b` (between context and reply),
+    `e` (the same, with the context's end again) and `s` (system). A capital is an expert (weight +1)."""
     g = torch.Generator().manual_seed(7)
-    return [
-        EmbeddingPrefix(
-            torch.randn(width + i, backbone.hidden_size, generator=g) * scale,
-            1.0 if k.isupper() else -1.0,
-            "front" if k in "fF" else "reply",
-        )
-        for i, k in enumerate(kinds)
-    ]
+    views: list[View] = []
+    for i, kind in enumerate(kinds):
+        weight, at = 1.0 if kind.isupper() else -1.0, kind.lower()
+        if at in "fr":
+            soft = torch.randn(width + i, backbone.hidden_size, generator=g) * scale
+            views.append(EmbeddingPrefix(soft, weight, "front" if at == "f" else "reply"))
+        else:
+            ids = tuple(torch.randint(4, backbone.vocab_size, (width + i,), generator=g).tolist())
+            place: Place = "front" if at == "t" else "system" if at == "s" else "reply"
+            views.append(TokenPrefix(ids, weight, place, tail=6 if at == "e" else 0))
+    return views
 
 
 def random_prompts(
@@ -133,8 +145,8 @@ def check_against_oracle(
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
     steps = unsure_steps = 0
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
-        p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
+    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=streams), strict=True):
+        p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, streams))
         for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
             steps += 1
             unsure_steps += close
