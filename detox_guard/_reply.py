@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.engine import End, Finish, Go, PromptIds, Request, Rewind, Sampling, TokenStep, Verdict
 from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, Trace, Usage
-from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts
+from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts, with_system_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,10 +31,15 @@ class Reply:
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
         check_fits: Callable[[PromptIds, int, bool], object] | None = None,
+        system_texts: Sequence[str] = (),
     ) -> None:
-        """`check_fits` (`Engine.check`) raises for what cannot be served, before anything is scored."""
-        ids, may_rewind = tuple(encode_prompt(backbone, prompt)), params.guard is not None
-        prompt_ids = PromptIds(ids, params.alpha > 0 or (self._may_steer and bool(detoxifiers)))
+        """`check_fits` (`Engine.check`) raises for what cannot be served, before anything is scored. `system_texts`: of
+        the views that read the prompt with a text in its system message."""
+        may_rewind = params.guard is not None
+        steered = params.alpha > 0 or (self._may_steer and bool(detoxifiers))
+        contexts = [with_system_text(prompt, text) for text in system_texts] if steered else []
+        ids, *own = (tuple(encode_prompt(backbone, one)) for one in (prompt, *contexts))
+        prompt_ids = PromptIds(ids, steered, tuple(own))
         if check_fits is not None:
             check_fits(prompt_ids, params.max_new_tokens, may_rewind)
         params = params.replace(alpha=adaptive_alpha(prompt_texts(prompt), params))

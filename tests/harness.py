@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from reference import Reference
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix, Place, TokenPrefix, View
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.engine import (
     End,
@@ -18,7 +19,6 @@ from detox_guard.engine import (
     Request,
     Sampling,
     Scheduler,
-    StreamSpec,
     TokenConstraint,
     TokenStep,
 )
@@ -66,7 +66,7 @@ class Recorder:
         return [step.token_id for step in self.steps]
 
 
-def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
+def torch_engine(backbone: Backbone, streams: Sequence[View] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
     return Scheduler(TorchRunner(backbone, streams, config), config)
 
@@ -81,10 +81,12 @@ def request(
     keep: bool = False,
     constraint: TokenConstraint | None = None,
     may_rewind: bool = True,
+    views: Sequence[View] = (),
 ) -> tuple[Request, Recorder]:
-    sink = sink or Recorder()
+    sink, steered = sink or Recorder(), params.alpha > 0
+    own = tuple(map(tuple, contexts_of(prompt, views))) if steered else ()
     made = Request(
-        PromptIds(tuple(prompt), params.alpha > 0),
+        PromptIds(tuple(prompt), steered, own),
         Sampling.of(params),
         params.max_new_tokens,
         seed,
@@ -95,6 +97,12 @@ def request(
         keep_distributions=keep,
     )
     return made, sink
+
+
+def contexts_of(prompt: Sequence[int], views: Sequence[View]) -> list[list[int]]:
+    """What the views of place "system" read for this prompt: longer and shorter than it is, and never the same."""
+    own = [view for view in views if view.place == "system"]
+    return [[9 + i, *prompt[: 12 * i + 3], 7, *prompt[-8:], 5] for i, _ in enumerate(own)]
 
 
 def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingParams, **kw: Any) -> list[Recorder]:
@@ -109,15 +117,21 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingPar
     return [sink for _, sink in pairs]
 
 
-def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[StreamSpec]:
-    """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
+def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[View]:
+    """One view a letter: soft prompts of place `f`ront and `r`eply; texts `t` (front), `b` (between context and reply),
+    `e` (the same, with the context's end again) and `s` (system). A capital is an expert (weight +1)."""
     g = torch.Generator().manual_seed(7)
-    return [
-        StreamSpec(
-            torch.randn(width + i, backbone.hidden_size, generator=g) * scale, 1.0 if k.isupper() else -1.0, k in "fF"
-        )
-        for i, k in enumerate(kinds)
-    ]
+    views: list[View] = []
+    for i, kind in enumerate(kinds):
+        weight, at = 1.0 if kind.isupper() else -1.0, kind.lower()
+        if at in "fr":
+            soft = torch.randn(width + i, backbone.hidden_size, generator=g) * scale
+            views.append(EmbeddingPrefix(soft, weight, "front" if at == "f" else "reply"))
+        else:
+            ids = tuple(torch.randint(4, backbone.vocab_size, (width + i,), generator=g).tolist())
+            place: Place = "front" if at == "t" else "system" if at == "s" else "reply"
+            views.append(TokenPrefix(ids, weight, place, tail=6 if at == "e" else 0))
+    return views
 
 
 def random_prompts(backbone: Backbone, count: int, **lengths: int) -> list[list[int]]:
@@ -145,7 +159,7 @@ def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int
 
 def check_against_oracle(
     backbone: Backbone,
-    streams: list[StreamSpec],
+    streams: list[View],
     prompts: list[list[int]],
     params: DecodingParams,
     *,
@@ -161,8 +175,8 @@ def check_against_oracle(
 def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams) -> None:
     """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
     steps = unsure_steps = 0
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
-        p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
+    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=oracle.streams), strict=True):
+        p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, oracle.streams))
         for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
             steps += 1
             unsure_steps += close

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from harness import random_ids, random_streams
 from reference import Reference
 from tiny import make_tiny_backbone
-from toy_runner import VOCAB, ToyRunner, ToyView, toy_logits
+from toy_runner import VOCAB, ToyRunner, rows_of, toy_logits
 from watched import Watched
 
+from detox_guard.detoxifiers.base import Place, TokenPrefix
 from detox_guard.engine import Scheduler
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Kit(Protocol):
@@ -53,12 +57,9 @@ class TorchKit:
 
 
 class ToyReference(Reference):
-    def logits(self, prompt: list[int], reply: list[int]) -> list[torch.Tensor]:
-        contexts = [prompt, *(view.read(prompt) for view in self.streams)]
-        return [
-            torch.stack([toy_logits([*context, *reply[:i]]).double() for i in range(len(reply))])
-            for context in contexts
-        ]
+    def logits(self, prompt: list[int], reply: list[int], contexts: Sequence[list[int]]) -> list[torch.Tensor]:
+        rows = rows_of(self.streams, prompt, contexts)  # type: ignore[arg-type]
+        return [torch.stack([toy_logits([*row, *reply[:i]]).double() for i in range(len(reply))]) for row in rows]
 
 
 class ToyKit:
@@ -66,10 +67,11 @@ class ToyKit:
 
     vocab_size = VOCAB
 
-    def views(self, kinds: str) -> list[ToyView]:
+    def views(self, kinds: str) -> list[TokenPrefix]:
+        places: dict[str, Place] = {"f": "front", "r": "reply"}
         return [
-            ToyView(tuple(range(20 + i, 25 + 2 * i)), 1.0 if k.isupper() else -1.0, k in "fF")
-            for i, k in enumerate(kinds)
+            TokenPrefix(tuple(range(20 + i, 25 + 2 * i)), 1.0 if kind.isupper() else -1.0, places[kind.lower()])
+            for i, kind in enumerate(kinds)
         ]
 
     def runner(self, views: str, config: EngineConfig) -> ToyRunner:

@@ -9,29 +9,32 @@ from __future__ import annotations
 import zlib
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
+from detox_guard.detoxifiers.base import ids_behind, most_beside, own_contexts
 from detox_guard.engine.runner import Computed, Row, RunnerLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from detox_guard.detoxifiers.base import TokenPrefix
     from detox_guard.engine import PromptIds
 
 VOCAB, POSITIONS = 480, 512
 
 
-class ToyView(NamedTuple):
-    """Ids that a row reads before its context, or between context and reply."""
-
-    ids: tuple[int, ...]
-    weight: float
-    front: bool
-
-    def read(self, context: Sequence[int]) -> list[int]:
-        return [*self.ids, *context] if self.front else [*context, *self.ids]
+def rows_of(views: Sequence[TokenPrefix], ids: Sequence[int], contexts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What each row of a steered request reads before the reply: the generator's, then one a view."""
+    own = own_contexts(views, contexts)
+    rows = [list(ids)]
+    for index, view in enumerate(views):
+        if view.place == "system":
+            rows.append(list(own[index]))
+        else:
+            rows.append([*view.ids, *ids] if view.place == "front" else [*ids, *ids_behind(view, ids)])
+    return rows
 
 
 def toy_logits(read: Sequence[int]) -> torch.Tensor:
@@ -50,10 +53,10 @@ class ToySaved:
 
 
 class ToyPrefill:
-    def __init__(self, contexts: list[list[list[int]]]) -> None:
-        self._contexts = contexts
-        self.rows = sum(map(len, contexts))
-        self.left = max(len(read[0]) for read in contexts)
+    def __init__(self, views: Sequence[TokenPrefix], prompts: Sequence[PromptIds]) -> None:
+        self._contexts = [rows_of(views if one.steered else (), one.ids, one.contexts) for one in prompts]
+        self.rows = sum(map(len, self._contexts))
+        self.left = max(one.longest for one in prompts)
 
     def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
         self.left -= 0 if given_up() else min(columns, self.left)
@@ -70,7 +73,7 @@ class ToyRunner:
     device = torch.device("cpu")
     limits = RunnerLimits(VOCAB, POSITIONS, frozenset({"tokens"}))
 
-    def __init__(self, views: Sequence[ToyView] = ()) -> None:
+    def __init__(self, views: Sequence[TokenPrefix] = ()) -> None:
         self.views = views
         self.weights = [view.weight for view in views]
         self._rows: list[tuple[Row, list[int]]] = []
@@ -80,11 +83,10 @@ class ToyRunner:
         return len(self._rows)
 
     def slots(self, prompt: PromptIds) -> int:
-        return len(prompt.ids) + max((len(view.ids) for view in self.views if prompt.steered), default=0)
+        return max(len(prompt.ids) + (most_beside(self.views) if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
     def begin(self, prompts: Sequence[PromptIds]) -> ToyPrefill:
-        views = {True: self.views, False: ()}
-        return ToyPrefill([[list(one.ids), *(view.read(one.ids) for view in views[one.steered])] for one in prompts])
+        return ToyPrefill(self.views, prompts)
 
     def join(self, saved: ToySaved) -> Row:
         row = Row(len(self._rows), saved.slots)

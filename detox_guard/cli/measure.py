@@ -43,7 +43,7 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="As in generate, or random-llama:135m, :1b, :8b; else the default model.")
     ] = None,
-    detoxifier: Annotated[str | None, typer.Option(help='Folder, hub id, or "random"; else the shipped one.')] = None,
+    detoxifier: Annotated[str | None, typer.Option(help='Folder, hub id, or "random"; else "auto".')] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of a reply.")] = 64,
@@ -88,7 +88,7 @@ def evaluate(
     ] = None,
     passage_tokens: Annotated[int | None, typer.Option(min=1, help="How much of it (default 600).")] = None,
     model: options.Model = None,
-    detoxifier: Annotated[str | None, typer.Option(help="Folder or hub id; else the shipped one.")] = None,
+    detoxifier: Annotated[str | None, typer.Option(help='Folder or hub id; else "auto".')] = None,
     expert: Annotated[str | None, typer.Option(help="A second, non-toxic soft prompt, for dexperts-expert.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,

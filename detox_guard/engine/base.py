@@ -33,7 +33,6 @@ __all__ = [
     "Rewind",
     "Sampling",
     "Sink",
-    "StreamSpec",
     "TokenConstraint",
     "TokenStep",
     "Verdict",
@@ -44,23 +43,19 @@ ViewKind = Literal["embeddings", "tokens"]
 """What a view adds to the context: virtual tokens, or ids of the model's own vocabulary."""
 
 
-class StreamSpec(NamedTuple):
-    """One steering stream as the engine sees it."""
-
-    embeddings: Tensor
-    """`[P, hidden]` the virtual tokens."""
-    weight: float
-    """Signed; negative for a detoxifier, positive for an expert."""
-    front: bool
-    """Before the whole context (spliced K/V prefix), else between the context and the reply."""
-
-
 class PromptIds(NamedTuple):
     """All that the rows of a request hold before its reply; equal ones are computed once."""
 
     ids: tuple[int, ...]
     steered: bool
     """Whether it takes a row of every view, besides the generator's."""
+    contexts: tuple[tuple[int, ...], ...] = ()
+    """What each view of place "system" reads in the place of `ids`, in the order of the views; none if not steered."""
+
+    @property
+    def longest(self) -> int:
+        """Columns to compute: of its longest context."""
+        return max(map(len, (self.ids, *self.contexts)))
 
 
 @dataclass(frozen=True, slots=True)

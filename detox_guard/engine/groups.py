@@ -44,7 +44,7 @@ class Group:
         """Columns still to compute."""
         if self.prefill is not None:
             return self.prefill.left
-        return max((len(prompt.ids) for prompt in self.missing), default=0)
+        return max((prompt.longest for prompt in self.missing), default=0)
 
 
 class Groups:
@@ -83,7 +83,7 @@ class Groups:
         kept = self.recent.get(prompt)
         known = {} if kept is None else {prompt: kept}
         if open_ is not None and open_.prefill is None:
-            longest = max(len(one.ids) for one in (*open_.prompts, prompt))
+            longest = max(one.longest for one in (*open_.prompts, prompt))
             if longest * (len(open_.prompts) + 1) <= self._most:
                 open_.requests.append(request)
                 open_.prompts.append(prompt)

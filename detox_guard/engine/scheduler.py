@@ -48,7 +48,7 @@ class Scheduler:
         vocab = self._runner.limits.vocab_size
         if not prompt.ids:
             raise PromptError("prompt", prompt.ids, "at least one token")
-        if not 0 <= min(prompt.ids) <= max(prompt.ids) < vocab:
+        if not all(0 <= min(ids) <= max(ids) < vocab for ids in (prompt.ids, *prompt.contexts) if ids):
             raise PromptError("prompt", prompt.ids, f"token ids from 0 to {vocab - 1}")
 
     def _check_length(self, prompt: PromptIds, max_new_tokens: int) -> None:

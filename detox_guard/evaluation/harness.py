@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from detox_guard.detoxigen import DetoxiGen, ManySteering
+    from detox_guard.detoxifiers.resolve import ManySteering
+    from detox_guard.detoxigen import DetoxiGen
     from detox_guard.evaluation.likelihood import ReplyJudge
     from detox_guard.evaluation.methods import Method
     from detox_guard.evaluation.prompts import Asked
@@ -120,7 +121,8 @@ def run_eval(
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
-        from detox_guard.detoxifiers.soft_prompt import Detoxifier, as_streams
+        from detox_guard.detoxifiers.resolve import as_streams
+        from detox_guard.detoxifiers.soft_prompt import Detoxifier
         from detox_guard.models.load import load_backbone
 
         backbone = load_backbone(model, device=device, dtype=dtype)

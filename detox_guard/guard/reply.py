@@ -98,6 +98,7 @@ class GuardedReply(Reply):
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
         check_fits: Callable[[PromptIds, int, bool], object] | None = None,
+        system_texts: Sequence[str] = (),
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
@@ -105,7 +106,7 @@ class GuardedReply(Reply):
         self.guard = self._judge.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers, check_fits)
+        super().__init__(backbone, prompt, params, detoxifiers, check_fits, system_texts)
         self._can_steer = bool(detoxifiers)
         self._open = _Unit(0, Reading(self.policy.context_chars), 0, "", False)
         self._pending: deque[_Unit] = deque()

@@ -239,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(given: Any) -> Aim:
     words = read_words(given.words) if given.words else ()
     load_run(given.run)  # before the model
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
+    from detox_guard.detoxifiers.resolve import as_streams
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
     from detox_guard.models.load import load_backbone
 
     backbone = load_backbone(given.model, device=given.device)

@@ -90,8 +90,9 @@ class Around:
 class EngineFields(Around, Settings):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
-    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
+    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is
+    "auto": the one we ship for the embedded default, else one trained here for your model, else texts that need no
+    training. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
     share it, no cache takes it for another of its name, and it is neither serialized nor pickled (`NotPicklableError`).
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. A bad value or an unknown name is
     `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in `model_copy(update=...)`.

@@ -65,6 +65,10 @@ _STRUCTURED = ("json_schema", "tool_calls")
 _CUT = ("length", "guard")
 _IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision")
+_AUTO = (
+    'Hub id or folder; None is "auto": the shipped one for the default model, else one trained here for yours, else '
+    "texts that need no training."
+)
 
 
 class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
@@ -85,7 +89,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     own: ClassVar[tuple[str, ...]] = ("engine",)
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
-    detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
+    detoxifier: str | None = Field(default=None, description=_AUTO)
     device: str | None = Field(default=None, description="Where the model runs; None chooses.")
     dtype: str | None = Field(default=None, description="Number type of the weights; None chooses.")
     revision: str | None = Field(default=None, description="Revision of the model on the hub.")
