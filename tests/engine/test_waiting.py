@@ -6,12 +6,12 @@ import asyncio
 import gc
 import signal
 import threading
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny import make_tiny_backbone
+from waiting import wait_until
 
 from detox_guard import (
     DecodingParams,
@@ -41,25 +41,25 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
-
-
 def model_of(**config: Any) -> DetoxiGen:
     return DetoxiGen(make_tiny_backbone("llama", initializer_range=0.2), params=SHORT, config=EngineConfig(**config))
 
 
 @pytest.fixture
 def narrow() -> Iterator[DetoxiGen]:
-    """Two seats and one place in the queue; at the end, nobody holds either."""
+    """Two seats and one place in the queue; at the end they are free, and there are no more of them."""
     with model_of(max_rows=2, max_queue=1) as model:
         yield model
         wait_until(lambda: (model.stats().seats, model.stats().queued) == (0, 0))
         assert model.generate("x").finish_reason == "length"
-        assert model._engine._worker.places._free == 1
+        held = fill(model)
+        late = threading.Thread(target=model.generate, args=("x",))
+        late.start()
+        wait_until(lambda: model.stats().waiting == 1)
+        assert model.stats().queued == 1
+        let_go(held)
+        late.join(60)
+        assert not late.is_alive()
 
 
 def fill(model: DetoxiGen) -> list[Any]:
@@ -134,7 +134,8 @@ def test_a_closed_loop_frees_seats_and_places(narrow: DetoxiGen) -> None:
         for stream in streams:
             await anext(stream)
         waiting = [asyncio.ensure_future(narrow.agenerate("x", LONG)) for _ in range(4)]
-        await asyncio.sleep(0.05)
+        while narrow.stats().waiting < 3:  # the fourth has the place
+            await asyncio.sleep(0.002)
         return [*streams, *waiting, asyncio.ensure_future(narrow.abatch(["x"] * 3, LONG))]
 
     left = loop.run_until_complete(begin())
@@ -146,7 +147,7 @@ def test_a_closed_loop_frees_seats_and_places(narrow: DetoxiGen) -> None:
     def settled() -> bool:
         gc.collect()
         batches = [thread for thread in threading.enumerate() if thread.name.startswith("detox-guard-batch")]
-        return not batches and not narrow._engine._worker.places._waiting
+        return not batches and not narrow.stats().waiting
 
     wait_until(settled)
     gc.collect()
@@ -189,7 +190,7 @@ def test_closing_tells_those_who_wait() -> None:
     threads.append(threading.Thread(target=lambda: errors.extend(asyncio.run(ask_async()))))
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(model._engine._worker.places._waiting) == 6)
+    wait_until(lambda: model.stats().waiting == 6)
     model.close()
     for thread in threads:
         thread.join(60)
@@ -245,7 +246,7 @@ def test_first_come_first_served_and_nobody_overtakes() -> None:
     for i in range(6):
         threads.append(threading.Thread(target=wait, args=(i,)))
         threads[-1].start()
-        wait_until(lambda i=i: len(places._waiting) == i + 1)
+        wait_until(lambda i=i: places.waiting == i + 1)
     assert not places.take()
     places.give_back()
     for thread in threads:
