@@ -90,8 +90,8 @@ class Chooser:
     def choose(self, logits: Tensor, turns: Sequence[Turn]) -> list[TokenStep | StepError]:
         """One token for each turn from `logits [rows, vocab]` (float32, overwritten).
 
-        A turn whose rows hold a NaN or +inf, or whose stream rows are missing, gets a `StepError` in its place and
-        samples nothing; the others are not touched by it.
+        A turn whose rows hold a NaN or +inf gets a `StepError` in its place and samples nothing; the others are not
+        touched by it. Raises `StepError` where a steered turn lacks rows.
         """
         logits = logits.to(self.device)
         streams = len(self.weights)

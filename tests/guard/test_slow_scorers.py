@@ -13,12 +13,13 @@ from tiny import make_tiny_backbone
 from waiting import WAIT_S, wait_until
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, ScorerError, aguard_text, guard_text
-from detox_guard.engine import PromptIds
 from detox_guard.guard.reply import GuardedReply, scan
 from detox_guard.scorers.batcher import batcher_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from detox_guard.engine import PromptIds
 
 
 def test_a_scorer_that_does_not_answer_fails_its_request_and_no_other(tiny: DetoxiGen) -> None:
