@@ -10,10 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from detox_guard._files import read_text
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, SteeringStream
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.samples import decode
@@ -132,8 +130,7 @@ def _expert(i: Ingredients, alpha: float) -> Method:
 
 
 def _toxic_prefix(i: Ingredients, alpha: float) -> Method:
-    stream = SteeringStream(textual_detoxifier(i.backbone, TOXIC_PREFIX))
-    return i.steered("toxic-prefix", "dexperts", alpha, streams=(stream,))
+    return i.steered("toxic-prefix", "dexperts", alpha, streams=(Detoxifier.from_text(TOXIC_PREFIX),))
 
 
 def _banned_words(i: Ingredients) -> Method:
@@ -205,23 +202,6 @@ def make_methods(names: Sequence[str], alphas: Sequence[float], ingredients: Ing
         else:
             methods += [_STRENGTHS[name](ingredients, float(alpha)) for alpha in dict.fromkeys(alphas)]
     return methods
-
-
-def textual_detoxifier(backbone: Backbone, text: str) -> Detoxifier:
-    """Plain words before the context, as a soft prompt: the embeddings of their tokens."""
-    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        embed = backbone.model.get_input_embeddings()
-        rows = embed(torch.tensor(ids, device=backbone.device)).float().cpu().clone()
-    card = DetoxifierCard(
-        base_id=backbone.id,
-        hidden_size=backbone.hidden_size,
-        num_layers=backbone.num_layers,
-        virtual_tokens=len(ids),
-        position="front",
-        initial_text=text,
-    )
-    return Detoxifier(rows, card)
 
 
 class WordList:
