@@ -14,8 +14,11 @@ from tiny import make_tiny_config, make_tiny_model
 
 from detox_guard.cli import EXIT_CODES
 from detox_guard.cli.prompts import as_chat, read_prompts
+from detox_guard.detoxifiers import registry
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
+from detox_guard.evaluation.config import BenchConfig, EvalConfig
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams
 from detox_guard.training.config import TrainingConfig
 
@@ -152,6 +155,27 @@ def test_info(loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "--fetch" in facts["backbone"]["state"]
 
 
+def test_ones_own_model_needs_no_detoxifier(
+    model: Path, detoxifier: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path))
+    short = ("--max-new-tokens", "3", "--seed", "1")
+    (said,) = rows(run("generate", PROMPT, "--model", model, "--json", *short, *DEVICE))
+    assert said["detoxifiers"]
+    assert all(":text:" in one for one in said["detoxifiers"])
+    again = run("generate", PROMPT, "--model", model, "--detoxifier", "auto", "--json", *short, *DEVICE)
+    assert rows(again) == [said]
+    (facts,) = rows(run("info", "--json", "--model", model, *DEVICE))
+    assert all("untrained" in one["serves"] and one["text"] for one in facts["detoxifiers"])
+    registry.register(detoxifier, load_backbone(model, device="cpu", dtype="float32"))
+    (facts,) = rows(run("info", "--json", "--model", model, *DEVICE))
+    (one,) = facts["detoxifiers"]
+    assert "trained here" in one["serves"]
+    assert one["sha256"] == Detoxifier.load(detoxifier).sha256
+    (said,) = rows(run("generate", PROMPT, "--model", model, "--json", *short, *DEVICE))
+    assert said["detoxifiers"] == [f"-1:{one['sha256'][:12]}"]
+
+
 def test_info_shows_the_rest_when_a_detoxifier_does_not_fit(model: Path, tmp_path: Path) -> None:
     result = run("info", "--json", "--model", model, "--detoxifier", tmp_path / "absent", *DEVICE)
     (facts,) = rows(result)
@@ -174,17 +198,17 @@ def test_demo_is_the_same_twice_and_writes_its_page(loaded: tuple[str, ...], tmp
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("bench", "bench.run_bench"), ("eval", "harness.run_eval")],
+    [("bench", "bench.run_bench"), ("eval", "run.run_eval")],
 )
 def test_measuring_commands_hand_on_every_option(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each keyword of what measures can be given, but the switch of its own bars."""
+    """Each field of the settings can be given."""
     import importlib
-    import inspect
 
     place, name = f"detox_guard.evaluation.{module}".rsplit(".", 1)
-    wanted = set(inspect.signature(getattr(importlib.import_module(place), name)).parameters) - {"progress"}
+    wanted = set((EvalConfig if command == "eval" else BenchConfig).model_fields)
+    importlib.import_module(place)
     asked: dict[str, Any] = {}
 
     class Report:
@@ -207,7 +231,7 @@ def test_measuring_commands_hand_on_every_option(
         flag = flags.get(keyword, "--" + keyword.replace("_", "-"))
         words += [flag] if keyword in ("quick", "chat") else [flag, str(values.get(keyword, 2))]
     assert rows(run(command, *words, "--json")) == [{"fine": True}]
-    assert set(asked) == wanted
+    assert set(asked) - {"table"} == wanted
     assert "a table" in run(command, *words).stdout
 
 
@@ -221,9 +245,11 @@ def test_prompt_files_keep_odd_characters_and_refuse_bad_bytes(tmp_path: Path) -
     file = tmp_path / "p.txt"
     file.write_bytes("a\u2028b\fc\r\n{not json\n".encode())
     assert read_prompts([], file) == ["a\u2028b\fc", "{not json"]
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="UTF-8"):
-        read_prompts([], file)
+    file.write_bytes(b"fine\n\xff\xfe")
+    fine, bad = read_prompts([], file)
+    assert fine == "fine"
+    assert isinstance(bad, DataError)
+    assert "line 2: not valid UTF-8" in str(bad)
     file.write_bytes(b"\n \n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts([], file)
