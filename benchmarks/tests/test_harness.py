@@ -47,13 +47,21 @@ def test_plain_likelihoods_are_the_models_own(tiny_llama: Backbone) -> None:
 
 def test_steered_likelihoods_are_those_of_decoding(tiny_llama: Backbone) -> None:
     stream = SteeringStream(random_detoxifier(tiny_llama, virtual_tokens=4))
-    params = DecodingParams(alpha=2.0, calm_share=1, rule="dexperts", top_p=1.0, max_new_tokens=5, ignore_eos=True)
+    words = tiny_llama.tokenizer
+    params = DecodingParams(alpha=2.0, calm_share=1, rule="dexperts", top_p=1.0, max_new_tokens=3, ignore_eos=True)
     with DetoxiGen(tiny_llama, [stream]) as model:
-        reply = model.generate(SENTENCES[1], params.replace(seed=3))
+        replies = [model.generate(SENTENCES[1], params.replace(seed=seed)) for seed in range(40)]
+        before = words(SENTENCES[1])["input_ids"]
+        [reply, *_] = [  # one that reads as it was decoded
+            one
+            for one in replies
+            if one.trace
+            and words(SENTENCES[1] + one.text)["input_ids"] == [*before, *(t.token_id for t in one.trace.tokens)]
+        ]
         assert reply.trace is not None
         lm = DetoxiGenLM(model, params)
         [(nats, _)] = lm.loglikelihood(asked(SENTENCES[1], reply.text))
         [text] = lm.generate_until(asked(SENTENCES[1], {"until": ["."], "max_gen_toks": 4}))
-        greedy = model.generate(SENTENCES[1], params, temperature=0.0, max_new_tokens=4, stop=("."))
+        greedy = model.generate(SENTENCES[1], params, temperature=0.0, max_new_tokens=4, stop=".")
     assert nats == pytest.approx(sum(math.log(token.p_after) for token in reply.trace.tokens), rel=1e-3)
     assert text == greedy.text

@@ -28,8 +28,9 @@ WINDOW, OVERLAP = 1024, 256
 
 
 class DetoxiGenLM(LM):
-    """One model under one set of parameters. Likelihoods are those of the steered distribution at temperature 1 over the
-    whole vocabulary; text is decoded greedily unless a task says otherwise. A guard takes no part in likelihoods."""
+    """One model under one set of parameters. Likelihoods are those of the steered distribution at temperature 1 over
+    the whole vocabulary; text is decoded greedily unless a task says otherwise. A guard takes no part in likelihoods.
+    """
 
     def __init__(self, model: DetoxiGen, params: DecodingParams) -> None:
         super().__init__()
@@ -84,8 +85,7 @@ class DetoxiGenLM(LM):
         if not reply:
             return 0.0, True
         backbone = self._model.backbone
-        given = [*context[-1:], *reply]
-        (p,) = steered_probabilities(backbone, [self._method], context[:-1], given)
+        (p,) = steered_probabilities(backbone, [self._method], context, reply, first=True)
         target = torch.tensor(list(reply), device=p.device).unsqueeze(-1)
         nats, _ = nats_of(p, target)
         return -nats, bool((p.argmax(-1, keepdim=True) == target).all())

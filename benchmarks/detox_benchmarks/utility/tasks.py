@@ -71,12 +71,17 @@ def _plain_words(text: str) -> list[str]:
 
 @torch.inference_mode()
 def steered_probabilities(
-    backbone: Backbone, methods: Sequence[Method], context: Sequence[int], reply: Sequence[int]
+    backbone: Backbone,
+    methods: Sequence[Method],
+    context: Sequence[int],
+    reply: Sequence[int],
+    *,
+    first: bool = False,
 ) -> list[torch.Tensor]:
     """For each method `[reply_len - 1, vocab]`, float32: what decoding at temperature 1 over the whole vocabulary would
-    draw `reply[1:]` from, given what stands before."""
+    draw `reply[1:]` from, given what stands before; with `first`, the whole reply."""
     seen: dict[str, torch.Tensor] = {}
-    log_gen = forced_log_probs(backbone, None, context, reply)
+    log_gen = forced_log_probs(backbone, None, context, reply, first=first)
     texts = [backbone.tokenizer.decode(context)]
     found = []
     for method in methods:
@@ -87,7 +92,9 @@ def steered_probabilities(
             continue
         for stream in method.streams:
             if stream.detoxifier.sha256 not in seen:
-                seen[stream.detoxifier.sha256] = forced_log_probs(backbone, stream.detoxifier, context, reply)
+                seen[stream.detoxifier.sha256] = forced_log_probs(
+                    backbone, stream.detoxifier, context, reply, first=first
+                )
         log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
         weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
         rows = log_gen.new_ones(len(log_gen))
