@@ -89,7 +89,8 @@ def ablate(
     from detox_benchmarks.ablations.run import run_ablation
 
     asked: dict[str, Any] = {"what": what, **options.given(fields)}
-    config = AblationConfig(**{name: tuple(one) if isinstance(one, list) else one for name, one in asked.items()})
+    asked = {name: tuple(one) if isinstance(one, list) else one for name, one in asked.items()}
+    config = AblationConfig(**asked)
     quiet_libraries()
     with session.needs_extra("train", "training"):
         result = run_ablation(config)

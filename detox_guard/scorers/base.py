@@ -74,9 +74,9 @@ def _number(score: Any) -> float:
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
     """None or "embedded": the embedded scorer. "minilm": the small transformer of `scorers.minilm`, fetched once.
-    "profanity-check": the package alt-profanity-check, of other authors and other data. A name of the entry-point group
-    `detox_guard.scorers`: that one. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where its
-    toxic label has to be named. A scorer: itself.
+    "profanity-check": the package alt-profanity-check, of other authors and other data. A name of the entry-point
+    group `detox_guard.scorers`: that one. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where
+    its toxic label has to be named. A scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
     """
