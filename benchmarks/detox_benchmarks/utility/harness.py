@@ -27,7 +27,7 @@ WINDOW, OVERLAP = 1024, 256
 """Tokens read at once of a long text, and how many of them are only context."""
 
 
-class DetoxiGenLM(LM):
+class DetoxiGenLM(LM):  # type: ignore[misc]  # the harness is checked without its types
     """One model under one set of parameters. Likelihoods are those of the steered distribution at temperature 1 over
     the whole vocabulary; text is decoded greedily unless a task says otherwise. A guard takes no part in likelihoods.
     """
