@@ -58,6 +58,14 @@ class PromptIds(NamedTuple):
         return max(map(len, (self.ids, *self.contexts)))
 
 
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two prompts have in common before the first that differs. Both are of one type."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(i for i in range(most) if one[i] != other[i])
+
+
 @dataclass(frozen=True, slots=True)
 class Go:
     """A verdict: the next token, by this `sampling` (None is the request's own) and without the `banned` ids.

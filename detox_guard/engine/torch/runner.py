@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds
-    from detox_guard.engine.runner import Row, Saved
+    from detox_guard.engine.runner import Base, Row, Saved
     from detox_guard.engine.torch.cache import LayerKV
     from detox_guard.models.backbone import Backbone
 
@@ -38,7 +38,9 @@ class TorchRunner:
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         most = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset({"embeddings", "tokens"}))
+        self.limits = RunnerLimits(
+            backbone.vocab_size, min(most, default=None), frozenset({"embeddings", "tokens"}), continues=True
+        )
 
     @property
     def rows(self) -> int:
@@ -47,8 +49,9 @@ class TorchRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> _Prefill:
-        return _Prefill(Prefill(self._forward, prompts))
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
+        held = [base and (base.prompt, [saved.layers for saved in _ours(base.rows)]) for base in bases]
+        return _Prefill(Prefill(self._forward, prompts, held))
 
     def join(self, saved: Saved) -> Row:
         assert isinstance(saved, _Saved)
@@ -82,6 +85,10 @@ class _Saved:
     @property
     def slots(self) -> int:
         return int(self.layers[0][0].shape[2])
+
+
+def _ours(rows: Sequence[Saved]) -> list[_Saved]:
+    return [saved for saved in rows if isinstance(saved, _Saved)]
 
 
 class _Prefill:
