@@ -14,12 +14,10 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["GROUP", "INT4", "Grid", "grid_of", "is_on_grid", "round_to_grid"]
+__all__ = ["GROUP", "Grid", "grid_of", "is_on_grid", "round_to_grid"]
 
 GROUP = 32
 """Weights of a row that share a scale and a zero."""
-INT4 = "int4-g32"
-"""How a model says that it was rounded here."""
 _PROBED = 64
 """Rows of a weight that are looked at before all of it is."""
 _ROUNDING = 2.0**-8
@@ -77,12 +75,17 @@ def _fits(weight: torch.Tensor) -> bool:
 
 
 def round_to_grid(model: PreTrainedModel) -> int:
-    """Round the weights of every linear layer but the head, in place; how many were. Their number type stays."""
+    """Round the weights of every linear layer but the head, in place; how many were. Their number type stays.
+
+    The small matrices of an adapter stay as they are.
+    """
     head = model.get_output_embeddings()
     count = 0
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head and module.in_features % GROUP == 0:
-            with torch.no_grad():
-                module.weight.copy_(grid_of(module.weight).values())
-            count += 1
+    for parent in model.modules():
+        # PEFT keeps its matrices in dicts.
+        for module in () if isinstance(parent, nn.ModuleDict) else parent.children():
+            if type(module) is nn.Linear and module is not head and module.in_features % GROUP == 0:
+                with torch.no_grad():
+                    module.weight.copy_(grid_of(module.weight).values())
+                count += 1
     return count

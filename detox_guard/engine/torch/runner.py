@@ -10,6 +10,7 @@ from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
+from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class TorchRunner:
 
     def __init__(self, backbone: Backbone, views: Sequence[View], bounds: Bounds) -> None:
         if bounds.pack_weights and can_pack(backbone.model):
-            pack_linears(backbone.model)
+            pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._forward = Forward(backbone, views)
         self._cache = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         self.device: torch.device = self._forward.device
