@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from detox_benchmarks.__main__ import app
@@ -41,7 +42,7 @@ from detox_guard.evaluation.methods import Method
 from detox_guard.settings import DecodingParams
 from detox_guard.steering.contrast import RULES
 from detox_guard.steering.forced import reply_loss
-from detox_guard.steering.sampling import nuclei
+from detox_guard.steering.sampling import nucleus
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind
 
 if TYPE_CHECKING:
@@ -227,15 +228,14 @@ def test_alpha_matters_when_it_is_another(rule: Any) -> None:
 
     weak, strong = replies(0.1), replies(20.0)
     assert [one.text for one in weak] != [one.text for one in strong]
-    one = torch.ones(1)
     for prompt, made in zip(SENTENCES, strong, strict=True):
         ids = list(backbone.tokenizer(prompt)["input_ids"])
         for token in made.trace.tokens:
             with torch.inference_mode():
                 gen, detox = (m(torch.tensor([ids])).logits[:, -1].log_softmax(-1) for m in (backbone.model, other))
-            ((_, nuc),) = nuclei(gen, one * 0.9, torch.zeros(1, dtype=torch.long))
-            p = RULES[rule](nuc.log_p, detox.gather(-1, nuc.ids).unsqueeze(1), -one, 20.0 * one, nuc.keep).p
-            assert token.token_id == int(nuc.ids[0, p.argmax()])
+            nuc = nucleus(gen[0].numpy(), 0.9, 0)
+            p = RULES[rule](nuc.log_p, detox[:, nuc.ids].double().numpy(), np.array([-1.0]), 20.0).p
+            assert token.token_id == int(nuc.ids[p.argmax()])
             ids.append(token.token_id)
 
 

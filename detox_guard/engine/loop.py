@@ -52,7 +52,7 @@ class Loop:
         self._closed = self._forked = False
         self._stats = EngineStats()
         self._reports = Reports(self._stats)
-        self._chooser = Chooser(runner.weights, runner.device)
+        self._chooser = Chooser(runner.weights)
         self._make_rooms()
         around_forks_of(self, Loop._hold, Loop._release)
         in_children_of(self, Loop._fork)
@@ -66,7 +66,7 @@ class Loop:
         # A request is in one of these, in this order.
         self._queue = Queue(self._bounds, lambda request: self.room(request.prompt, request.max_new_tokens))
         self._groups = Groups(self._runner, self._bounds)
-        self._seats = Seats(self._runner, self._chooser.device, self._wake)
+        self._seats = Seats(self._runner, self._runner.device, self._wake)
         self._decoder = Decoder(self._runner, self._seats, self._chooser, self._reports, self._stats)
 
     def _hold(self) -> None:

@@ -89,7 +89,7 @@ def decode_pair(backbone: Backbone, second: Any, replies: Sequence[Reply]) -> li
     for reply in replies:
         reply.put = done.append
     models: list[tuple[Any, DynamicCache]] = [(backbone.model, DynamicCache()), (second, DynamicCache())]
-    chooser = Chooser([-1.0], backbone.device)
+    chooser = Chooser([-1.0])
     generations: dict[int, Generation] = {}
     step = 0
     while len(generations) < rows:
