@@ -319,9 +319,9 @@ def test_without_llguidance_only_grammars_fail_and_say_what_to_install() -> None
         "import sys; sys.path.insert(0, 'tests'); sys.modules['llguidance'] = None\n"
         "from tiny import make_tiny_backbone\n"
         "from detox_guard import *\n"
-        "guard = DetoxiGen(make_tiny_backbone('llama'))\n"
-        "guard.generate('Hi', max_new_tokens=2)\n"
-        "try: guard.generate('Hi', grammar=Grammar.json_object())\n"
+        "model = DetoxiGen(make_tiny_backbone('llama'))\n"
+        "model.generate('Hi', max_new_tokens=2)\n"
+        "try: model.generate('Hi', grammar=Grammar.json_object())\n"
         "except InvalidParamsError as error: print(error.field, error.hint)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
