@@ -147,7 +147,7 @@ class Chooser:
             preferred_id=plain,
             preferred_p=float(before[preferred]),
             steered=bool(streams),
-            distribution=(torch.from_numpy(ids), torch.from_numpy(p)) if turn.keep_distribution else None,
+            distribution=(torch.from_numpy(ids), torch.from_numpy(p).float()) if turn.keep_distribution else None,
         )
 
 
