@@ -18,13 +18,13 @@ from detox_guard._threads import run_aside
 from detox_guard.detoxifiers.base import most_beside
 from detox_guard.detoxifiers.resolve import AUTO, as_streams
 from detox_guard.detoxifiers.text_view import TextView
-from detox_guard.engine import Engine, EngineStats
+from detox_guard.engine import Engine, EngineStats, Scheduler
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
 from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, EngineConfig
-from detox_guard.text.prompts import Prompt, encode_prompt, with_system_text, with_template_kwargs
+from detox_guard.text.prompts import Prompt, encode_prompt, with_template_kwargs
 from detox_guard.text.template import template_of
 from detox_guard.text.tools import knows_tools
 
@@ -73,7 +73,7 @@ class DetoxiGen:
         self._beside = most_beside(views)
         self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
                               and s.place == "system"]  # fmt: skip
-        self._engine: Engine = run_aside(lambda: Engine(TorchRunner(backbone, views, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(TorchRunner(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -243,7 +243,7 @@ class DetoxiGen:
     def context_window(self) -> int | None:
         """Tokens that prompt and reply may have together when steered; None = no bound known. (A detoxifier of place
         "system" takes those of its text and its message besides.)"""
-        most = self._engine.max_positions
+        most = self._engine.limits.max_positions
         return None if most is None else most - self._beside
 
     def encode(self, text: str) -> list[int]:
@@ -310,15 +310,7 @@ class DetoxiGen:
         prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
         kind = GuardedReply if params.guard else Reply
-        raised = params.guard is not None and params.guard.most_alpha > 0 and bool(self.streams)
-        steered = params.alpha > 0 or raised
-        texts = self._system_texts if steered else ()
-        contexts = [encode_prompt(self.backbone, with_system_text(prompt, text)) for text in texts]
-
-        def check_fits(prompt_ids: list[int], params: DecodingParams) -> None:
-            self._engine.check(prompt_ids, params, steered, contexts)
-
-        return kind(self.backbone, prompt, params, self.detoxifier_ids, check_fits, contexts)
+        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._engine.check, self._system_texts)
 
     def _prepares(
         self,

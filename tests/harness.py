@@ -11,7 +11,17 @@ from reference import Reference
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, Place, TokenPrefix, View
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
-from detox_guard.engine import Ended, Engine, Request, TokenStep
+from detox_guard.engine import (
+    End,
+    Engine,
+    Go,
+    PromptIds,
+    Request,
+    Sampling,
+    Scheduler,
+    TokenConstraint,
+    TokenStep,
+)
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
 
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """A sink that keeps everything. `react(step)` may return a verdict for the engine."""
+    """A sink that keeps everything. `react(step)` may return a verdict for the engine; None goes on."""
 
     def __init__(self, react: Callable[[TokenStep], Any] | None = None) -> None:
         self.steps: list[TokenStep] = []
@@ -33,10 +43,11 @@ class Recorder:
 
     def on_token(self, step: TokenStep) -> Any:
         self.steps.append(step)
-        return self.react(step) if self.react else None
+        verdict = self.react(step) if self.react else None
+        return Go() if verdict is None else verdict
 
     def on_end(self, reason: str) -> Any:
-        return Ended(reason)
+        return End(reason)
 
     def on_finish(self, reason: str) -> None:
         self.outcome = reason
@@ -57,7 +68,7 @@ class Recorder:
 
 def torch_engine(backbone: Backbone, streams: Sequence[View] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
-    return Engine(TorchRunner(backbone, streams, config), config)
+    return Scheduler(TorchRunner(backbone, streams, config), config)
 
 
 def request(
@@ -68,11 +79,24 @@ def request(
     seed: int = 1,
     end_ids: frozenset[int] = frozenset(),
     keep: bool = False,
+    constraint: TokenConstraint | None = None,
+    may_rewind: bool = True,
     views: Sequence[View] = (),
 ) -> tuple[Request, Recorder]:
-    sink = sink or Recorder()
-    own = contexts_of(prompt, views) if params.alpha else []
-    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep, contexts=own), sink
+    sink, steered = sink or Recorder(), params.alpha > 0
+    own = tuple(map(tuple, contexts_of(prompt, views))) if steered else ()
+    made = Request(
+        PromptIds(tuple(prompt), steered, own),
+        Sampling.of(params),
+        params.max_new_tokens,
+        seed,
+        end_ids,
+        sink,
+        constraint=constraint,
+        may_rewind=may_rewind,
+        keep_distributions=keep,
+    )
+    return made, sink
 
 
 def contexts_of(prompt: Sequence[int], views: Sequence[View]) -> list[list[int]]:
@@ -110,12 +134,14 @@ def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: flo
     return views
 
 
-def random_prompts(
-    backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0
-) -> list[list[int]]:
+def random_prompts(backbone: Backbone, count: int, **lengths: int) -> list[list[int]]:
+    return random_ids(backbone.vocab_size, count, **lengths)
+
+
+def random_ids(vocab_size: int, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=g).tolist()
-    return [torch.randint(4, backbone.vocab_size, (n,), generator=g).tolist() for n in lengths]
+    return [torch.randint(4, vocab_size, (n,), generator=g).tolist() for n in lengths]
 
 
 def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int = 5, seed: int = 7) -> Detoxifier:
@@ -140,13 +166,17 @@ def check_against_oracle(
     on: Backbone | None = None,
     **config: int,
 ) -> None:
-    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss. `on`: the
-    copy of the backbone that the engine runs on."""
+    """`check_engine` on torch. `on`: the copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
+    check_engine(engine, oracle, prompts, params)
+
+
+def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams) -> None:
+    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
     steps = unsure_steps = 0
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=streams), strict=True):
-        p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, streams))
+    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=oracle.streams), strict=True):
+        p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, oracle.streams))
         for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
             steps += 1
             unsure_steps += close
@@ -160,6 +190,6 @@ def check_against_oracle(
             if params.temperature == 0:
                 assert step.token_id == ref.argmax()
     stats = engine.stats()
-    assert stats.tokens_guarded == stats.steps_guarded == steps
+    assert stats.tokens_steered == stats.steps_steered == steps
     assert unsure_steps <= 2 + steps * 0.01
     engine.close()

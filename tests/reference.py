@@ -42,6 +42,17 @@ class Reference:
         self, prompt: list[int], reply: list[int], params: DecodingParams, contexts: Sequence[list[int]] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities after penalty and temperature, `[len(reply), vocab]`, of the generator and each stream."""
+        out = []
+        for steps in self.logits(prompt, reply, contexts):
+            for i in range(len(reply) if params.repetition_penalty != 1 else 0):
+                for token in {*prompt, *reply[:i]}:
+                    x = steps[i, token]
+                    steps[i, token] = x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
+            out.append((steps / (params.temperature or 1.0)).log_softmax(-1))
+        return out[0], out[1:]
+
+    def logits(self, prompt: list[int], reply: list[int], contexts: Sequence[list[int]]) -> list[Tensor]:
+        """What the model says before each reply token, `[len(reply), vocab]`, of each view; the generator first."""
         embed = self.model.get_input_embeddings()
         p, r = embed(torch.tensor(prompt)), embed(torch.tensor(reply, dtype=torch.long))
         views = [torch.cat([p, r])]
@@ -56,13 +67,8 @@ class Reference:
         for view in views:
             with torch.no_grad():
                 logits = self.model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
-            steps = logits[len(view) - len(reply) - 1 : len(view) - 1].clone()
-            for i in range(len(reply) if params.repetition_penalty != 1 else 0):
-                for token in {*prompt, *reply[:i]}:
-                    x = steps[i, token]
-                    steps[i, token] = x * params.repetition_penalty if x < 0 else x / params.repetition_penalty
-            out.append((steps / (params.temperature or 1.0)).log_softmax(-1))
-        return out[0], out[1:]
+            out.append(logits[len(view) - len(reply) - 1 : len(view) - 1].clone())
+        return out
 
     def distributions(
         self, prompt: list[int], reply: list[int], params: DecodingParams, contexts: Sequence[list[int]] = ()

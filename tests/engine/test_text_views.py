@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,7 @@ from harness import (
 )
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Rewind, TokenStep
+from detox_guard.engine import PromptIds, Rewind, TokenStep
 from detox_guard.errors import EngineError, PromptError, PromptTooLongError, StepError
 from detox_guard.settings import DecodingParams, EngineConfig
 
@@ -97,7 +98,7 @@ def test_prompts_that_differ_in_a_views_context_alone_are_computed_apart(llama: 
     engine = torch_engine(llama, views)
     one, first = request(prompt, GREEDY, keep=True, views=views)
     two, second = request(prompt, GREEDY, keep=True, views=views)
-    two.contexts = [[11, 12, 13, 14, *prompt]]
+    two = replace(two, prompt=two.prompt._replace(contexts=((11, 12, 13, 14, *prompt),)))
     for req in (one, two):
         engine.submit(req)
     first.wait(), second.wait()
@@ -111,7 +112,7 @@ def test_a_request_that_lacks_a_context_fails_and_is_never_decoded_plain(llama: 
     engine = torch_engine(llama, random_streams(llama, "s"))
     with pytest.raises((StepError, EngineError)):
         decode(engine, [[5, 6, 7]], GREEDY)
-    assert engine.stats().tokens_unguarded == 0
+    assert engine.stats().tokens_plain == 0
 
 
 @pytest.mark.parametrize(("kinds", "beside"), [("t", 5), ("e", 11)])
@@ -120,21 +121,22 @@ def test_what_does_not_fit_is_refused_by_name(llama: Backbone, kinds: str, besid
     engine = torch_engine(llama, views)
     assert llama.max_positions is not None
     most = llama.max_positions - GREEDY.max_new_tokens - beside
-    engine.check([5] * most, GREEDY, steered=True)
+    engine.check(PromptIds((5,) * most, True), GREEDY.max_new_tokens)
     with pytest.raises(PromptTooLongError, match="positions"):
-        engine.check([5] * (most + 1), GREEDY, steered=True)
-    engine.check([5] * (most + 1), GREEDY, steered=False)
+        engine.check(PromptIds((5,) * (most + 1), True), GREEDY.max_new_tokens)
+    engine.check(PromptIds((5,) * (most + 1), False), GREEDY.max_new_tokens)
 
 
 def test_a_context_of_its_own_must_fit_too(llama: Backbone) -> None:
     engine = torch_engine(llama, random_streams(llama, "s"))
     assert llama.max_positions is not None
     most = llama.max_positions - GREEDY.max_new_tokens
-    engine.check([5] * most, GREEDY, True, [[5] * most])
+    short, new = PromptIds((5,) * 3, True), GREEDY.max_new_tokens
+    engine.check(PromptIds((5,) * most, True, ((5,) * most,)), new)
     with pytest.raises(PromptTooLongError, match="positions"):
-        engine.check([5] * 3, GREEDY, True, [[5] * (most + 1)])
+        engine.check(short._replace(contexts=((5,) * (most + 1),)), new)
     with pytest.raises(PromptError, match="token ids"):
-        engine.check([5] * 3, GREEDY, True, [[llama.vocab_size]])
+        engine.check(short._replace(contexts=((llama.vocab_size,),)), new)
 
 
 def test_contexts_are_not_computed_for_who_is_not_steered(llama: Backbone) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.detoxifiers.base import View
-    from detox_guard.engine.runner import Prompt
+    from detox_guard.engine.base import PromptIds
     from detox_guard.engine.torch.cache import RowCache
     from detox_guard.models.backbone import Backbone
 
@@ -105,7 +105,7 @@ class Prefill:
     takes a chunk a call.
     """
 
-    def __init__(self, forward: Forward, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, forward: Forward, prompts: Sequence[PromptIds]) -> None:
         self.forward = forward
         self.prompts = prompts
         self.done_tokens = 0
@@ -190,7 +190,7 @@ class Prefill:
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def _views_of(self, prompt: Prompt) -> range:
+    def _views_of(self, prompt: PromptIds) -> range:
         return range(-1, len(self.forward.views) if prompt.steered else 0)
 
     def _append(
