@@ -93,7 +93,7 @@ def steered_probabilities(
         for stream in method.streams:
             if stream.detoxifier.sha256 not in seen:
                 seen[stream.detoxifier.sha256] = forced_log_probs(
-                    backbone, stream.detoxifier, context, reply, first=first
+                    backbone, stream.soft_prompt, context, reply, first=first
                 )
         log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
         weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
