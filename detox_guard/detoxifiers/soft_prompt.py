@@ -256,6 +256,13 @@ class SteeringStream:
         kind = "text:" if isinstance(self.detoxifier, TextView) else ""
         return f"{self.weight:+g}:{kind}{self.detoxifier.sha256[:12]}"
 
+    @property
+    def soft_prompt(self) -> Detoxifier:
+        """For what can be told of virtual tokens only. Raises `DetoxifierError` for a text."""
+        if isinstance(self.detoxifier, Detoxifier):
+            return self.detoxifier
+        raise DetoxifierError("a text has no virtual tokens", hint="name a trained detoxifier")
+
     def identity(self) -> dict[str, Any]:
         """What it is, as JSON, without who chose it."""
         return {**self.detoxifier.identity(), "weight": self.weight}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_benchmarks.soft_prompts import soft_prompt
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.prompts import passage_of
 from detox_guard.evaluation.tables import Sheet, rich_tables
@@ -104,8 +103,8 @@ def context_kl(
         raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
     if not texts or not passages:
         raise DataError("no texts, or no passages, to measure with")
-    virtual = soft_prompt(stream).embeddings.to(backbone.device, backbone.dtype)
-    position = soft_prompt(stream).card.position
+    virtual = stream.soft_prompt.embeddings.to(backbone.device, backbone.dtype)
+    position = stream.soft_prompt.card.position
 
     settings: list[SettingKL] = []
     for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:

@@ -21,7 +21,6 @@ import torch
 
 from detox_benchmarks.diagnostics.context_kl import reply_contrast
 from detox_benchmarks.methods import WordList, read_words
-from detox_benchmarks.soft_prompts import soft_prompt
 from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
 from detox_guard.evaluation.run import prompt_of
@@ -156,8 +155,8 @@ def _away_from(
     """At each token of each reply how far the streams together push it away, nats a unit of alpha."""
     total = [torch.zeros(len(reply)) for reply in replies]
     for stream in streams:
-        virtual = soft_prompt(stream).embeddings.to(backbone.device, backbone.dtype)
-        found = reply_contrast(backbone, virtual, soft_prompt(stream).card.position, context, replies, first=True)
+        virtual = stream.soft_prompt.embeddings.to(backbone.device, backbone.dtype)
+        found = reply_contrast(backbone, virtual, stream.soft_prompt.card.position, context, replies, first=True)
         total = [one - stream.weight * ratio for one, (_, ratio) in zip(total, found, strict=True)]
     return [one.tolist() for one in total]
 

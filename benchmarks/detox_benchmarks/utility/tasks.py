@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
-from detox_benchmarks.soft_prompts import soft_prompt
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.scorers.base import load_scorer
 from detox_guard.steering.contrast import RULES, plausible
@@ -95,7 +94,7 @@ def steered_probabilities(
         for stream in method.streams:
             if stream.detoxifier.sha256 not in seen:
                 seen[stream.detoxifier.sha256] = forced_log_probs(
-                    backbone, soft_prompt(stream), context, reply, first=first
+                    backbone, stream.soft_prompt, context, reply, first=first
                 )
         log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
         weights = np.array([float(stream.weight) for stream in method.streams])
