@@ -19,7 +19,7 @@ from detox_guard._reply import Reply
 from detox_guard._threads import run_aside, run_off_loop
 from detox_guard.detoxifiers.soft_prompt import as_streams
 from detox_guard.engine import Engine, EngineStats, StreamSpec
-from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.engine.torch.runner import torch_runner
 from detox_guard.errors import (
     DetoxGuardError,
     EngineBusyError,
@@ -86,7 +86,7 @@ class DetoxiGen:
         specs = [
             StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
         ]
-        self._engine: Engine = run_aside(lambda: Engine(TorchRunner(backbone, specs, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Engine(torch_runner(backbone, specs, self.config), self.config))
 
     @classmethod
     def from_pretrained(

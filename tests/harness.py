@@ -11,7 +11,7 @@ from reference import Reference
 
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
-from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.engine.torch.runner import torch_runner
 from detox_guard.settings import EngineConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Recorder:
 
 def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
-    return Engine(TorchRunner(backbone, streams, config), config)
+    return Engine(torch_runner(backbone, streams, config), config)
 
 
 def request(

@@ -27,11 +27,15 @@ from detox_guard.errors import (
 from detox_guard.models.checks import (
     CONFIG_FILE,
     NO_SOFT_PROMPT,
+    STEPWISE,
+    Layout,
     causal_class,
     check_config,
+    layout_of,
     learned_positions,
     max_positions,
     probe,
+    takes_embeddings,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +74,9 @@ class Backbone:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     has_chat_template: bool
+    layout: Layout = "padded"
+    stepwise: bool = False
+    takes_embeddings: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Backbone:
         """Itself: weights are shared, and an engine may have laid them out in its own way."""
@@ -214,7 +221,8 @@ def from_model(
     model.eval().requires_grad_(False)
     window = probe(model, name)
 
-    vocab_size = int(config.vocab_size)
+    text = config.get_text_config(decoder=True)
+    vocab_size = int(text.vocab_size)
     if max(tokenizer("The quick brown fox").input_ids, default=0) >= vocab_size:
         raise BackboneError(f"{name}: wrong tokenizer: it gives ids past the vocabulary of {vocab_size}")
     eos_token_ids = tuple(token for token in _eos_token_ids(model, tokenizer) if token < vocab_size)
@@ -229,14 +237,17 @@ def from_model(
         device=model.device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
-        num_layers=int(config.num_hidden_layers),
+        num_layers=int(text.num_hidden_layers),
         vocab_size=vocab_size,
-        max_positions=max_positions(config, name),
+        max_positions=max_positions(text, name),
         learned_positions=learned_positions(model),
         window=window,
         eos_token_ids=eos_token_ids,
         pad_token_id=int(pad),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        layout=layout_of(config, type(model)),
+        stepwise=config.get_text_config(decoder=True).model_type in STEPWISE,
+        takes_embeddings=takes_embeddings(config, type(model)),
     )
 
 

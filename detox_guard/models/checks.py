@@ -1,14 +1,14 @@
 """What kinds of model can be steered. Knows configs and one trial forward pass; loads nothing.
 
-Steering needs a decoder-only text model whose every layer keeps plain keys and values, which takes `inputs_embeds` and
-explicit `position_ids`, and in which no token sees a later one. Each thing else is refused with its reason.
+Steering needs a decoder-only text model in which no token sees a later one. Each thing else is refused with its reason.
+How a model that is served can be run, `Layout`, is told from its config and its class too.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from detox_guard.errors import BackboneError, UnsupportedBackboneError
 
@@ -20,12 +20,30 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "NO_SOFT_PROMPT",
+    "STEPWISE",
+    "Layout",
     "causal_class",
     "check_config",
+    "layout_of",
     "learned_positions",
     "max_positions",
     "probe",
+    "takes_embeddings",
 ]
+
+Layout = Literal["padded", "rows", "alone", "state", "recompute"]
+"""How a model is run. padded: prompts padded and computed together, our masks, one pass for all rows. rows: each prompt
+alone, then one pass for all rows, the model's own masks. alone: a pass a row, its own cache. state: a pass a row, which
+hands on a state of the model's own kind. recompute: no cache, so each step reads everything again."""
+_ROW_LAYERS = {
+    "DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer", "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
+}  # fmt: skip
+"""transformers' kinds of cache layer that a batch of rows can hold."""
+_BY_KIND: dict[str, Layout] = {"llama4": "alone", "llama4_text": "alone"}
+"""Types whose forward belies what their config says. Llama 4 scales its queries by the length of the cache."""
+STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
+"""Types whose first recurrence forgets its state where more than one token follows it (a scan without a beginning)."""
 
 CONFIG_FILE = "adapter_config.json"
 """Of every PEFT adapter."""
@@ -60,35 +78,37 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
 
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
-    if config.get_text_config(decoder=True) is not config or any(
-        getattr(config, part, None) is not None for part in ("vision_config", "audio_config")
-    ):
-        raise refuse("it is a multimodal wrapper; only its text model alone could be served")
-    if getattr(config, "hidden_size_per_layer_input", None):
-        raise refuse("its per-layer embeddings need token ids, which virtual tokens do not have")
-    if getattr(config, "alibi", False):
-        raise refuse("ALiBi takes its distances from the padding mask, not from position ids")
-    if getattr(cls, "_is_stateful", False):
-        raise refuse("it keeps a recurrent state, not a key/value cache")
-    if cls is not None:
-        # some forwards swallow unknown arguments, and would then place tokens by the padding mask
-        takes = inspect.signature(cls.forward).parameters
-        if lacks := {"inputs_embeds", "position_ids", "past_key_values"} - set(takes):
-            raise refuse(f"its forward takes no {', '.join(sorted(lacks))}")
-    try:
-        layers = DynamicCache(config=config).layers
-    except Exception as error:
-        raise refuse("transformers can build no key/value cache from its config") from error
-    _check_layers(layers, refuse)
+    if cls is not None and layout_of(config, cls) == "padded":
+        lacks = {"inputs_embeds", "position_ids", "past_key_values"} - set(inspect.signature(cls.forward).parameters)
+        assert not lacks, lacks
 
 
-def _check_layers(layers: list[Any], refuse: Callable[[str], UnsupportedBackboneError]) -> None:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+def layout_of(config: PreTrainedConfig, cls: Any) -> Layout:
+    """How a model of this class can be run without an error in any digit but the last."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    # exact types: the subclasses carry more than keys and values (recurrent state, indexer keys)
-    odd = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    if odd:
-        raise refuse(f"some layers keep no plain key/value cache ({', '.join(sorted(odd))})")
+    kind = str(config.model_type)
+    if kind in _BY_KIND:
+        return _BY_KIND[kind]
+    text = config.get_text_config(decoder=True)
+    takes = inspect.signature(cls.forward).parameters
+    if "past_key_values" not in takes and "cache_params" not in takes:
+        return "recompute"
+    names = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    if not names <= _ROW_LAYERS:
+        return "alone"
+    own_masks = text is not config or getattr(text, "alibi", False) or "local" in getattr(text, "attention_layers", ())
+    if own_masks or "position_ids" not in takes or names != {DynamicLayer.__name__}:
+        return "rows"
+    return "padded"
+
+
+def takes_embeddings(config: PreTrainedConfig, cls: Any) -> bool:
+    """Whether virtual tokens can be fed: not where every layer looks its token ids up once more."""
+    if getattr(config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
+        return False
+    return cls is None or "inputs_embeds" in inspect.signature(cls.forward).parameters
 
 
 def probe(model: PreTrainedModel, name: str) -> int | None:
@@ -101,22 +121,22 @@ def probe(model: PreTrainedModel, name: str) -> int | None:
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(f"{name} ({type(model).__name__}) cannot be steered: {reason}")
 
+    config = model.config.get_text_config(decoder=True)
+    takes = inspect.signature(model.forward).parameters
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if takes_embeddings(model.config, type(model)):
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    if "position_ids" in takes:
+        inputs["position_ids"] = torch.tensor([[0, 1], [0, 1]], device=model.device)
     try:
         with torch.inference_mode():
-            out = model(
-                inputs_embeds=model.get_input_embeddings()(ids),
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.tensor([[0, 1], [0, 1]], device=model.device),
-                use_cache=True,
-            )
-    except TypeError as error:
-        raise refuse("its forward takes no inputs_embeds or position_ids") from error
-    except (RuntimeError, ValueError) as error:
+            out = model(**inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
         raise BackboneError(f"{name}: a trial pass over two tokens failed: {error}") from error
-    if out.logits.shape[-1] != model.config.vocab_size:
+    if out.logits.shape[-1] != config.vocab_size:
         raise BackboneError(
-            f"{name}: {out.logits.shape[-1]} logits for a vocabulary of {model.config.vocab_size} in config.json"
+            f"{name}: {out.logits.shape[-1]} logits for a vocabulary of {config.vocab_size} in config.json"
         )
     if not torch.isfinite(out.logits).all():
         raise BackboneError(
@@ -125,14 +145,10 @@ def probe(model: PreTrainedModel, name: str) -> int | None:
         )
     if not torch.allclose(out.logits[0, 0], out.logits[1, 0], rtol=1e-2, atol=1e-2):
         raise refuse("a later token changes what an earlier one sees, so it is not causal")
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
-    if not layers:
-        raise refuse("it returns no key/value cache")
-    _check_layers(layers, refuse)
-    windows = [int(layer.sliding_window) for layer in layers if layer.is_sliding]
-    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's own way to say it
-        windows.append(int(model.config.window_size))
-    return min(windows, default=None)
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own way to say it
+        windows.append(int(config.window_size))
+    return min((int(window) for window in windows if window), default=None)
 
 
 def max_positions(config: PreTrainedConfig, name: str) -> int | None:

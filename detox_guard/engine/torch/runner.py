@@ -9,6 +9,7 @@ from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
+from detox_guard.engine.torch.solo_runner import SoloRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.engine.base import StreamSpec
-    from detox_guard.engine.runner import Prompt, Row, Saved
+    from detox_guard.engine.runner import Prompt, Row, Runner, Saved
     from detox_guard.engine.torch.cache import LayerKV
     from detox_guard.models.backbone import Backbone
     from detox_guard.settings import EngineConfig
 
-__all__ = ["TorchRunner"]
+__all__ = ["TorchRunner", "torch_runner"]
+
+
+def torch_runner(backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> Runner:
+    """The runner that is exact for this backbone."""
+    return (TorchRunner if backbone.layout == "padded" else SoloRunner)(backbone, streams, config)
 
 
 class TorchRunner:

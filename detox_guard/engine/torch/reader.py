@@ -1,0 +1,110 @@
+"""Running a backbone that makes its own masks: one row's tokens behind its past, or one token a row. Knows no requests.
+
+Used where padding and hand-made masks would not be exact: windows, chunks, recurrences, ALiBi, caches of other kinds.
+Rows that can be batched are (a 2-D mask says what is padding; each model turns it into masks of its own); where that is
+not exact either, each row has a pass of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from detox_guard.engine.torch.states import Past, empty_cache
+from detox_guard.errors import StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from detox_guard.engine.base import StreamSpec
+    from detox_guard.engine.torch.states import StateCache
+    from detox_guard.models.backbone import Backbone
+
+__all__ = ["Reader"]
+
+_CACHES = ("past_key_values", "cache_params")
+_STATES = ("state", "cache_params")
+
+
+class Reader:
+    """A backbone and its streams. All methods expect `torch.inference_mode`."""
+
+    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec]) -> None:
+        self.model: Any = backbone.model
+        self.device = backbone.device
+        self.layout = backbone.layout
+        self.streams = [
+            spec._replace(embeddings=spec.embeddings.to(backbone.device, backbone.dtype)) for spec in streams
+        ]
+        takes = inspect.signature(self.model.forward).parameters
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._positions = "position_ids" in takes
+        names = _STATES if self.layout == "state" else _CACHES
+        self.stepwise = backbone.stepwise
+        """Whether what follows a past must be read a token a pass."""
+        self._name = next((name for name in names if name in takes), None) if self.layout != "recompute" else None
+        self.pasts: dict[int, Past] = {}
+        """What each stream in front reads before any prompt."""
+        with torch.inference_mode():
+            for index, spec in enumerate(self.streams):
+                if spec.front:
+                    self.pasts[index] = self.empty()
+                    self.read(self.pasts[index], spec.embeddings)
+
+    def empty(self) -> Past:
+        """The past of a row that has read nothing."""
+        if self.layout == "rows":
+            return Past(empty_cache(self.model.config))
+        return Past(DynamicCache(config=self.model.config) if self.layout == "alone" else None)
+
+    def read(self, past: Past, what: Sequence[int] | Tensor) -> Tensor:
+        """Read token ids, or embeddings `[n, hidden]`, behind `past`, which is longer afterwards.
+
+        Float32 logits `[1, vocab]` of the last of them.
+        """
+        if self.stepwise and past.length and len(what) > 1:
+            for i in range(len(what)):
+                logits = self.read(past, what[i : i + 1])
+            return logits
+        inputs: dict[str, Any] = {}
+        if isinstance(what, torch.Tensor):
+            inputs["inputs_embeds"] = what.unsqueeze(0)
+        else:
+            inputs["input_ids"] = torch.tensor([list(what)], device=self.device)
+        count = len(what)
+        if self.layout == "recompute":
+            new = inputs.get("inputs_embeds")
+            new = self.model.get_input_embeddings()(inputs["input_ids"]) if new is None else new
+            past.cache = new if past.cache is None else torch.cat([past.cache, new], dim=1)
+            inputs = {"inputs_embeds": past.cache}
+            first = 0
+        else:
+            first = past.length
+            inputs |= {self._name: past.cache, "use_cache": True}
+        if self._positions:
+            inputs["position_ids"] = torch.arange(first, past.length + count, device=self.device).unsqueeze(0)
+        out = self.model(**inputs, **self._extra)
+        if self.layout == "state":
+            past.cache = out[self._name]
+        past.length += count
+        return out.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
+
+    def decode(self, cache: StateCache, tokens: Sequence[int]) -> Tensor:
+        """Feed `tokens[i]` to row i of the batch; logits `[rows, vocab]`. Every row is one slot longer afterwards."""
+        if len(tokens) != len(cache.rows):
+            raise StepError(f"{len(tokens)} tokens for {len(cache.rows)} rows")
+        mask = cache.open_slot()[:, 0, 0]
+        inputs: dict[str, Any] = {self._name: cache, "use_cache": True}
+        if cache.has_slots:
+            inputs["attention_mask"] = mask.to(self.device, torch.long)
+        if self._positions:
+            inputs["position_ids"] = torch.tensor([[row.length] for row in cache.rows], device=self.device)
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
+        logits = self.model(input_ids=ids, **inputs, **self._extra).logits[:, -1].to(torch.float32, copy=True)
+        cache.commit_slot(tokens)
+        return logits  # type: ignore[no-any-return]

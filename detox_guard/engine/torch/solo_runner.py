@@ -1,0 +1,101 @@
+"""The runner for models that make their own masks. Knows how prompts, rows and rewinds go together; knows no layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from detox_guard.engine.runner import Computed, RunnerLimits
+from detox_guard.engine.torch.alone import AloneRows
+from detox_guard.engine.torch.packing import can_pack, pack_linears
+from detox_guard.engine.torch.reader import Reader
+from detox_guard.engine.torch.solo import SoloPrefill
+from detox_guard.engine.torch.states import Past, StateCache
+from detox_guard.errors import UnsupportedBackboneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from detox_guard.engine.base import StreamSpec
+    from detox_guard.engine.runner import Prompt, Row, Saved, ViewKind
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.settings import EngineConfig
+
+__all__ = ["SoloRunner"]
+
+
+class SoloRunner:
+    """Runs a backbone and its streams (a `Runner`), each prompt alone; rows share a pass where its layout lets them."""
+
+    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> None:
+        if streams and not backbone.takes_embeddings:
+            raise UnsupportedBackboneError(
+                f"{backbone.id}: every layer looks its token ids up, and virtual tokens have none",
+                hint="Steer it by a text instead of a soft prompt.",
+            )
+        if config.pack_weights and can_pack(backbone.model):
+            pack_linears(backbone.model)
+        self._reader = Reader(backbone, streams)
+        together = backbone.layout == "rows"
+        self._batch: StateCache | AloneRows = (
+            StateCache(config.max_rows, config.max_cached_slots, self._reader.read)
+            if together
+            else AloneRows(self._reader)
+        )
+        self.device: torch.device = self._reader.device
+        self.weights = tuple(spec.weight for spec in streams)
+        self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
+        views: frozenset[ViewKind] = frozenset({"embeddings"} if backbone.takes_embeddings else ())
+        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, views)
+
+    @property
+    def rows(self) -> int:
+        return len(self._batch.rows)
+
+    def begin(self, prompts: Sequence[Prompt]) -> _Prefill:
+        return _Prefill(SoloPrefill(self._reader, [prompt.ids for prompt in prompts], [p.steered for p in prompts]))
+
+    def join(self, saved: Saved) -> Row:
+        assert isinstance(saved, Past)
+        return self._batch.join(saved)
+
+    def save(self, row: Row) -> Saved:
+        return self._batch.past(row)
+
+    def leave(self, row: Row) -> None:
+        self._batch.remove(row)
+
+    def rewind(self, row: Row, slots: int) -> None:
+        self._batch.rewind(row, slots)
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        if isinstance(self._batch, AloneRows):
+            return self._batch.decode(tokens)
+        return self._reader.decode(self._batch, tokens)
+
+    def clear(self) -> None:
+        self._batch.clear()
+
+    def close(self) -> None:
+        self._batch.clear()
+
+
+class _Prefill:
+    """A `SoloPrefill` as the scheduler knows it."""
+
+    def __init__(self, prompts: SoloPrefill) -> None:
+        self._prompts = prompts
+
+    rows = 1
+
+    @property
+    def left(self) -> int:
+        return self._prompts.total - self._prompts.done_tokens
+
+    def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
+        return self._prompts.advance(columns)
+
+    def finish(self) -> list[Computed]:
+        return [Computed(first, rows) for first, rows in self._prompts.finish()]
