@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.detoxifiers.soft_prompt import Position
 
 __all__ = ["FILES", "TrainingConfig"]
@@ -18,7 +18,7 @@ FILES = ("data", "contexts", "anchors", "pairs")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingConfig(Checked):
+class TrainingConfig(StrictModel):
     """One run of prompt tuning (Lester et al. 2021) on toxic text, the detoxifier of DetoxiGen (arXiv 2401.06947).
 
     Raises `InvalidParamsError`.

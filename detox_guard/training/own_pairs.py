@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make(given: Any) -> list[dict[str, str]]:
     from detox_guard.detoxifiers.soft_prompt import Detoxifier
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     pairs = [pair for source in given.pairs for pair in read_pairs(source).pairs]
     toxic = [whole(text) for source in given.toxic for text in read_texts(source).texts]

@@ -72,7 +72,7 @@ def train_detoxifier(
         read_pairs(source, max_bad_rows=config.max_bad_rows, licence=config.licence) for source in config.pairs or ()
     ]
     if backbone is None:
-        from detox_guard.models.backbone import load_backbone
+        from detox_guard.models.load import load_backbone
 
         backbone = load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
     if backbone.device.type == "cuda" and backbone.device.index:  # the Trainer would move the model to the first

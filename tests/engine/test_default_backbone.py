@@ -88,13 +88,13 @@ def test_alpha_zero_equals_model_generate(
 
 
 def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: Backbone) -> None:
-    with DetoxiGen.from_pretrained(dtype="float32") as guard:
-        assert guard.params.alpha > 0
-        r = guard.generate("The museum opens at nine and", max_new_tokens=12, seed=1)
+    with DetoxiGen.from_pretrained(dtype="float32") as model:
+        assert model.params.alpha > 0
+        r = model.generate("The museum opens at nine and", max_new_tokens=12, seed=1)
         assert r.usage.completion_tokens > 0
         assert r.trace is not None
         assert r.trace.mean_kl_detoxifier > 0.1
         messages = [{"role": "user", "content": "Say hello in five words."}]
-        chunks = list(guard.stream(messages, max_new_tokens=16, seed=1))
+        chunks = list(model.stream(messages, max_new_tokens=16, seed=1))
         assert "<|im" not in "".join(chunk.text for chunk in chunks)
-        assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
+        assert model.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)

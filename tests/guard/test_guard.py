@@ -73,13 +73,13 @@ def with_letter(letter: str) -> Callable[[str], float]:
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
-        yield guard
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as model:
+        yield model
         deadline = time.monotonic() + 10
-        while guard.stats().seats:
+        while model.stats().seats:
             assert time.monotonic() < deadline, "a seat was left taken"
             time.sleep(0.002)
-        stats = guard.stats()
+        stats = model.stats()
         assert (stats.tokens_guarded, stats.rows, stats.queued) == (stats.steps_guarded, 0, 0)
 
 
@@ -752,7 +752,7 @@ def test_what_is_no_stream_or_no_policy_is_refused_at_once(ask: Any) -> None:
         assert caught.value.field == "chunks"
     with pytest.raises(InvalidParamsError) as caught:
         ask(stream, {"threshold": 0.5})
-    assert caught.value.field == "settings"
+    assert caught.value.field == "policy"
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 1000])

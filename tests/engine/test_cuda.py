@@ -52,15 +52,15 @@ def test_text_in_bfloat16() -> None:
     """What a user gets by default on a GPU: it decodes, streams what it generates, and cancels."""
     backbone = random_backbone("random-llama:tiny", device="cuda")
     assert backbone.dtype == torch.bfloat16
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))]) as guard:
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))]) as model:
         params = DecodingParams(max_new_tokens=20, ignore_eos=True, seed=1)
-        made = guard.generate("w5 w6 w7", params)
+        made = model.generate("w5 w6 w7", params)
         assert made.usage.completion_tokens == 20
-        assert "".join(chunk.text for chunk in guard.stream("w5 w6 w7", params)) == made.text
-        stream = guard.stream("w5", params, max_new_tokens=500)
+        assert "".join(chunk.text for chunk in model.stream("w5 w6 w7", params)) == made.text
+        stream = model.stream("w5", params, max_new_tokens=500)
         next(iter(stream))
         stream.close()
-        assert guard.generate("w5 w6 w7", params).text == made.text
+        assert model.generate("w5 w6 w7", params).text == made.text
 
 
 def test_training(tmp_path: Path) -> None:
