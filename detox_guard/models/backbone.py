@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 from detox_guard.errors import BackboneError, InvalidParamsError, NotPicklableError, UnsupportedBackboneError
 from detox_guard.models.adapters import kind_of, unwrapped
 from detox_guard.models.checks import (
-    STEPWISE,
-    Layout,
+    Running,
     check_config,
-    layout_of,
     learned_positions,
     max_positions,
     probe,
-    takes_embeddings,
+    running_of,
 )
 from detox_guard.models.quantization import quantization_of
 
@@ -63,9 +61,7 @@ class Backbone:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     has_chat_template: bool
-    layout: Layout = "padded"
-    stepwise: bool = False
-    takes_embeddings: bool = True
+    running: Running = Running()
     spread: bool = False
     quantization: str | None = None
     adapter: str | None = None
@@ -158,9 +154,7 @@ def from_model(
         eos_token_ids=eos_token_ids,
         pad_token_id=int(pad),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
-        layout=layout_of(config, type(model)),
-        stepwise=config.get_text_config(decoder=True).model_type in STEPWISE,
-        takes_embeddings=takes_embeddings(config, type(model)),
+        running=running_of(model),
         spread=spread,
         quantization=quantization_of(config),
         adapter=adapter,

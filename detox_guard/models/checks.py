@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from detox_guard.errors import BackboneError, UnsupportedBackboneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Container
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,43 +21,76 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "NO_SOFT_PROMPT",
-    "STEPWISE",
     "Layout",
+    "Running",
+    "auto_class",
     "causal_class",
     "check_config",
-    "layout_of",
     "learned_positions",
     "max_positions",
     "probe",
-    "takes_embeddings",
+    "running_of",
 ]
 
-Layout = Literal["padded", "rows", "alone", "state", "recompute"]
-"""How a model is run. padded: prompts padded and computed together, our masks, one pass for all rows. rows: each prompt
-alone, then one pass for all rows, the model's own masks. alone: a pass a row, its own cache. state: a pass a row, which
-hands on a state of the model's own kind. recompute: no cache, so each step reads everything again."""
+Layout = Literal["padded", "rows", "alone", "recompute"]
+
+
+class Running(NamedTuple):
+    """How a model is run without an error in any digit but the last."""
+
+    layout: Layout = "padded"
+    """padded: prompts padded and computed together, then one pass for all rows, the engine's masks. rows: each prompt
+    alone, then one pass for all rows, the model's own masks. alone: a pass a row, the model's own cache. recompute: a
+    pass a row, which reads all of it again, for want of a cache."""
+    stepwise: bool = False
+    """What follows a past is read a token a pass: the model's recurrence begins anew in a longer one."""
+    takes_embeddings: bool = True
+    """Virtual tokens can be fed. Not where layers look the token ids up once more."""
+    first_position: int = 0
+    """The position of a row's first token."""
+
+
 _ROW_LAYERS = {
     "DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer", "LinearAttentionLayer",
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
-_BY_KIND: dict[str, Layout] = {"llama4": "alone", "llama4_text": "alone"}
-"""Types whose forward belies what their config says. Llama 4 scales its queries by the length of the cache."""
-STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
-"""Types whose first recurrence forgets its state where more than one token follows it (a scan without a beginning)."""
+_ALONE = frozenset({"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git"})
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or write into their mask."""
+_LAYERS_LEFT_OUT = frozenset({"mllama_text_model"})
+"""Types with layers for images alone: their caches stay empty."""
+_STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
+"""Types of the first Mamba, whose scan takes no state to begin with."""
+_PAD_FIRST = frozenset(
+    {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Types that count positions from behind the padding's."""
+_IDS_ONLY = frozenset({"deepseek_v4"})
+"""Types that route tokens by their ids."""
+
+_PROBE = 6
 
 CONFIG_FILE = "adapter_config.json"
 """Of every PEFT adapter."""
 NO_SOFT_PROMPT = "Another adapter (LoRA, say) is part of the model: pass its folder as the model."
 
 
-def causal_class(config: PreTrainedConfig, name: str) -> Any:
-    """The class `AutoModelForCausalLM` will build. Raises `UnsupportedBackboneError` if there is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What of transformers loads such a model: as a causal one if it can, else as one of images and text, of which the
+    text alone is used."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedBackboneError(f"{name}: {config.model_type} is no causal language model")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def causal_class(config: PreTrainedConfig, name: str) -> Any:
+    """The class that `auto_class` will build. Raises `UnsupportedBackboneError` if there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise UnsupportedBackboneError(f"{name}: {config.model_type} is no causal language model")
 
 
 def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
@@ -77,36 +110,42 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
 
 
-def layout_of(config: PreTrainedConfig, cls: Any) -> Layout:
-    """How a model of this class can be run without an error in any digit but the last."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    kind = str(config.model_type)
-    if kind in _BY_KIND:
-        return _BY_KIND[kind]
+def running_of(model: PreTrainedModel) -> Running:
+    """How this model is run."""
+    config, takes = model.config, inspect.signature(model.forward).parameters
     text = config.get_text_config(decoder=True)
-    takes = inspect.signature(cls.forward).parameters
+    kind = str(text.model_type)
+    return Running(
+        layout=_layout(config, takes),
+        stepwise=kind in _STEPWISE,
+        takes_embeddings=_takes_embeddings(config, takes),
+        first_position=int(text.pad_token_id or 0) + 1 if kind in _PAD_FIRST else 0,
+    )
+
+
+def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
+    from transformers import DynamicCache
+
+    text = config.get_text_config(decoder=True)
     if "past_key_values" not in takes and "cache_params" not in takes:
         return "recompute"
     names = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    if not names <= _ROW_LAYERS:
+    if text.model_type in _ALONE or not names <= _ROW_LAYERS:
         return "alone"
-    own_masks = text is not config or getattr(text, "alibi", False) or "local" in getattr(text, "attention_layers", ())
-    if own_masks or "position_ids" not in takes or names != {DynamicLayer.__name__}:
+    own = text is not config or text.model_type in _LAYERS_LEFT_OUT | _PAD_FIRST or getattr(text, "alibi", False)
+    if own or "position_ids" not in takes or "local" in getattr(text, "attention_layers", ()):
         return "rows"
-    return "padded"
+    return "padded" if names == {"DynamicLayer"} else "rows"
 
 
-def takes_embeddings(config: PreTrainedConfig, cls: Any) -> bool:
-    """Whether virtual tokens can be fed: not where every layer looks its token ids up once more."""
-    if getattr(config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
-        return False
-    return cls is None or "inputs_embeds" in inspect.signature(cls.forward).parameters
+def _takes_embeddings(config: PreTrainedConfig, takes: Container[str]) -> bool:
+    text = config.get_text_config(decoder=True)
+    per_layer = getattr(text, "hidden_size_per_layer_input", None) or text.model_type in _IDS_ONLY
+    return "inputs_embeds" in takes and not per_layer
 
 
 def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None:
-    """One pass over `[[0, 1], [0, 2]]`: finite, causal, cached? Returns the smallest attention window, if any.
+    """One pass over two rows that end differently: finite, causal? Returns the smallest attention window, if any.
 
     `device` is where its inputs go.
 
@@ -119,17 +158,18 @@ def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None
 
     config = model.config.get_text_config(decoder=True)
     takes = inspect.signature(model.forward).parameters
-    ids = torch.tensor([[0, 1], [0, 2]], device=device)
+    ids = torch.arange(_PROBE, device=device).repeat(2, 1)
+    ids[1, -1] += 1
     inputs: dict[str, Any] = {"input_ids": ids}
-    if takes_embeddings(model.config, type(model)):
+    if _takes_embeddings(model.config, takes):
         inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
-    if "position_ids" in takes:
-        inputs["position_ids"] = torch.tensor([[0, 1], [0, 1]], device=device)
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
     try:
         with torch.inference_mode():
             out = model(**inputs)
     except Exception as error:  # kernels of rounded weights assert, too
-        raise BackboneError(f"{name}: a trial pass over two tokens failed: {error}") from error
+        raise BackboneError(f"{name}: a trial pass over {_PROBE} tokens failed: {error}") from error
     if out.logits.shape[-1] != config.vocab_size:
         raise BackboneError(
             f"{name}: {out.logits.shape[-1]} logits for a vocabulary of {config.vocab_size} in config.json"
@@ -139,7 +179,7 @@ def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None
             f"{name}: the logits are not finite in {model.dtype}",
             hint='The weights are damaged, or overflow in this dtype: try dtype="float32".',
         )
-    if not torch.allclose(out.logits[0, 0], out.logits[1, 0], rtol=1e-2, atol=1e-2):
+    if not torch.allclose(out.logits[0, :-1], out.logits[1, :-1], rtol=1e-2, atol=1e-2):
         raise refuse("a later token changes what an earlier one sees, so it is not causal")
     windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own way to say it

@@ -48,7 +48,7 @@ def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> floa
     The soft prompts, one in front and one before the reply, are noise. A model that takes no embeddings has none.
     """
     model = backbone.model
-    streams = _soft_prompts(backbone) if backbone.takes_embeddings else []
+    streams = _soft_prompts(backbone) if backbone.running.takes_embeddings else []
     with torch.inference_mode():
         runner = torch_runner(backbone, streams, EngineConfig(pack_weights=False))
         draw = torch.Generator().manual_seed(3)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Reader"]
 
 _CACHES = ("past_key_values", "cache_params")
-_STATES = ("state", "cache_params")
 
 
 class Reader:
@@ -37,17 +36,14 @@ class Reader:
     def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec]) -> None:
         self.model: Any = backbone.model
         self.device = backbone.device
-        self.layout = backbone.layout
+        self.layout, self.stepwise, _, self._first = backbone.running
         self.streams = [
             spec._replace(embeddings=spec.embeddings.to(backbone.device, backbone.dtype)) for spec in streams
         ]
         takes = inspect.signature(self.model.forward).parameters
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes
-        names = _STATES if self.layout == "state" else _CACHES
-        self.stepwise = backbone.stepwise
-        """Whether what follows a past must be read a token a pass."""
-        self._name = next((name for name in names if name in takes), None) if self.layout != "recompute" else None
+        self._name = next((name for name in _CACHES if name in takes), "")
         self.pasts: dict[int, Past] = {}
         """What each stream in front reads before any prompt."""
         with torch.inference_mode():
@@ -82,15 +78,13 @@ class Reader:
             new = self.model.get_input_embeddings()(inputs["input_ids"]) if new is None else new
             past.cache = new if past.cache is None else torch.cat([past.cache, new], dim=1)
             inputs = {"inputs_embeds": past.cache}
-            first = 0
+            begin = 0
         else:
-            first = past.length
+            begin = past.length
             inputs |= {self._name: past.cache, "use_cache": True}
         if self._positions:
-            inputs["position_ids"] = torch.arange(first, past.length + count, device=self.device).unsqueeze(0)
+            inputs["position_ids"] = self._place(range(begin, past.length + count)).unsqueeze(0)
         out = self.model(**inputs, **self._extra)
-        if self.layout == "state":
-            past.cache = out[self._name]
         past.length += count
         return out.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
@@ -103,8 +97,12 @@ class Reader:
         if cache.has_slots:
             inputs["attention_mask"] = mask.to(self.device, torch.long)
         if self._positions:
-            inputs["position_ids"] = torch.tensor([[row.length] for row in cache.rows], device=self.device)
+            inputs["position_ids"] = self._place([row.length for row in cache.rows]).unsqueeze(1)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
         logits = self.model(input_ids=ids, **inputs, **self._extra).logits[:, -1].to(torch.float32, copy=True)
         cache.commit_slot(tokens)
         return logits  # type: ignore[no-any-return]
+
+    def _place(self, slots: Sequence[int]) -> Tensor:
+        """The positions of these slots of a row."""
+        return torch.tensor([slot + self._first for slot in slots], device=self.device)

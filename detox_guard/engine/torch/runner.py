@@ -28,7 +28,7 @@ __all__ = ["TorchRunner", "torch_runner"]
 
 def torch_runner(backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> Runner:
     """The runner that is exact for this backbone."""
-    return (TorchRunner if backbone.layout == "padded" else SoloRunner)(backbone, streams, config)
+    return (TorchRunner if backbone.running.layout == "padded" else SoloRunner)(backbone, streams, config)
 
 
 class TorchRunner:

@@ -30,7 +30,7 @@ class SoloRunner:
     """Runs a backbone and its streams (a `Runner`), each prompt alone; rows share a pass where its layout lets them."""
 
     def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> None:
-        if streams and not backbone.takes_embeddings:
+        if streams and not backbone.running.takes_embeddings:
             raise UnsupportedBackboneError(
                 f"{backbone.id}: every layer looks its token ids up, and virtual tokens have none",
                 hint="Steer it by a text instead of a soft prompt.",
@@ -38,7 +38,7 @@ class SoloRunner:
         if config.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model)
         self._reader = Reader(backbone, streams)
-        together = backbone.layout == "rows"
+        together = backbone.running.layout == "rows"
         self._batch: StateCache | AloneRows = (
             StateCache(config.max_rows, config.max_cached_slots, self._reader.read)
             if together
@@ -47,7 +47,7 @@ class SoloRunner:
         self.device: torch.device = self._reader.device
         self.weights = tuple(spec.weight for spec in streams)
         self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
-        views: frozenset[ViewKind] = frozenset({"embeddings"} if backbone.takes_embeddings else ())
+        views: frozenset[ViewKind] = frozenset({"embeddings"} if backbone.running.takes_embeddings else ())
         self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, views)
 
     @property
