@@ -55,18 +55,28 @@ _ROW_LAYERS = {
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
-_ALONE = frozenset({"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git"})
-"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or write into their mask."""
-_LAYERS_LEFT_OUT = frozenset({"mllama_text_model"})
-"""Types with layers for images alone: their caches stay empty."""
+_ALONE = frozenset({"llama4", "llama4_text", "roformer", "trocr", "mllama_text_model", "minimax", "qwen4_exp_text"})
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want a cache of their own."""
+_NO_CACHE = frozenset({"recurrent_gemma", "xlstm", "ctrl", "git", "moss_transcribe_diarize", "blt"})
+"""Types that keep their states in the module, where no two rows can have their own, or whose cache takes no second part
+of a prompt."""
 _STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
 """Types of the first Mamba, whose scan takes no state to begin with."""
 _PAD_FIRST = frozenset(
     {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )
 """Types that count positions from behind the padding's."""
-_IDS_ONLY = frozenset({"deepseek_v4"})
-"""Types that route tokens by their ids."""
+_IDS_ONLY = frozenset({"deepseek_v4", "blt"})
+"""Types that route or patch tokens by their ids."""
+_REFUSED = {
+    "cpmant": "its context is read in both directions",
+    "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
+    "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
+    "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
+    "reformer": "its attention hashes tokens at random, and whole chunks of them",
+    "xlnet": "its context is read in both directions",
+}
+"""Types that no engine could steer exactly, and why."""
 
 _PROBE = 6
 
@@ -103,11 +113,13 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(
             f"{name} ({config.model_type}) cannot be steered: {reason}",
-            hint="Use a text-only decoder with a key/value cache in every layer (Llama, Qwen, Mistral, GPT-2, …).",
+            hint="Nearly every decoder-only model can be: docs/models.md has the table.",
         )
 
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
+    if config.model_type in _REFUSED:
+        raise refuse(_REFUSED[config.model_type])
 
 
 def running_of(model: PreTrainedModel) -> Running:
@@ -127,12 +139,12 @@ def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
     from transformers import DynamicCache
 
     text = config.get_text_config(decoder=True)
-    if "past_key_values" not in takes and "cache_params" not in takes:
+    if config.model_type in _NO_CACHE or not ("past_key_values" in takes or "cache_params" in takes):
         return "recompute"
     names = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if text.model_type in _ALONE or not names <= _ROW_LAYERS:
         return "alone"
-    own = text is not config or text.model_type in _LAYERS_LEFT_OUT | _PAD_FIRST or getattr(text, "alibi", False)
+    own = text is not config or text.model_type in _PAD_FIRST or getattr(text, "alibi", False)
     if own or "position_ids" not in takes or "local" in getattr(text, "attention_layers", ()):
         return "rows"
     return "padded" if names == {"DynamicLayer"} else "rows"

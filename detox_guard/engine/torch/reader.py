@@ -11,8 +11,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
-
 from detox_guard.engine.torch.states import Past, empty_cache
 from detox_guard.errors import StepError
 
@@ -36,7 +34,7 @@ class Reader:
     def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec]) -> None:
         self.model: Any = backbone.model
         self.device = backbone.device
-        self.layout, self.stepwise, _, self._first = backbone.running
+        self.layout, self.stepwise, self._embeds, self._first = backbone.running
         self.streams = [
             spec._replace(embeddings=spec.embeddings.to(backbone.device, backbone.dtype)) for spec in streams
         ]
@@ -54,9 +52,8 @@ class Reader:
 
     def empty(self) -> Past:
         """The past of a row that has read nothing."""
-        if self.layout == "rows":
-            return Past(empty_cache(self.model.config))
-        return Past(DynamicCache(config=self.model.config) if self.layout == "alone" else None)
+        # Where rows are alone, the model makes the cache that it wants.
+        return Past(empty_cache(self.model.config) if self.layout == "rows" else None)
 
     def read(self, past: Past, what: Sequence[int] | Tensor) -> Tensor:
         """Read token ids, or embeddings `[n, hidden]`, behind `past`, which is longer afterwards.
@@ -74,10 +71,11 @@ class Reader:
             inputs["input_ids"] = torch.tensor([list(what)], device=self.device)
         count = len(what)
         if self.layout == "recompute":
-            new = inputs.get("inputs_embeds")
-            new = self.model.get_input_embeddings()(inputs["input_ids"]) if new is None else new
+            ((name, new),) = inputs.items()
+            if name == "input_ids" and self._embeds:
+                name, new = "inputs_embeds", self.model.get_input_embeddings()(new)
             past.cache = new if past.cache is None else torch.cat([past.cache, new], dim=1)
-            inputs = {"inputs_embeds": past.cache}
+            inputs = {name: past.cache}
             begin = 0
         else:
             begin = past.length
@@ -85,6 +83,8 @@ class Reader:
         if self._positions:
             inputs["position_ids"] = self._place(range(begin, past.length + count)).unsqueeze(0)
         out = self.model(**inputs, **self._extra)
+        if self.layout == "alone":
+            past.cache = out[self._name]
         past.length += count
         return out.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
 

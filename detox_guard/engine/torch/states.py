@@ -122,8 +122,8 @@ class _RowHybridLayer(RowLayer, LinearAttentionAndFullAttentionLayer):  # type: 
     """Slots as in any row layer, states as in any linear one."""
 
     def __init__(self, owner: RowCache, *, is_sliding: bool, number_of_states: int) -> None:
-        LinearAttentionAndFullAttentionLayer.__init__(self, number_of_states=number_of_states)
         RowLayer.__init__(self, owner, is_sliding=is_sliding)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
 
 class _RowIndexedLayer(RowLayer):
