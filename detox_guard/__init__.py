@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "_strict": "field_of",
     "detoxifiers.soft_prompt": "Detoxifier DetoxifierCard SteeringStream",
     "detoxigen": "DetoxiGen",
     "engine": "EngineStats",
@@ -29,7 +30,9 @@ _EXPORTS = {
     "models.load": "load_backbone",
     "models.options": "LoadOptions",
     "results": "Chunk Generation Intervention Steering Trace Usage",
-    "scorers.linear": "EmbeddedScorer HuggingFaceScorer ToxicityScorer load_scorer",
+    "scorers.base": "ToxicityScorer load_scorer",
+    "scorers.classifier": "HuggingFaceScorer",
+    "scorers.linear": "EmbeddedScorer",
     "settings": "DecodingParams EngineConfig GuardPolicy Rung",
     "text.grammar": "Grammar",
     "text.prompts": "ChatPrompt",
@@ -43,6 +46,7 @@ __all__ = sorted([*_MODULES, "__version__"])  # pyright: ignore[reportUnsupporte
 
 # isort: off
 if TYPE_CHECKING:
+    from detox_guard._strict import field_of as field_of
     from detox_guard.detoxifiers.soft_prompt import (
         Detoxifier as Detoxifier,
         DetoxifierCard as DetoxifierCard,
@@ -88,12 +92,9 @@ if TYPE_CHECKING:
         Trace as Trace,
         Usage as Usage,
     )
-    from detox_guard.scorers.linear import (
-        EmbeddedScorer as EmbeddedScorer,
-        HuggingFaceScorer as HuggingFaceScorer,
-        ToxicityScorer as ToxicityScorer,
-        load_scorer as load_scorer,
-    )
+    from detox_guard.scorers.base import ToxicityScorer as ToxicityScorer, load_scorer as load_scorer
+    from detox_guard.scorers.classifier import HuggingFaceScorer as HuggingFaceScorer
+    from detox_guard.scorers.linear import EmbeddedScorer as EmbeddedScorer
     from detox_guard.settings import (
         DecodingParams as DecodingParams,
         EngineConfig as EngineConfig,

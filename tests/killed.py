@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  (loaded before the fork)
 
-from detox_guard.evaluation import harness, journal
+from detox_guard.evaluation import run, store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 
 def measure(folder: Path, **asked: Any) -> None:
     torch.set_num_threads(1)
-    journal.FLUSH_S = 0.02
-    harness.run_eval(output=folder, device="cpu", dtype="float32", progress=False, **asked)
+    store.FLUSH_S = 0.02
+    run.run_eval(output=folder, device="cpu", dtype="float32", progress=False, **asked)

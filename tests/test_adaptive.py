@@ -10,7 +10,7 @@ from harness import random_detoxifier
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
 from detox_guard import _adaptive as module
 from detox_guard._adaptive import RAMP, adaptive_alpha
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
@@ -104,16 +104,6 @@ def test_what_the_scorer_cannot_read_has_the_whole_strength(text: str) -> None:
 @pytest.mark.parametrize("text", ["ты дурак", "Kto to napisał, ten jest głupcem"])
 def test_beside_harmless_english_too(text: str) -> None:
     assert adaptive_alpha(["You are a helpful assistant.", text], PARAMS) == PARAMS.alpha
-
-
-def test_everyday_questions_are_calm() -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.bench import EVERYDAY, calm_and_strong
-
-    alone, behind, strong = calm_and_strong(PARAMS, [RUDE])
-    assert len(set(EVERYDAY)) == 100
-    assert min(alone, behind) >= 90
-    assert strong == 1.0
 
 
 @pytest.mark.parametrize("guarded", [False, True])

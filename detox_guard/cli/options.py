@@ -36,6 +36,7 @@ __all__ = [
     "Json",
     "Model",
     "TemplateKwargs",
+    "config_options",
     "decoding_options",
     "given",
     "guard_policy",
@@ -76,6 +77,7 @@ TemplateKwargs = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
 _FLAGS = {"stop_token_ids": "--stop-token-id", "quantization_config": "--quantize"}
+_ONE_EACH = ("methods", "alphas", "judges", "lm_judges", "temperatures", "top_ps", "initial_texts", "systems")
 _AS_JSON = ("device_map", "max_memory", "quantization_config", "model_kwargs")
 """Options of loading that may be JSON objects."""
 
@@ -148,6 +150,11 @@ def training_options(command: Command) -> Command:
     return _with_options(command, TrainingConfig, None)
 
 
+def config_options(source: type[StrictModel], *, leave: Set[str] = frozenset()) -> Callable[[Command], Command]:
+    """The command, with an option for every field of a class of settings; they arrive in `**fields`."""
+    return lambda command: _with_options(command, source, None, leave=leave)
+
+
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the user typed; the rest is left to the class's own defaults."""
     return {name: value for name, value in fields.items() if value is not None and value != []}
@@ -168,6 +175,8 @@ def _with_options(
         words = re.sub(r" \(`[^`]*`\)", "", " ".join((field.description or "").split()))  # modules: for editors
         required = default is PydanticUndefined
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        if name in _ONE_EACH:  # a list is typed one by one
+            flag = flag.removesuffix("s")
         if kind is bool and default is True:
             flag = f"{flag}/--no-{name.replace('_', '-')}"
         if get_origin(kind) is list:

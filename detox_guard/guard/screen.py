@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.guard.units import Asked, read_sentences
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import TOXIC_FROM, checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
 
 __all__ = ["SCREEN_NOTE", "Screened", "screen"]
 
@@ -37,7 +37,7 @@ def screen(
     texts: Sequence[str],
     *,
     scorer: str | ToxicityScorer | None = None,
-    threshold: float = 0.5,
+    threshold: float = TOXIC_FROM,
     action: Literal["drop", "mask", "mark"] = "drop",
 ) -> list[Screened]:
     """Each text scored as a whole and sentence by sentence, in one call of the scorer; in order.

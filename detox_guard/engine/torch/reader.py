@@ -66,7 +66,7 @@ class Reader:
             return logits
         inputs: dict[str, Any] = {}
         if isinstance(what, torch.Tensor):
-            inputs["inputs_embeds"] = what.unsqueeze(0)
+            inputs["inputs_embeds"] = what.unsqueeze(0).clone()  # some models scale in place what they are given
         else:
             inputs["input_ids"] = torch.tensor([list(what)], device=self.device)
         count = len(what)
@@ -75,7 +75,7 @@ class Reader:
             if name == "input_ids" and self._embeds:
                 name, new = "inputs_embeds", self.model.get_input_embeddings()(new)
             past.cache = new if past.cache is None else torch.cat([past.cache, new], dim=1)
-            inputs = {name: past.cache}
+            inputs = {name: past.cache.clone()}
             begin = 0
         else:
             begin = past.length

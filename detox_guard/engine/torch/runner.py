@@ -42,8 +42,7 @@ class TorchRunner:
         self.device: torch.device = self._forward.device
         self.weights = tuple(spec.weight for spec in streams)
         self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
-        bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(bounds, default=None), frozenset({"embeddings"}))
+        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, frozenset({"embeddings"}))
 
     @property
     def rows(self) -> int:
