@@ -69,6 +69,7 @@ _ROPES = {
     kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")
 }
 
+_MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 _ALTERNATING = ["full_attention", "sliding_attention"] * 2
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _BERTS = (
@@ -85,6 +86,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 8} for kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     **{kind: {"logit_scale": 1.0} for kind in ("cohere", "cohere2", "cohere2_moe")},
+    **{kind: {"rope_parameters": _MROPE} for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": _ALTERNATING, "rope_parameters": _ROPES, "logit_scale": 1.0},
     "dbrx": {
