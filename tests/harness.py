@@ -126,8 +126,8 @@ def check_against_oracle(
     tolerance: float = 1e-5,
     **config: int,
 ) -> None:
-    """Greedy tokens equal, and every distribution within `tolerance`, except where the nucleus' edge is a coin toss. `on`: the
-    copy of the backbone that the engine runs on."""
+    """Greedy tokens equal, and every distribution within `tolerance`, except where the nucleus' edge is a coin toss.
+    `on`: the copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
     steps = unsure_steps = 0

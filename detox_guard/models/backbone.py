@@ -7,7 +7,7 @@ from (`load`), what can be steered (`checks`), soft prompts, decoding, text.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Backbone:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     has_chat_template: bool
-    running: Running = Running()
+    running: Running = field(default_factory=Running)
     spread: bool = False
     quantization: str | None = None
     adapter: str | None = None
@@ -146,7 +146,7 @@ def from_model(
         device=device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
-        num_layers=int(text.num_hidden_layers),
+        num_layers=int(getattr(text, "num_hidden_layers", 0)),
         vocab_size=vocab_size,
         max_positions=max_positions(text, name),
         learned_positions=learned_positions(model),

@@ -55,8 +55,10 @@ _ROW_LAYERS = {
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
-_ALONE = frozenset({"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"})
-"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want a cache of their own."""
+_ALONE = frozenset(
+    {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
+)
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache."""
 _NO_CACHE = frozenset({"recurrent_gemma", "xlstm", "moss_transcribe_diarize", "blt"})
 """Types that keep their states in the module, where no two rows can have their own, or whose cache takes no second part
 of a prompt."""

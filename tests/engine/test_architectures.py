@@ -1,14 +1,15 @@
 """Models whose layers are not all plain attention, on tiny random models far past their windows.
 
 The bar families are held, row by row and step by step, against whole forward passes: with soft prompts in front and
-before the reply, among neighbours, late, rewound, and put aside. `python -m detox_benchmarks registry` does the same for
-every type of transformers.
+before the reply, among neighbours, late, rewound, and put aside. `python -m detox_benchmarks registry` does the same
+for every type of transformers.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
-import torch
 from detox_benchmarks.registry.check import TOLERANCE, largest_error
 from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_tokenizer
 from harness import check_against_oracle, decode, random_prompts, random_streams, request, torch_engine
@@ -17,9 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from detox_guard.engine import Rewind
 from detox_guard.engine.torch.states import CHECKPOINT
 from detox_guard.errors import UnsupportedBackboneError
-from detox_guard.models.backbone import Backbone, from_model
-from detox_guard.models.checks import Layout
+from detox_guard.models.backbone import from_model
 from detox_guard.settings import DecodingParams
+
+if TYPE_CHECKING:
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.models.checks import Layout
 
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, rule="dexperts", max_new_tokens=12)
 FAMILIES = (
@@ -30,7 +34,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def tiny(kind: str, **fields: object) -> Backbone:
+def tiny(kind: str, **fields: Any) -> Backbone:
     return from_model(tiny_model(tiny_config(kind, **fields)), tiny_tokenizer(), id=f"tiny-{kind}")
 
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from detox_benchmarks.registry.check import TOLERANCE, largest_error
@@ -21,6 +20,7 @@ from detox_guard.models.checks import causal_class, check_config
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from multiprocessing.connection import Connection
+    from pathlib import Path
 
 __all__ = ["Tried", "table", "try_all", "types_of", "write_into"]
 

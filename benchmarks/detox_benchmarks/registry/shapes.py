@@ -1,7 +1,7 @@
 """Tiny random models of transformers' types. Knows config fields by their names; knows no engine.
 
-A type's default config is shrunk field by field, so that a new type mostly needs no line here. What must fit together in
-a way of its own stands in `SPECIAL`.
+A type's default config is shrunk field by field, so that a new type mostly needs no line here. What must fit together
+in a way of its own stands in `SPECIAL`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _VALUES: dict[int, str] = {
     480: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     32: "hidden_size n_embd d_model emb_dim embedding_size embedding_dim input_embedding_size output_embedding_size "
     "word_embed_proj_dim lru_width attention_hidden_size pronunciation_vocab_size shape_vocab_size",
-    48: "intermediate_size ffn_dim dff ffn_hidden_size dim_ff d_inner feed_forward_size decoder_ffn_dim encoder_ffn_dim "
-    "intermediate_size_mlp mlp_hidden_size",
+    48: "intermediate_size ffn_dim dff ffn_hidden_size dim_ff d_inner feed_forward_size decoder_ffn_dim "
+    "encoder_ffn_dim intermediate_size_mlp mlp_hidden_size",
     24: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
     "shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size",
     # heads and layers
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
     "swa_num_attention_heads num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks rotary_dim "
     "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim mamba_chunk_size chunk_size "
-    "mamba_dt_rank time_step_rank adapter_rank laurel_rank gated_norm_rank linear_num_value_heads linear_num_heads d_rel "
-    "prompt_length block_size local_attn_chunk_length lsh_attn_chunk_length",
+    "mamba_dt_rank time_step_rank adapter_rank laurel_rank gated_norm_rank linear_num_value_heads linear_num_heads "
+    "d_rel prompt_length block_size local_attn_chunk_length lsh_attn_chunk_length",
     2: "num_key_value_heads swa_num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k "
     "num_experts_per_token zero_expert_num linear_num_key_heads o_groups hc_mult hc_count num_layers_per_stack "
     "n_layers_per_attn_res_block num_kv_shared_layers altup_num_inputs heads_per_ngram split_ngram_parts "
@@ -58,6 +58,7 @@ _SMALL_PARTS = {
     "image_size": 16, "patch_size": 8, "depth": 1, "out_hidden_size": 32, "embed_dim": 32, "codebook_size": 16,
     "num_embeddings": 16, "base_channels": 32, "latent_channels": 4, "channel_multiplier": [1], "num_res_blocks": 1,
     "mlp_dim": 48, "projection_dim": 32, "output_dim": 32, "vision_output_dim": 32, "mm_embed_dim": 32,
+    "adapter_in_dim": 32, "hidden_size_global": 32,
 }  # fmt: skip
 """Of what a wrapper holds besides its text model; it is built and never run."""
 _PATTERNS = (
@@ -65,9 +66,7 @@ _PATTERNS = (
     "activation_sparsity_pattern", "intermediate_size", "num_attention_heads_per_layer",
 )  # fmt: skip
 """Lists of one entry a layer: all kinds that the default has, by turns."""
-_ROPES = {
-    kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")
-}
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")}
 
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 _ALTERNATING = ["full_attention", "sliding_attention"] * 2
@@ -111,12 +110,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
     },
     "xlm": {"causal": True},
-    "xlstm": {"num_heads": 2},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "time_step_min": 1e-9},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+_DEFAULTS = {
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    }
+}
+"""Where transformers refuses its own defaults."""
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
@@ -125,7 +130,7 @@ def tiny_config(kind: str, **fields: Any) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
-    default = config_class()
+    default = config_class(**_DEFAULTS.get(kind, {}))
     parts: dict[str, Any] = {}
     for name in default.sub_configs:
         part = getattr(default, name, None)
@@ -143,6 +148,9 @@ def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
     known = default.to_dict()
     plain = {key for key, value in known.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     small: dict[str, Any] = {name: value for name, value in _SMALL.items() if name in plain}
+    small |= {name: _SMALL[name[4:]] for name in plain if name.startswith("swa_") and name[4:] in _SMALL}
+    # The ids that stand for images lie past the small vocabulary; nothing here draws 0.
+    small |= {key: 0 for key in plain if key.endswith(("_token_id", "_token_index")) and known[key] >= 480}
     layers = small.get("num_hidden_layers", 4)
     for key in _PATTERNS:
         value = known.get(key)

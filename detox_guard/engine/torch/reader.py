@@ -11,6 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from detox_guard.engine.torch.states import Past, empty_cache
 from detox_guard.errors import StepError
 
@@ -75,7 +76,7 @@ class Reader:
             if name == "input_ids" and self._embeds:
                 name, new = "inputs_embeds", self.model.get_input_embeddings()(new)
             past.cache = new if past.cache is None else torch.cat([past.cache, new], dim=1)
-            inputs = {name: past.cache.clone()}
+            inputs = {name: past.cache.clone(), "use_cache": False}
             begin = 0
         else:
             begin = past.length

@@ -1,8 +1,8 @@
 """Rows of models whose layers keep more than keys and values. Knows transformers' cache layers; knows no requests.
 
 A layer may keep slots (keys and values, an indexer's keys), states (of a convolution, of a recurrence), both, or
-nothing. Slots lie in the batch as in `RowCache`; states have one entry a row. Slots are cut for a rewind; a state cannot
-be run backwards, so it is put back from a checkpoint, and the tokens since are read again.
+nothing. Slots lie in the batch as in `RowCache`; states have one entry a row. Slots are cut for a rewind. A state
+cannot be run backwards: it is put back from a checkpoint, and the tokens since are read again.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ class StateCache(RowCache):
 
     def __init__(self, max_rows: int, max_slots: int, read: Callable[[Past, Sequence[int]], object]) -> None:
         super().__init__(0, max_rows, max_slots)
+        self.layers: list[Any] = []
         self._read = read
         self._histories: dict[Row, History] = {}
 
