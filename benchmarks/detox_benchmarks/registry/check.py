@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_guard.engine.base import StreamSpec
-from detox_guard.engine.runner import Prompt
+from detox_guard.detoxifiers.base import EmbeddingPrefix, TokenPrefix, ids_behind
+from detox_guard.engine.base import PromptIds
 from detox_guard.engine.torch.runner import torch_runner
 from detox_guard.settings import EngineConfig
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from detox_guard.detoxifiers.base import View
     from detox_guard.engine.runner import Row, Runner
     from detox_guard.models.backbone import Backbone
 
@@ -45,10 +46,10 @@ class _Reply:
 def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> float:
     """How far any probability of any row is from that of a whole pass; `inf` where the likeliest token differs too.
 
-    The soft prompts, one in front and one before the reply, are noise. A model that takes no embeddings has none.
+    Two views of noise, one in front and one before the reply: soft prompts, or texts where a model takes ids only.
     """
     model = backbone.model
-    streams = _soft_prompts(backbone) if backbone.running.takes_embeddings else []
+    streams = _views(backbone)
     with torch.inference_mode():
         runner = torch_runner(backbone, streams, EngineConfig(pack_weights=False))
         draw = torch.Generator().manual_seed(3)
@@ -72,19 +73,19 @@ def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> floa
     return max(errors)
 
 
-def _soft_prompts(backbone: Backbone) -> list[StreamSpec]:
+def _views(backbone: Backbone) -> list[View]:
     draw = torch.Generator().manual_seed(7)
+    if not backbone.running.takes_embeddings:
+        words = torch.randint(4, backbone.vocab_size, (11,), generator=draw).tolist()
+        return [TokenPrefix(tuple(words[:5])), TokenPrefix(tuple(words[5:]), place="reply", tail=3)]
     scale = float(backbone.model.get_input_embeddings()(torch.arange(4, 40)).std())
-    shapes = ((5, -1.0, True), (6, -1.0, False))
-    return [
-        StreamSpec(torch.randn(width, backbone.hidden_size, generator=draw) * scale, weight, front)
-        for width, weight, front in shapes
-    ]
+    noise = torch.randn(11, backbone.hidden_size, generator=draw) * scale
+    return [EmbeddingPrefix(noise[:5], place="front"), EmbeddingPrefix(noise[5:])]
 
 
 def _compute(runner: Runner, prompts: Sequence[list[int]]) -> list[_Reply]:
     """The prompts, together, seven columns a chunk."""
-    prefill = runner.begin([Prompt(tuple(ids), bool(runner.weights)) for ids in prompts])
+    prefill = runner.begin([PromptIds(tuple(ids), True) for ids in prompts])
     while not prefill.advance(7, lambda: False):
         pass
     replies = []
@@ -122,7 +123,7 @@ def _step_aside(runner: Runner, reply: _Reply) -> None:
     reply.rows = []
 
 
-def _error(model: Any, streams: Sequence[StreamSpec], reply: _Reply) -> float:
+def _error(model: Any, streams: Sequence[View], reply: _Reply) -> float:
     """Every step of a reply against whole passes: one a row and a path."""
     worst = 0.0
     paths = [fed for fed, _ in reply.said if not any(fed == other[: len(fed)] != other for other, _ in reply.said)]
@@ -138,13 +139,18 @@ def _error(model: Any, streams: Sequence[StreamSpec], reply: _Reply) -> float:
     return worst
 
 
-def _whole(model: Any, spec: StreamSpec | None, prompt: list[int], fed: list[int]) -> tuple[int, Tensor]:
+def _whole(model: Any, view: View | None, prompt: list[int], fed: list[int]) -> tuple[int, Tensor]:
     """One pass over all of a row: where the reply's first token is predicted, and `[length, vocab]` probabilities."""
-    if spec is None:
-        logits = model(input_ids=torch.tensor([prompt + fed]), use_cache=False).logits[0]
-        return len(prompt) - 1, logits.float().softmax(-1)
-    embed = model.get_input_embeddings()
-    p, r, virtual = embed(torch.tensor(prompt)), embed(torch.tensor(fed, dtype=torch.long)), spec.embeddings
-    view = torch.cat([virtual, p, r] if spec.front else [p, virtual, r])
-    logits = model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
-    return len(prompt) + len(virtual) - 1, logits.float().softmax(-1)
+    if isinstance(view, EmbeddingPrefix):
+        embed = model.get_input_embeddings()
+        p, r, virtual = embed(torch.tensor(prompt)), embed(torch.tensor(fed, dtype=torch.long)), view.embeddings
+        parts = [virtual, p, r] if view.place == "front" else [p, virtual, r]
+        inputs = {"inputs_embeds": torch.cat(parts).unsqueeze(0)}
+        before = len(prompt) + len(virtual)
+    else:
+        context = list(prompt)
+        if view is not None:
+            context = [*view.ids, *prompt] if view.place == "front" else [*prompt, *ids_behind(view, prompt)]
+        inputs = {"input_ids": torch.tensor([context + fed])}
+        before = len(context)
+    return before - 1, model(**inputs, use_cache=False).logits[0].float().softmax(-1)

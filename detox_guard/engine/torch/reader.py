@@ -8,10 +8,12 @@ not exact either, each row has a pass of its own.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix
 from detox_guard.engine.torch.states import Past, empty_cache
 from detox_guard.errors import StepError
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from detox_guard.engine.base import StreamSpec
+    from detox_guard.detoxifiers.base import View
     from detox_guard.engine.torch.states import StateCache
     from detox_guard.models.backbone import Backbone
 
@@ -30,26 +32,29 @@ _CACHES = ("past_key_values", "cache_params")
 
 
 class Reader:
-    """A backbone and its streams. All methods expect `torch.inference_mode`."""
+    """A backbone and its views. All methods expect `torch.inference_mode`."""
 
-    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec]) -> None:
+    def __init__(self, backbone: Backbone, views: Sequence[View]) -> None:
         self.model: Any = backbone.model
         self.device = backbone.device
         self.layout, self.stepwise, self._embeds, self._first = backbone.running
-        self.streams = [
-            spec._replace(embeddings=spec.embeddings.to(backbone.device, backbone.dtype)) for spec in streams
+        self.views = [
+            replace(view, embeddings=view.embeddings.to(backbone.device, backbone.dtype))
+            if isinstance(view, EmbeddingPrefix)
+            else view
+            for view in views
         ]
         takes = inspect.signature(self.model.forward).parameters
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes
         self._name = next((name for name in _CACHES if name in takes), "")
         self.pasts: dict[int, Past] = {}
-        """What each stream in front reads before any prompt."""
+        """What the row of each view in front reads before any prompt."""
         with torch.inference_mode():
-            for index, spec in enumerate(self.streams):
-                if spec.front:
+            for index, view in enumerate(self.views):
+                if view.place == "front":
                     self.pasts[index] = self.empty()
-                    self.read(self.pasts[index], spec.embeddings)
+                    self.read(self.pasts[index], view.embeddings if isinstance(view, EmbeddingPrefix) else view.ids)
 
     def empty(self) -> Past:
         """The past of a row that has read nothing."""

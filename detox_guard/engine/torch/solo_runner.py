@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix, most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.alone import AloneRows
 from detox_guard.engine.torch.packing import can_pack, pack_linears
@@ -18,44 +19,49 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from detox_guard.engine.base import StreamSpec
-    from detox_guard.engine.runner import Prompt, Row, Saved, ViewKind
+    from detox_guard.detoxifiers.base import View
+    from detox_guard.engine.base import Bounds, PromptIds
+    from detox_guard.engine.runner import Row, Saved, ViewKind
     from detox_guard.models.backbone import Backbone
-    from detox_guard.settings import EngineConfig
 
 __all__ = ["SoloRunner"]
 
 
 class SoloRunner:
-    """Runs a backbone and its streams (a `Runner`), each prompt alone; rows share a pass where its layout lets them."""
+    """Runs a backbone and its views (a `Runner`), each prompt alone; rows share a pass where its layout lets them."""
 
-    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> None:
-        if streams and not backbone.running.takes_embeddings:
+    def __init__(self, backbone: Backbone, views: Sequence[View], bounds: Bounds) -> None:
+        if not backbone.running.takes_embeddings and any(isinstance(view, EmbeddingPrefix) for view in views):
             raise UnsupportedBackboneError(
                 f"{backbone.id}: every layer looks its token ids up, and virtual tokens have none",
                 hint="Steer it by a text instead of a soft prompt.",
             )
-        if config.pack_weights and can_pack(backbone.model):
+        if bounds.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model)
-        self._reader = Reader(backbone, streams)
+        self._reader = Reader(backbone, views)
         together = backbone.running.layout == "rows"
         self._batch: StateCache | AloneRows = (
-            StateCache(config.max_rows, config.max_cached_slots, self._reader.read)
+            StateCache(bounds.max_rows, bounds.max_cached_slots, self._reader.read)
             if together
             else AloneRows(self._reader)
         )
         self.device: torch.device = self._reader.device
-        self.weights = tuple(spec.weight for spec in streams)
-        self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
-        views: frozenset[ViewKind] = frozenset({"embeddings"} if backbone.running.takes_embeddings else ())
-        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, views)
+        self.weights = tuple(view.weight for view in views)
+        self._beside = most_beside(views)
+        kinds: frozenset[ViewKind] = frozenset({"tokens"})
+        if backbone.running.takes_embeddings:
+            kinds |= {"embeddings"}
+        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, kinds)
 
     @property
     def rows(self) -> int:
         return len(self._batch.rows)
 
-    def begin(self, prompts: Sequence[Prompt]) -> _Prefill:
-        return _Prefill(SoloPrefill(self._reader, [prompt.ids for prompt in prompts], [p.steered for p in prompts]))
+    def slots(self, prompt: PromptIds) -> int:
+        return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
+
+    def begin(self, prompts: Sequence[PromptIds]) -> _Prefill:
+        return _Prefill(SoloPrefill(self._reader, prompts))
 
     def join(self, saved: Saved) -> Row:
         assert isinstance(saved, Past)
