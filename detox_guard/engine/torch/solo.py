@@ -79,6 +79,6 @@ class SoloPrefill:
     def _behind(self, view: View, prompt: PromptIds, context: Past) -> _Row:
         """A `reply` view: its tokens behind the context that the generator's row read."""
         row = _Row((), context.fork())
-        soft = isinstance(view, EmbeddingPrefix)
-        row.logits = self.reader.read(row.past, view.embeddings if soft else ids_behind(view, prompt.ids))
+        what = view.embeddings if isinstance(view, EmbeddingPrefix) else ids_behind(view, prompt.ids)
+        row.logits = self.reader.read(row.past, what)
         return row

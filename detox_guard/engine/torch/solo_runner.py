@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.detoxifiers.base import View
-    from detox_guard.engine.base import Bounds, PromptIds
-    from detox_guard.engine.runner import Row, Saved, ViewKind
+    from detox_guard.engine.base import Bounds, PromptIds, ViewKind
+    from detox_guard.engine.runner import Row, Saved
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["SoloRunner"]
