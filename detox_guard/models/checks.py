@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "NO_SOFT_PROMPT",
+    "REFUSED",
     "Layout",
     "Running",
     "auto_class",
@@ -70,7 +71,7 @@ _PAD_FIRST = frozenset(
 """Types that count positions from behind the padding's."""
 _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
 """Types that route or patch tokens by their ids."""
-_REFUSED = {
+REFUSED = {
     "cpmant": "its context is read in both directions",
     "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
@@ -120,8 +121,8 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
 
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
-    if config.model_type in _REFUSED:
-        raise refuse(_REFUSED[config.model_type])
+    if config.model_type in REFUSED:
+        raise refuse(REFUSED[config.model_type])
 
 
 def running_of(model: PreTrainedModel) -> Running:

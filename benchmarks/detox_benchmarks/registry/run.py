@@ -15,7 +15,7 @@ from detox_benchmarks.registry.check import TOLERANCE, largest_error
 from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_tokenizer
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
 from detox_guard.models.backbone import from_model
-from detox_guard.models.checks import causal_class, check_config
+from detox_guard.models.checks import REFUSED, causal_class, check_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -91,6 +91,8 @@ def _child(kind: str, to: Connection) -> None:
 
 
 def _try(kind: str) -> Tried:
+    if kind in REFUSED:
+        return Tried(kind, "refused", REFUSED[kind])
     try:
         config = tiny_config(kind)
         check_config(config, causal_class(config, kind), kind)
