@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard._files import prepare_folder, read_json, write_whole
+from detox_guard._files import hold_folder, read_json, write_whole
 from detox_guard.errors import DataError, InvalidParamsError, ScorerError
 from detox_guard.evaluation.journal import Journal
 from detox_guard.evaluation.judges import load_judge
@@ -181,18 +181,8 @@ def load_run(folder: Path) -> dict[str, Any]:
 @contextmanager
 def open_run(folder: Path) -> Iterator[None]:
     """Hold a run's folder, made unless it is there. Raises `DataError` while another process holds it."""
-    from filelock import FileLock, Timeout
-
-    prepare_folder(folder)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DataError(f"{folder}: another process is measuring into it") from None
-    try:
+    with hold_folder(folder, "measuring into it"):
         yield
-    finally:
-        lock.release()
 
 
 def collect(
