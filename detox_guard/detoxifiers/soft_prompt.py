@@ -40,6 +40,7 @@ __all__ = [
     "Position",
     "SteeringStream",
     "as_streams",
+    "last_part",
 ]
 
 Position = Literal["front", "reply"]
@@ -177,7 +178,7 @@ class Detoxifier:
     def validate(self, backbone: Backbone) -> None:
         """Raise `DetoxifierMismatchError` unless this soft prompt was made for `backbone` and fits into it."""
         card = self.card
-        if card.base_id and _last_part(card.base_id) != _last_part(backbone.id):
+        if card.base_id and last_part(card.base_id) != last_part(backbone.id):
             raise DetoxifierMismatchError(
                 f"the detoxifier was trained for {card.base_id!r}, the backbone is {backbone.id!r}",
                 hint="train one for this backbone: detox-guard train --model … --data … --output …",
@@ -224,7 +225,7 @@ def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backb
     """
     if detoxifier is None:
         shipped = Detoxifier.load()
-        if _last_part(backbone.id) != _last_part(shipped.card.base_id):
+        if last_part(backbone.id) != last_part(shipped.card.base_id):
             raise DetoxifierError(
                 f"no detoxifier was given, and the shipped one is not for {backbone.id!r}",
                 hint="train one: detox-guard train --model … --data … --output …, then pass its folder",
@@ -245,7 +246,7 @@ def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backb
     return tuple(streams)
 
 
-def _last_part(model_id: str) -> str:
+def last_part(model_id: str) -> str:
     """`org/Name`, `/a/folder/Name/` → `name`: a hub id and a local copy of it are the same base."""
     return model_id.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 

@@ -88,7 +88,7 @@ async def _aguarded(chunks: AsyncIterable[str | Chunk | None], held: _Held) -> A
 
 def _checked(policy: GuardPolicy | None) -> GuardPolicy:
     if policy is not None and not isinstance(policy, GuardPolicy):
-        raise InvalidParamsError("settings", policy, "a GuardPolicy or None")
+        raise InvalidParamsError("policy", policy, "a GuardPolicy or None")
     return policy or GuardPolicy()
 
 

@@ -316,7 +316,7 @@ def generation_info(engine: DetoxiGen, generation: Generation, guard: GuardPolic
     force, where someone may ask for it."""
     told = generation.summary()
     if guard is not None:
-        told["settings"] = policy_mark(guard)
+        told["policy"] = policy_mark(guard)
     return {
         "finish_reason": generation.finish_reason,
         "model_name": engine.model_id,

@@ -498,7 +498,7 @@ def _was_guarded(answer: _Answer, guard: GuardPolicy) -> bool:
     return (
         told.get("model_provider") == PROVIDER
         and bool(detox.get("guard"))
-        and detox.get("settings") == policy_mark(guard)
+        and detox.get("policy") == policy_mark(guard)
     )
 
 

@@ -144,7 +144,7 @@ async def test_a_prompt_that_is_too_long_is_no_empty_response(
 ) -> None:
     llm = DetoxiGenLLM(engine=FakeEngine([PromptTooLongError("prompt", 4096, "at most 2048 positions")]))
     build = get_detox_response_synthesizer if hook else get_response_synthesizer
-    options = {"settings": POLICY} if hook else {}
+    options = {"policy": POLICY} if hook else {}
     query_engine = RetrieverQueryEngine(index.as_retriever(), build(llm=llm, streaming=streaming, **options))
 
     async def text_of_the_answer() -> str:

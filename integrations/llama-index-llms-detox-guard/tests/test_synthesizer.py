@@ -55,7 +55,7 @@ async def answered(
 
 
 def synthesizer_for(llm: LLM, **options: Any) -> DetoxSynthesizer:
-    options.setdefault("settings", POLICY)
+    options.setdefault("policy", POLICY)
     return get_detox_response_synthesizer(llm, **options)
 
 
@@ -558,7 +558,7 @@ def test_keys_that_no_schema_names_are_judged() -> None:
         {"context_threshold": 1.5},
         {"toxic_context_alpha": -1},
         {"toxic_context_alpha": "6"},
-        {"settings": "strict"},
+        {"policy": "strict"},
         {"redact_sources": "no"},
     ],
 )

@@ -403,7 +403,7 @@ def check_options(
     for name, value in unknown.items():
         raise InvalidParamsError(name, value, "no option of DetoxSynthesizer")
     if policy is not None and not isinstance(policy, detox_guard.GuardPolicy):
-        raise InvalidParamsError("settings", policy, "a GuardPolicy or None")
+        raise InvalidParamsError("policy", policy, "a GuardPolicy or None")
     if context is not None and context not in get_args(Action):
         raise InvalidParamsError("context", context, f"None or one of {', '.join(get_args(Action))}")
     _check_number("context_threshold", 0.0 if context_threshold is None else context_threshold, 1)

@@ -752,7 +752,7 @@ def test_what_is_no_stream_or_no_policy_is_refused_at_once(ask: Any) -> None:
         assert caught.value.field == "chunks"
     with pytest.raises(InvalidParamsError) as caught:
         ask(stream, {"threshold": 0.5})
-    assert caught.value.field == "settings"
+    assert caught.value.field == "policy"
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 1000])

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
     from detox_guard.models.backbone import Backbone
 
-DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @pytest.fixture

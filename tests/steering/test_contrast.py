@@ -1,4 +1,4 @@
-"""The combining rules by themselves; that decoding follows them is checked against the oracle in `test_engine.py`."""
+"""The combining rules by themselves; that decoding follows them is checked against the oracle in `tests/engine`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from detox_guard.scorers.linear import (
     text_windows,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 RUDE = "You are a complete idiot."
 KIND = "You are a kind person."
 PLAIN = "The train to the coast leaves at nine and arrives before noon. "
@@ -552,7 +552,7 @@ def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_write_that_fails_leaves_the_old_file(
     small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detox_guard.training import scorer
+    from detox_benchmarks.fitting import linear as scorer
 
     folder = tmp_path / "out"
     scorer.train(small_file, folder, made_up=(60, 20))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from detox_guard.models.backbone import Backbone
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 # 1. Rows
@@ -503,7 +503,7 @@ def test_going_on_from_a_detoxifier(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {folders!r}
 import test_training as t
 def progress(step, steps, loss):
     if step == {step}:
@@ -513,7 +513,7 @@ t.train_detoxifier(t.settings(t.Path({folder!r})), backbone=t.make_tiny_backbone
 
 
 def test_resume_after_a_kill(tmp_path: Path) -> None:
-    code = KILLED.format(tests=str(TESTS), folder=str(tmp_path), step=8)
+    code = KILLED.format(folders=[str(HERE), str(HERE.parent)], folder=str(tmp_path), step=8)
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     out = tmp_path / "out"
