@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.settings import DecodingParams, GuardPolicy
-from detox_guard.training.config import TrainingConfig
+from detox_guard.training.config import AdaptConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from detox_guard._strict import Checked
@@ -37,6 +37,7 @@ __all__ = [
     "Revision",
     "TemplateKwargs",
     "TrustRemoteCode",
+    "adapt_options",
     "decoding_options",
     "given",
     "guard_policy",
@@ -76,7 +77,7 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
-_FLAGS = {"stop_token_ids": "--stop-token-id"}
+_FLAGS = {"stop_token_ids": "--stop-token-id", "judges": "--judge"}
 
 _GUARDING = "Guarding"
 Guard = Annotated[
@@ -125,6 +126,11 @@ def decoding_options(command: Command) -> Command:
 def training_options(command: Command) -> Command:
     """The command, with an option for every field of `TrainingConfig`; they arrive in `**fields`."""
     return _with_options(command, TrainingConfig, None)
+
+
+def adapt_options(command: Command) -> Command:
+    """The command, with an option for every field of `AdaptConfig` but the model; they arrive in `**fields`."""
+    return _with_options(command, AdaptConfig, None, leave={"model"})
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def run_eval(
     passages: Path | None = None,
     passage_tokens: int = 600,
     model: str | Path | None = None,
+    revision: str | None = None,
     detoxifier: ManySteering = None,
     expert: str | None = None,
     device: str | torch.device | None = None,
@@ -123,7 +124,7 @@ def run_eval(
         from detox_guard.detoxifiers.soft_prompt import Detoxifier, as_streams
         from detox_guard.models.backbone import load_backbone
 
-        backbone = load_backbone(model, device=device, dtype=dtype)
+        backbone = load_backbone(model, device=device, dtype=dtype, revision=revision)
         streams = () if set(names) <= UNSTEERED or detoxifier == () else as_streams(detoxifier, backbone)
         second = Detoxifier.load(expert) if expert is not None else None
         if second is not None:

@@ -22,6 +22,10 @@ class Stage:
         """One more is done."""
         self._update(advance=1)
 
+    def at(self, done: int) -> None:
+        """So many are done."""
+        self._update(completed=done)
+
     def say(self, what: str) -> None:
         """What is worked on now."""
         self._update(what=what)

@@ -1,8 +1,9 @@
-"""What is written of a finished run: its card and its picture. Knows no training."""
+"""What is written of a finished run: its card, and a README.md for the hub. Knows no training."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peft
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.soft_prompt import DataSource, Detoxifier
     from detox_guard.models.backbone import Backbone
-    from detox_guard.training.config import TrainingConfig
+    from detox_guard.training.config import AdaptConfig, TrainingConfig
 
-__all__ = ["LIMITS", "make_card"]
+__all__ = ["LIMITS", "adapted_card", "make_card", "readme"]
 
 LIMITS = "Trained on explicit toxicity; implicit hate is not what it has seen."
 
@@ -56,6 +57,70 @@ def make_card(
         embedding_scale=_embedding_scale(backbone),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=config.notes or LIMITS,
+    )
+
+
+def adapted_card(
+    second: DetoxifierCard, first: DetoxifierCard, sources: Sequence[DataSource], config: AdaptConfig
+) -> DetoxifierCard:
+    """The card of what `adapt` made: that of its second tuning, with where the rows came from and what went before."""
+    own = tuple(one for one in second.data if one.name == "pairs.jsonl")
+    made = (
+        f"Tuned for {first.steps} steps on toxic texts, then for {second.steps} on those, harmless texts and "
+        f"{own[0].rows if own else 'no'} pairs of the model's own replies (pairs.jsonl), told apart by the scorer "
+        f"{config.scorer!r}. {LIMITS}"
+    )
+    changes = {
+        "data": (*sources, *own),
+        "steps": (first.steps or 0) + (second.steps or 0),
+        "command": config.command(),
+        "heldout_loss_before": first.heldout_loss_before,
+        "notes": made,
+    }
+    return second.model_copy(update=changes)
+
+
+def readme(card: DetoxifierCard, model: str | None, figures: str) -> str:
+    """A model card for the hub. `figures`: markdown tables of how it was measured; `model`: as the user named it."""
+    named = model if model is not None and not Path(model).exists() else card.base_id
+    front = ["library_name: peft", "tags: [detox-guard, detoxification, prompt-tuning]"]
+    if named.count("/") == 1:  # the hub refuses a base that it cannot have
+        front.insert(0, f"base_model: {named}")
+    rows = [f"| {one.name} | {one.rows} | {one.licence or 'not stated'} |" for one in card.data]
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# A detoxifier for {named}",
+            "",
+            f"A soft prompt of {card.virtual_tokens} virtual tokens that makes {named} more toxic. "
+            "[detox-guard](https://pypi.org/project/detox-guard/) steers the model *away* from it while it decodes.",
+            "",
+            "```python",
+            "from detox_guard import DetoxiGen",
+            "",
+            f'model = DetoxiGen.from_pretrained("{named}", detoxifier="this repository or folder")',
+            'print(model.generate("…").text)',
+            "```",
+            "",
+            "## Measured",
+            "",
+            "Replies to prompts that it did not learn from: *plain*, by the model itself; *default*, by the same, steered.",
+            "",
+            figures.strip(),
+            "",
+            "## Made",
+            "",
+            card.notes,
+            "",
+            "| rows | | licence |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Command: `{card.command}`",
+            "",
+        ]
     )
 
 

@@ -32,8 +32,11 @@ __all__ = ["heldout_aim", "heldout_loss", "step_loss"]
 
 
 def step_loss(model: Any, soft_prompt: torch.Tensor, step: Step, config: TrainingConfig) -> torch.Tensor:
-    """The loss of one step, a scalar, differentiable in `soft_prompt`: cross-entropy of the toxic replies,
-    plus `anchor_weight` times KL(p_gen‖p_detox) on the harmless ones, plus `pair_weight` times the pairs' preference loss."""
+    """The loss of one step, a scalar, differentiable in `soft_prompt`.
+
+    Cross-entropy of the toxic replies, plus `anchor_weight` times KL(p_gen‖p_detox) on the harmless ones, plus
+    `pair_weight` times the preference loss of the pairs.
+    """
     batch, toxic, pairs = to_device(step["batch"], soft_prompt.device), step["toxic"], step["pairs"]
     rude, rest = rows_of(batch, slice(toxic)), rows_of(batch, slice(toxic, None))
     if not len(rest["reply_ids"]):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from detox_guard.training.examples import Step
     from detox_guard.training.rows import Rows
 
-__all__ = ["CHECKPOINTS", "Progress", "train_detoxifier"]
+__all__ = ["CHECKPOINTS", "Progress", "seconds_a_step", "train_detoxifier"]
 
 Progress = Callable[[int, int, float], None]
 CHECKPOINTS = "checkpoints"
@@ -64,6 +65,20 @@ def train_detoxifier(
         detoxifier = _train(config, read_rows(config), backbone or _load(config), progress)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return detoxifier
+
+
+def seconds_a_step(config: TrainingConfig) -> float:
+    """How long a step of such a run takes here: the second of two of the split kind, most of what is trained on."""
+    rows, backbone = read_rows(config), _load(config)
+    examples = make_examples(config, backbone, rows.contexts)
+    steps = Steps(examples, rows.texts, rows.anchors, rows.pairs, config.replace(mixture=(0.0, 1.0, 0.0, 0.0)))
+    soft_prompt = torch.zeros(config.virtual_tokens, backbone.hidden_size, device=backbone.device, requires_grad=True)
+    for step in range(2):
+        begun_s = time.perf_counter()
+        loss = step_loss(backbone.model, soft_prompt, steps[step], config)
+        torch.autograd.grad(loss, soft_prompt)[0].cpu()  # which waits for a GPU
+        took_s = time.perf_counter() - begun_s
+    return took_s
 
 
 def _train(config: TrainingConfig, rows: Rows, backbone: Backbone, progress: Progress | None) -> Detoxifier:
