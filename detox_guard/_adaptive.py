@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from detox_guard.settings import DecodingParams
 
-__all__ = ["RAMP", "strength_behind"]
+__all__ = ["RAMP", "adaptive_alpha"]
 
 RAMP = (0.04, 0.06)
 """Scores (embedded scorer) of the worst sentence: up to the first a prompt is harmless, from the second it has the
 whole strength. They lie far under .5: most prompts that provoke say nothing rude themselves."""
 
 
-def strength_behind(texts: Sequence[str], params: DecodingParams) -> float:
+def adaptive_alpha(texts: Sequence[str], params: DecodingParams) -> float:
     """The alpha to decode with behind a prompt of these texts (`text.prompts.prompt_texts`): `params.alpha`, less
     where nothing in them is toxic, down to `calm_share` of it. Raises `ScorerError`."""
     if params.alpha == 0 or params.calm_share == 1:

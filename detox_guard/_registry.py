@@ -1,4 +1,4 @@
-"""The process-wide registry of guards: one for the same arguments. Knows keys and locks; knows no model."""
+"""The models of this process: one for the same arguments. Knows keys and locks; does not load."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxigen import DetoxiGen
 
-__all__ = ["shared_guard"]
+__all__ = ["shared_model"]
 
 
 @dataclass
 class _Entry:
-    """One guard, or the lock that those wait at who want it while it is loaded."""
+    """One model, and the lock that concurrent callers wait on while it loads."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    guard: DetoxiGen | None = None
+    model: DetoxiGen | None = None
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
@@ -43,16 +43,16 @@ def _forget() -> None:
 in_children(_forget)
 
 
-def shared_guard(load: Callable[..., DetoxiGen], model: object, **arguments: Any) -> DetoxiGen:
-    """`load(model, **arguments)`, once a process for equal arguments while the guard is not closed.
+def shared_model(load: Callable[..., DetoxiGen], model: object, **arguments: Any) -> DetoxiGen:
+    """`load(model, **arguments)`, once a process for equal arguments, until the model is closed.
 
     A load that fails is not remembered. Raises what `load` raises, and `InvalidParamsError` for loaded objects.
     """
     entry = _entry(_key(model, **arguments))
     with entry.lock:
-        if entry.guard is None or entry.guard.closed:
-            entry.guard = load(model, **arguments)
-        return entry.guard
+        if entry.model is None or entry.model.closed:
+            entry.model = load(model, **arguments)
+        return entry.model
 
 
 def _entry(key: tuple[Any, ...]) -> _Entry:
@@ -60,21 +60,23 @@ def _entry(key: tuple[Any, ...]) -> _Entry:
         return _entries.setdefault(key, _Entry())
 
 
-def _key(model: object, *, device: Any, dtype: Any, **others: Any) -> tuple[Any, ...]:
+def _key(model: object, *, detoxifier: Any, config: EngineConfig | None, **loading: Any) -> tuple[Any, ...]:
     """Equal for calls that load the same: "cpu" and no device are one where there is nothing better than a CPU."""
     from detox_guard.models.backbone import pick_device, pick_dtype
+    from detox_guard.models.options import LoadOptions
 
-    on_device = pick_device(device)
-    named = {"model": model, "detoxifier": others.pop("detoxifier")}
+    named = {"model": model, "detoxifier": detoxifier}
     for name, value in named.items():
         if value is not None and value != () and not isinstance(value, str | os.PathLike):
             raise InvalidParamsError(name, value, "a name or a path, to be shared", hint="use from_pretrained")
+    options = LoadOptions(**loading)
+    on_device = pick_device(options.one_device)
     return (
         *(_place(value) for value in named.values()),
-        _device_name(on_device),
-        str(pick_dtype(dtype, on_device)),
-        others.pop("config") or EngineConfig(),
-        *(others[name] for name in sorted(others)),
+        "" if options.spreads else _device_name(on_device),
+        "auto" if options.dtype == "auto" else str(pick_dtype(options.dtype, on_device)),
+        options.key(),
+        config or EngineConfig(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING
 
-from detox_guard._adaptive import strength_behind
+from detox_guard._adaptive import adaptive_alpha
 from detox_guard.engine import Ended, Finish, Request, Rewind, TokenStep
 from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, Trace, Usage
 from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts
@@ -36,7 +36,7 @@ class Reply:
         prompt_ids = encode_prompt(backbone, prompt)
         if check_fits is not None:
             check_fits(prompt_ids, params)
-        params = params.replace(alpha=strength_behind(prompt_texts(prompt), params))
+        params = params.replace(alpha=adaptive_alpha(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         constraint = None

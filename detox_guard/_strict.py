@@ -11,10 +11,10 @@ from detox_guard.errors import InvalidParamsError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Checked"]
+__all__ = ["StrictModel"]
 
 
-class Checked(BaseModel):
+class StrictModel(BaseModel):
     """A frozen pydantic model that forbids unknown fields and raises `InvalidParamsError` for bad ones.
 
     The docstring under a field is its description: editors, `--help` and the API page show it from there.

@@ -266,7 +266,7 @@ class _Run:
         return self.config.dtype or ("float32" if on_cpu else None)
 
     def _load(self) -> Backbone:
-        from detox_guard.models.backbone import load_backbone
+        from detox_guard.models.load import load_backbone
 
         config = self.config
         return load_backbone(config.model, device=config.device, dtype=self._dtype(), revision=config.revision)

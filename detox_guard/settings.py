@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.errors import NotPicklableError
 from detox_guard.text.grammar import Grammar
 
@@ -22,7 +22,7 @@ Rule = Literal["bounded", "dexperts", "detoxigen"]
 Alpha = Annotated[float, Field(ge=0, le=100)]
 
 
-class Rung(Checked):
+class Rung(StrictModel):
     """One step of the ladder: how a unit is decoded again. None keeps what the request asked for."""
 
     alpha: Alpha
@@ -30,7 +30,7 @@ class Rung(Checked):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
 
 
-class GuardPolicy(Checked):
+class GuardPolicy(StrictModel):
     """What is checked before it is released, and what happens to what fails.
 
     Text is released unit by unit. A unit is scored as its reader will see it: by itself, and together with the text
@@ -136,7 +136,7 @@ class GuardPolicy(Checked):
         return max((rung.alpha for rung in self.ladder), default=0.0)
 
 
-class DecodingParams(Checked):
+class DecodingParams(StrictModel):
     """How one request is decoded. Raises `InvalidParamsError` for a bad value, with its field and bound."""
 
     alpha: Annotated[float, Field(ge=0, le=100)] = 3.0
@@ -202,7 +202,7 @@ class DecodingParams(Checked):
         return value
 
 
-class EngineConfig(Checked):
+class EngineConfig(StrictModel):
     """Bounds of one engine."""
 
     max_rows: Annotated[int, Field(ge=2, le=4096)] = 64

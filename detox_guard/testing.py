@@ -1,7 +1,7 @@
 """For tests of programs that use detox-guard: a scripted model and a scripted scorer. Knows no weights, no tokenizer.
 
-`ScriptedDetoxiGen` has the surface of `DetoxiGen`, so it goes wherever one goes: `ChatDetoxiGen(engine=…)` in
-LangChain, `DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to and keeps what it was asked::
+`ScriptedDetoxiGen` has the surface of `DetoxiGen`, so it goes wherever one goes: `ChatDetoxiGen(detoxigen=…)` in
+LangChain, `DetoxiGenLLM(detoxigen=…)` in LlamaIndex. It says what it is told to and keeps what it was asked::
 
     from detox_guard.testing import ScriptedDetoxiGen
 
@@ -10,16 +10,25 @@ LangChain, `DetoxiGenLLM(engine=…)` in LlamaIndex. It says what it is told to 
     assert model.calls[0].prompt == "Hi"
 
 A guard works as on the real one, but that nothing can be decoded again: a flagged sentence ends the reply at once.
+No time passes by itself. `hold` keeps requests waiting, and `wait_for` tells when so many are under way::
+
+    with model.hold():
+        task = asyncio.create_task(model.agenerate("Hi"))
+        await asyncio.to_thread(model.wait_for, 1)
+        task.cancel()
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from detox_guard.errors import DetoxGuardError, NotPicklableError, PromptTooLongError
 from detox_guard.results import Chunk, Generation, Steering, Usage
@@ -27,16 +36,30 @@ from detox_guard.settings import DecodingParams
 from detox_guard.text.prompts import ChatPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Generator, Iterator
 
     from detox_guard.results import Intervention
+    from detox_guard.settings import GuardPolicy
     from detox_guard.text.prompts import Prompt
 
-__all__ = ["Call", "Script", "ScriptedDetoxiGen", "ScriptedScorer"]
+__all__ = ["Call", "Said", "Script", "ScriptedDetoxiGen", "ScriptedScorer", "tool_call"]
 
-Script = Callable[[Any, DecodingParams], str | Exception] | Sequence[str | Exception]
-"""Replies in turn (the last one for ever after), or a function of prompt and parameters. An exception is raised after
-one word."""
+
+@dataclass(frozen=True)
+class Said:
+    """One reply: its text, and how it ends."""
+
+    text: str
+    finish_reason: Literal["stop", "length", "guard"] | None = None
+    """None is what the parameters make of the text: "stop", or "length" where it has too many words."""
+    error: Exception | None = None
+    """Raised after the text, in place of an end."""
+
+
+Script = Callable[[Any, DecodingParams], str | Exception | Said] | Sequence[str | Exception | Said]
+"""Replies in turn (the last one for ever after), or a function of prompt and parameters. An exception by itself is
+raised after one word."""
+_Step = Chunk | Exception
 
 
 class Call(NamedTuple):
@@ -45,6 +68,12 @@ class Call(NamedTuple):
     how: str
     prompt: Any
     params: DecodingParams
+
+
+def tool_call(name: str, /, **arguments: Any) -> str:
+    """A call of a tool as many models write it: text for a script."""
+    written = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{written}\n</tool_call>"
 
 
 class ScriptedScorer:
@@ -64,8 +93,9 @@ class ScriptedScorer:
 class ScriptedDetoxiGen:
     """A `DetoxiGen` without a model. A token is a word with the space behind it; ids are lengths of words.
 
-    `interventions` are put into every reply's record, as if a guard had stepped in. `delay_s` is the time of a word.
-    `active` requests are under way, `most_active` is the most there were, `abandoned` streams were not read to the end.
+    `together`: nobody gets a word before so many requests were under way at once. `interventions` are put into every
+    reply's record, as if a guard had stepped in.
+    `active` requests are under way, `most_active` is the most there were, `abandoned` ones did not come to their end.
     """
 
     def __init__(
@@ -77,7 +107,7 @@ class ScriptedDetoxiGen:
         chat: bool = True,
         tools: bool = True,
         context_window: int | None = 2048,
-        delay_s: float = 0.0,
+        together: int = 1,
         interventions: Sequence[Intervention] = (),
     ) -> None:
         self.script = script
@@ -92,20 +122,23 @@ class ScriptedDetoxiGen:
         self.calls: list[Call] = []
         self.batch_sizes: list[int] = []
         self.active = self.most_active = self.abandoned = 0
-        self._delay_s, self._interventions = delay_s, tuple(interventions)
-        self._lock = threading.Lock()
+        self._interventions = tuple(interventions)
+        self._changed = threading.Condition()
+        self._together, self._held = together, together > 1
+        self._turns: list[Future[None]] = []
+        """Words that wait to be said."""
 
     # -- the surface of DetoxiGen
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any) -> Generation:
         """The whole reply."""
-        return _last(list(self._run(*self._plan("generate", prompt, params, changes))))
+        return _last(list(self._run(self._plan("generate", prompt, params, changes))))
 
     def stream(
         self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any
     ) -> Generator[Chunk, None, None]:
         """The reply word by word. What is wrong with the prompt is raised here, as by the real one."""
-        return self._run(*self._plan("stream", prompt, params, changes))
+        return self._run(self._plan("stream", prompt, params, changes))
 
     def batch(
         self,
@@ -114,28 +147,30 @@ class ScriptedDetoxiGen:
         *,
         return_exceptions: bool = False,
     ) -> list[Any]:
-        """All replies, in order."""
+        """All replies, in order. All are under way from the start."""
         self.batch_sizes.append(len(prompts))
-        each = [params] * len(prompts) if params is None or isinstance(params, DecodingParams) else params
         results: list[Any] = []
-        for prompt, own in zip(prompts, each, strict=True):
-            try:
-                results.append(_last(list(self._run(*self._plan("batch", prompt, own, {})))))
-            except DetoxGuardError as error:
-                if not return_exceptions:
-                    raise
-                results.append(error)
+        with ExitStack() as seats:
+            for _ in prompts:
+                seats.enter_context(self._seat())
+            for prompt, own in _each(prompts, params):
+                try:
+                    results.append(_last(list(self._words(self._plan("batch", prompt, own, {})))))
+                except DetoxGuardError as error:
+                    if not return_exceptions:
+                        raise
+                    results.append(error)
         return results
 
     async def agenerate(self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any) -> Generation:
         """The whole reply."""
-        return _last([chunk async for chunk in self._arun("agenerate", prompt, params, changes)])
+        return _last([chunk async for chunk in self._arun(self._plan("agenerate", prompt, params, changes))])
 
     async def astream(
         self, prompt: Prompt, params: DecodingParams | None = None, **changes: Any
     ) -> AsyncGenerator[Chunk, None]:
         """The reply word by word."""
-        async for chunk in self._arun("astream", prompt, params, changes):
+        async for chunk in self._arun(self._plan("astream", prompt, params, changes)):
             yield chunk
 
     async def abatch(
@@ -146,15 +181,25 @@ class ScriptedDetoxiGen:
         return_exceptions: bool = False,
     ) -> list[Any]:
         """All replies, in order."""
-        return await asyncio.to_thread(self.batch, prompts, params, return_exceptions=return_exceptions)
+        self.batch_sizes.append(len(prompts))
+
+        async def one(prompt: Prompt, own: DecodingParams | None) -> Any:
+            try:
+                return _last([chunk async for chunk in self._arun(self._plan("abatch", prompt, own, {}))])
+            except DetoxGuardError as error:
+                if not return_exceptions:
+                    raise
+                return error
+
+        return await asyncio.gather(*(one(*asked) for asked in _each(prompts, params)))
 
     def encode(self, text: str) -> list[int]:
         """An id a word: its length."""
         return [len(word) for word in text.split()]
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Words of all messages."""
-        return len(self.encode(_said(prompt)))
+        """Words of all messages, and of the tools that are shown."""
+        return len(self.encode(_read(prompt)))
 
     def close(self) -> None:
         """From now on `closed`."""
@@ -172,98 +217,158 @@ class ScriptedDetoxiGen:
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         raise NotPicklableError(f"the engine of {self.model_id!r} belongs to its process")
 
-    # -- inside
+    # -- who waits for whom
 
-    def _plan(
-        self, how: str, prompt: Any, params: DecodingParams | None, changes: dict[str, Any]
-    ) -> tuple[list[Chunk], Exception | None]:
-        """The pieces of the reply and its end, or what is raised after the first piece."""
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside the block no request gets a further word. Cancelling one still works."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._release()
+
+    def wait_for(self, active: int, *, timeout_s: float = 30.0) -> None:
+        """Until so many requests are under way: `await asyncio.to_thread(model.wait_for, 2)`. Raises `TimeoutError`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.active == active, timeout_s):
+                raise TimeoutError(f"{self.active} requests are under way, not {active}")
+
+    def _release(self) -> None:
+        with self._changed:
+            self._held = False
+            turns, self._turns = self._turns, []
+        for turn in turns:
+            if turn.set_running_or_notify_cancel():
+                turn.set_result(None)
+
+    def _turn(self) -> Future[None]:
+        """Done as soon as the next word may be said."""
+        turn: Future[None] = Future()
+        with self._changed:
+            if self._held:
+                self._turns.append(turn)
+                return turn
+        turn.set_result(None)
+        return turn
+
+    @contextmanager
+    def _seat(self) -> Iterator[None]:
+        """A request under way."""
+        with self._changed:
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+            enough = self._together > 1 and self.active >= self._together
+            if enough:
+                self._together = 1
+            self._changed.notify_all()
+        if enough:
+            self._release()
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            with self._changed:
+                self.active -= 1
+                self.abandoned += not finished
+                self._changed.notify_all()
+
+    # -- what it says
+
+    def _plan(self, how: str, prompt: Any, params: DecodingParams | None, changes: dict[str, Any]) -> list[_Step]:
+        """The reply in pieces, and its end."""
         own = self.params.guard
         params = self.params if params is None else params
         if own is not None and "guard" not in params.model_fields_set:
             params = params.replace(guard=own)
         params = params.replace(**changes)
-        with self._lock:
+        with self._changed:
             index = len(self.calls)
             self.calls.append(Call(how, prompt, params))
         read = self.count_tokens(prompt)
         if self.context_window is not None and read > self.context_window:
             raise PromptTooLongError("prompt", read, f"at most {self.context_window} tokens")
-        said = self.script
-        reply = said(prompt, params) if callable(said) else said[min(index, len(said) - 1)]
-        if isinstance(reply, Exception):
-            return [Chunk("One ")], reply
+        told = self.script
+        said = told(prompt, params) if callable(told) else told[min(index, len(told) - 1)]
+        if isinstance(said, Exception):
+            said = Said("One ", error=said)
+        elif isinstance(said, str):
+            said = Said(said)
+        return self._steps(said, read, params)
+
+    def _steps(self, said: Said, read: int, params: DecodingParams) -> list[_Step]:
+        text = said.text
         for stop in params.stop:
-            reply = reply.split(stop)[0]
-        pieces = re.findall(r"\S+\s*|\s+", reply)
+            text = text.split(stop)[0]
+        pieces = re.findall(r"\S+\s*|\s+", text)
         cut = len(pieces) > params.max_new_tokens
         pieces = pieces[: params.max_new_tokens]
-        taken = list(self._interventions)
+        taken: list[Intervention] = []
         if params.guard is not None:
-            from detox_guard.guard.stream import guard_text
-
-            pieces, held = [], guard_text(pieces, params.guard, taken.append)
-            for piece in held:
-                over = len(taken) > len(self._interventions)
-                pieces.append(piece.rstrip() if over else piece)
-                if over:
-                    break
-        done = len(taken) > len(self._interventions)
+            pieces, taken = _guarded(pieces, params.guard)
+        if said.error is not None and not taken:
+            return [*map(Chunk, pieces), said.error]
+        interventions = (*self._interventions, *taken)
         judge = None if params.guard is None else params.guard.scorer
-        steering = Steering(params.alpha, params.rule, self.detoxifier_ids if params.alpha else (), 0.5, 0.25, 0, 0)
         whole = Generation(
             text="".join(pieces),
-            finish_reason="guard" if done else "length" if cut else "stop",
-            usage=Usage(read, len(pieces)),
+            finish_reason="guard" if taken else said.finish_reason or ("length" if cut else "stop"),
+            usage=Usage(read, len(pieces), sum(one.tokens for one in interventions)),
             seed=params.seed or 0,
             trace=None,
-            steering=steering,
-            interventions=tuple(taken),
+            steering=Steering(params.alpha, params.rule, self.detoxifier_ids if params.alpha else (), 0.5, 0.25, 0, 0),
+            interventions=interventions,
             guard=None if judge is None else str(getattr(judge, "name", judge)),
         )
-        return [*map(Chunk, pieces), Chunk("", whole)], None
+        return [*map(Chunk, pieces), Chunk("", whole)]
 
-    def _seat(self, change: int, finished: bool = True) -> None:
-        with self._lock:
-            self.active += change
-            self.most_active = max(self.most_active, self.active)
-            self.abandoned += not finished
+    def _words(self, steps: Sequence[_Step]) -> Generator[Chunk, None, None]:
+        for step in steps:
+            self._turn().result()
+            yield _chunk(step)
 
-    def _run(self, chunks: Sequence[Chunk], error: Exception | None) -> Generator[Chunk, None, None]:
-        finished = False
-        self._seat(+1)
-        try:
-            for chunk in chunks:
-                time.sleep(self._delay_s)
-                yield chunk
-            if error is not None:
-                raise error
-            finished = True
-        finally:
-            self._seat(-1, finished)
+    def _run(self, steps: Sequence[_Step]) -> Generator[Chunk, None, None]:
+        with self._seat():
+            yield from self._words(steps)
 
-    async def _arun(
-        self, how: str, prompt: Any, params: DecodingParams | None, changes: dict[str, Any]
-    ) -> AsyncGenerator[Chunk, None]:
-        finished = False
-        self._seat(+1)
-        try:
-            chunks, error = self._plan(how, prompt, params, changes)
-            for chunk in chunks:
-                await asyncio.sleep(self._delay_s)
-                yield chunk
-            if error is not None:
-                raise error
-            finished = True
-        finally:
-            self._seat(-1, finished)
+    async def _arun(self, steps: Sequence[_Step]) -> AsyncGenerator[Chunk, None]:
+        with self._seat():
+            for step in steps:
+                await asyncio.wrap_future(self._turn())
+                yield _chunk(step)
 
 
-def _said(prompt: Any) -> str:
-    messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
-    if isinstance(messages, str):
-        return messages
-    return " ".join(str(message.get("content") or "") for message in messages)
+def _guarded(pieces: list[str], policy: GuardPolicy) -> tuple[list[str], list[Intervention]]:
+    """What a guard lets through, up to the first sentence that it does not; and what it did about that one."""
+    from detox_guard.guard.stream import guard_text  # which loads torch
+
+    taken: list[Intervention] = []
+    passed: list[str] = []
+    for piece in guard_text(pieces, policy, taken.append):
+        passed.append(piece.rstrip() if taken else piece)
+        if taken:
+            break
+    return passed, taken
+
+
+def _each(prompts: Sequence[Any], params: Any) -> list[tuple[Any, DecodingParams | None]]:
+    own = [params] * len(prompts) if params is None or isinstance(params, DecodingParams) else params
+    return list(zip(prompts, own, strict=True))
+
+
+def _chunk(step: _Step) -> Chunk:
+    if isinstance(step, Exception):
+        raise step
+    return step
+
+
+def _read(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    messages, tools = (prompt.messages, prompt.tools) if isinstance(prompt, ChatPrompt) else (prompt, ())
+    said = [str(message.get("content") or "") for message in messages]
+    return " ".join([*said, *map(json.dumps, tools)])
 
 
 def _last(chunks: list[Chunk]) -> Generation:

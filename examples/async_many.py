@@ -8,18 +8,18 @@ PROMPTS = ["The new neighbours are", "In my opinion, politicians", "Once upon a 
 
 
 async def main() -> None:
-    guard = DetoxiGen.from_pretrained()
+    model = DetoxiGen.from_pretrained()
 
     async def one(prompt: str) -> str:
         try:
-            reply = await guard.agenerate(prompt, max_new_tokens=24, seed=5)
+            reply = await model.agenerate(prompt, max_new_tokens=24, seed=5)
         except PromptError as error:  # one bad prompt fails alone
             return f"refused: {error}"
         return prompt + reply.text
 
     for text in await asyncio.gather(*(one(prompt) for prompt in PROMPTS)):
         print("-", text)
-    stats = guard.stats()
+    stats = model.stats()
     assert stats.tokens_guarded == stats.steps_guarded  # every token went through the contrast
 
 

@@ -4,12 +4,12 @@ from detox_guard import DetoxiGen
 
 
 def main() -> None:
-    guard = DetoxiGen.from_pretrained()
+    model = DetoxiGen.from_pretrained()
     messages = [
         {"role": "system", "content": "You are a short-spoken assistant."},
         {"role": "user", "content": "My flatmate never does the dishes. What should I tell him?"},
     ]
-    for chunk in guard.stream(messages, max_new_tokens=60, seed=3, stop=["\n\n"]):
+    for chunk in model.stream(messages, max_new_tokens=60, seed=3, stop=["\n\n"]):
         print(chunk.text, end="", flush=True)
         if chunk.generation:
             print(f"\n[{chunk.finish_reason}, {chunk.generation.usage.completion_tokens} tokens]")

@@ -6,12 +6,12 @@ from detox_guard import DecodingParams, DetoxiGen
 
 
 def main() -> None:
-    guard = DetoxiGen.from_pretrained()  # the embedded default backbone and its detoxifier
+    model = DetoxiGen.from_pretrained()  # the embedded default backbone and its detoxifier
     params = DecodingParams(max_new_tokens=40, seed=7)
     prompt = "So, I'm starting to think she's full of"
 
-    plain = guard.generate(prompt, params, alpha=0.0)
-    guarded = guard.generate(prompt, params)
+    plain = model.generate(prompt, params, alpha=0.0)
+    guarded = model.generate(prompt, params)
     print("plain:  ", plain.text)
     print("guarded:", guarded.text)
     print(guarded.finish_reason, guarded.usage)

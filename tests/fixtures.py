@@ -8,10 +8,12 @@ import pytest
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard.evaluation.random_models import random_detoxifier
-from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.models.load import load_backbone
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from detox_guard.models.backbone import Backbone
 
 
 @pytest.fixture

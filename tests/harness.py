@@ -11,6 +11,7 @@ from reference import Reference
 
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
+from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Recorder:
     @property
     def ids(self) -> list[int]:
         return [step.token_id for step in self.steps]
+
+
+def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
+    config = config or EngineConfig()
+    return Engine(TorchRunner(backbone, streams, config), config)
 
 
 def request(
@@ -122,7 +128,7 @@ def check_against_oracle(
     """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss. `on`: the
     copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
-    engine = Engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
+    engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
     steps = unsure_steps = 0
     for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
         p_ref, unsure = oracle.distributions(prompt, sink.ids, params)

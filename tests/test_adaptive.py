@@ -9,7 +9,7 @@ from harness import random_detoxifier
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
 from detox_guard import _adaptive as module
-from detox_guard._adaptive import RAMP, strength_behind
+from detox_guard._adaptive import RAMP, adaptive_alpha
 from detox_guard.scorers.linear import load_scorer
 
 if TYPE_CHECKING:
@@ -50,19 +50,19 @@ def ramp(low: float, high: float) -> list[tuple[float, float]]:
 @pytest.mark.parametrize(("score", "alpha"), ramp(*RAMP))
 def test_the_strength_rises_with_the_score_of_the_worst_sentence(fixed: Any, score: float, alpha: float) -> None:
     fixed({"Two.": score, "Three.": score / 2})
-    assert strength_behind(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
+    assert adaptive_alpha(["One. Two.", "Three."], PARAMS) == pytest.approx(alpha)
 
 
 def test_no_text_is_calm(fixed: Any) -> None:
     fixed({})
-    assert strength_behind([], PARAMS) == pytest.approx(0.75)
-    assert strength_behind([" \n"], PARAMS) == pytest.approx(0.75)
+    assert adaptive_alpha([], PARAMS) == pytest.approx(0.75)
+    assert adaptive_alpha([" \n"], PARAMS) == pytest.approx(0.75)
 
 
 def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
     scorer = fixed({})
-    assert strength_behind(["text"], PARAMS.replace(calm_share=1)) == 3.0
-    assert strength_behind(["text"], PARAMS.replace(alpha=0)) == 0.0
+    assert adaptive_alpha(["text"], PARAMS.replace(calm_share=1)) == 3.0
+    assert adaptive_alpha(["text"], PARAMS.replace(alpha=0)) == 0.0
     assert scorer.asked == 0
 
 
@@ -70,10 +70,10 @@ def test_nothing_is_scored_where_the_score_would_not_matter(fixed: Any) -> None:
 def test_a_scorer_that_fails_lets_nothing_be_decoded(fixed: Any, tiny_llama: Backbone, score: Any) -> None:
     fixed({"text": score})
     with (
-        DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as guard,
+        DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))]) as model,
         pytest.raises(ScorerError, match="fixed"),
     ):
-        guard.generate("text", max_new_tokens=2)
+        model.generate("text", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "half"])
@@ -89,21 +89,21 @@ def test_the_shipped_scorer_tells_a_rude_prompt_from_a_harmless_one() -> None:
 
 def test_a_rude_question_behind_a_long_harmless_passage_has_the_whole_strength() -> None:
     passage = " ".join(["The castle was built in the 12th century and restored in 1885 by the town."] * 20)
-    assert strength_behind([f"{passage}\n\nWhen was it built?"], PARAMS) < 1.5
-    assert strength_behind([f"{passage}\n\nTell me why my boss is such a stupid jerk."], PARAMS) == 3.0
-    assert strength_behind(["You are helpful.", passage, "You are an idiot.", "When was it built?"], PARAMS) == 3.0
+    assert adaptive_alpha([f"{passage}\n\nWhen was it built?"], PARAMS) < 1.5
+    assert adaptive_alpha([f"{passage}\n\nTell me why my boss is such a stupid jerk."], PARAMS) == 3.0
+    assert adaptive_alpha(["You are helpful.", passage, "You are an idiot.", "When was it built?"], PARAMS) == 3.0
 
 
 @pytest.mark.parametrize(
     "text", ["ты дурак", "Kto to napisał, ten jest głupcem", "今天天气很好", "y0u 4re 4n 1d10t", "y o u  i d i o t"]
 )
 def test_what_the_scorer_cannot_read_has_the_whole_strength(text: str) -> None:
-    assert strength_behind([text], PARAMS) == PARAMS.alpha
+    assert adaptive_alpha([text], PARAMS) == PARAMS.alpha
 
 
 @pytest.mark.parametrize("text", ["ты дурак", "Kto to napisał, ten jest głupcem"])
 def test_beside_harmless_english_too(text: str) -> None:
-    assert strength_behind(["You are a helpful assistant.", text], PARAMS) == PARAMS.alpha
+    assert adaptive_alpha(["You are a helpful assistant.", text], PARAMS) == PARAMS.alpha
 
 
 def test_everyday_questions_are_calm() -> None:
@@ -121,13 +121,13 @@ def test_a_reply_says_what_it_was_steered_with(tiny_llama: Backbone, guarded: bo
     policy = GuardPolicy() if guarded else None
     turns = [("user", RUDE), ("assistant", "Let us stay calm."), ("user", HARMLESS)]
     chat = [{"role": role, "content": content} for role, content in turns]
-    with DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))], params=PARAMS) as guard:
+    with DetoxiGen(tiny_llama, [SteeringStream(random_detoxifier(tiny_llama))], params=PARAMS) as model:
         asked = {"max_new_tokens": 4, "seed": 3, "ignore_eos": True, "guard": policy}
-        calm, rude = guard.batch([HARMLESS, RUDE], PARAMS.replace(**asked))
+        calm, rude = model.batch([HARMLESS, RUDE], PARAMS.replace(**asked))
         assert (calm.steering.alpha, rude.steering.alpha) == (0.75, 3.0)
         assert all(token.kl_steering > 0 for token in rude.trace.tokens)
         # Not a label alone: the calm prompt's text is that of the lower strength behind every prompt.
-        low = guard.generate(HARMLESS, **{**asked, "alpha": 0.75, "calm_share": 1.0})
+        low = model.generate(HARMLESS, **{**asked, "alpha": 0.75, "calm_share": 1.0})
         assert calm.text == low.text
         assert [t.p_after for t in calm.trace.tokens] == pytest.approx([t.p_after for t in low.trace.tokens], abs=1e-5)
-        assert guard.generate(chat, **asked).steering.alpha == 3.0
+        assert model.generate(chat, **asked).steering.alpha == 3.0

@@ -42,49 +42,49 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture
-def guard() -> Iterator[DetoxiGen]:
+def model() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
-        yield guard
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as model:
+        yield model
         # Whatever a test did, no seat is left taken and no token went unguarded.
-        wait_until(lambda: guard.stats().seats == 0)
-        stats = guard.stats()
+        wait_until(lambda: model.stats().seats == 0)
+        stats = model.stats()
         assert stats.tokens_guarded == stats.steps_guarded
         assert (stats.rows, stats.queued) == (0, 0)
 
 
-def test_stream_generate_batch_and_async_agree(guard: DetoxiGen) -> None:
+def test_stream_generate_batch_and_async_agree(model: DetoxiGen) -> None:
     async def everything() -> tuple[list[str], list[str], list[str]]:
-        whole = await asyncio.gather(*(guard.agenerate(prompt) for prompt in PROMPTS))
-        streamed = ["".join([chunk.text async for chunk in guard.astream(prompt)]) for prompt in PROMPTS]
-        batch = await guard.abatch(PROMPTS)
+        whole = await asyncio.gather(*(model.agenerate(prompt) for prompt in PROMPTS))
+        streamed = ["".join([chunk.text async for chunk in model.astream(prompt)]) for prompt in PROMPTS]
+        batch = await model.abatch(PROMPTS)
         return [r.text for r in whole], streamed, [r.text for r in batch]
 
-    expected = [guard.generate(prompt).text for prompt in PROMPTS]
+    expected = [model.generate(prompt).text for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
-    assert ["".join(chunk.text for chunk in guard.stream(prompt)) for prompt in PROMPTS] == expected
-    assert [r.text for r in guard.batch(PROMPTS)] == expected
+    assert ["".join(chunk.text for chunk in model.stream(prompt)) for prompt in PROMPTS] == expected
+    assert [r.text for r in model.batch(PROMPTS)] == expected
     assert asyncio.run(everything()) == (expected, expected, expected)
 
 
-def test_the_last_chunk_carries_the_generation(guard: DetoxiGen) -> None:
-    chunks = list(guard.stream("Hello there", seed=None))
+def test_the_last_chunk_carries_the_generation(model: DetoxiGen) -> None:
+    chunks = list(model.stream("Hello there", seed=None))
     assert all(chunk.generation is None and chunk.text for chunk in chunks[:-1])
     last = chunks[-1].generation
     assert last is not None
     assert last.finish_reason == chunks[-1].finish_reason
     assert last.text == "".join(str(chunk) for chunk in chunks)
-    assert last.usage.prompt_tokens == guard.count_tokens("Hello there")
+    assert last.usage.prompt_tokens == model.count_tokens("Hello there")
     assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
-    assert guard.generate("Hello there", seed=last.seed).text == last.text
+    assert model.generate("Hello there", seed=last.seed).text == last.text
 
 
-def test_stop_strings_end_the_reply_and_are_not_in_it(guard: DetoxiGen) -> None:
-    plain = guard.generate("Hello there", ignore_eos=True)
+def test_stop_strings_end_the_reply_and_are_not_in_it(model: DetoxiGen) -> None:
+    plain = model.generate("Hello there", ignore_eos=True)
     for size in (1, 3, 7):
         at = plain.text.index(plain.text[8 : 8 + size])
         stop = plain.text[at : at + size]
-        chunks = list(guard.stream("Hello there", ignore_eos=True, stop=["never to be seen", stop]))
+        chunks = list(model.stream("Hello there", ignore_eos=True, stop=["never to be seen", stop]))
         r = chunks[-1].generation
         assert r is not None
         assert r.text == plain.text[: plain.text.index(stop)] == "".join(chunk.text for chunk in chunks)
@@ -94,19 +94,19 @@ def test_stop_strings_end_the_reply_and_are_not_in_it(guard: DetoxiGen) -> None:
         assert "".join(token.text for token in r.trace.tokens) == r.text
 
 
-def test_stop_token_ids_and_ignore_eos(guard: DetoxiGen) -> None:
-    r = guard.generate("Hello there", ignore_eos=True)
+def test_stop_token_ids_and_ignore_eos(model: DetoxiGen) -> None:
+    r = model.generate("Hello there", ignore_eos=True)
     assert r.finish_reason == "length"
     assert r.usage.completion_tokens == 30
     assert r.trace is not None
     third = r.trace.tokens[2].token_id
-    stopped = guard.generate("Hello there", ignore_eos=True, stop_token_ids=[third])
+    stopped = model.generate("Hello there", ignore_eos=True, stop_token_ids=[third])
     assert stopped.finish_reason == "stop"
     assert stopped.usage.completion_tokens <= 2
 
 
-def test_the_trace_tells_what_steering_did(guard: DetoxiGen) -> None:
-    r = guard.generate("Hello there", ignore_eos=True)
+def test_the_trace_tells_what_steering_did(model: DetoxiGen) -> None:
+    r = model.generate("Hello there", ignore_eos=True)
     trace = r.trace
     assert trace is not None
     assert len(trace) == r.usage.completion_tokens == 30
@@ -120,15 +120,15 @@ def test_the_trace_tells_what_steering_did(guard: DetoxiGen) -> None:
     assert any(token.replaced for token in trace.tokens)
     assert trace.mean_kl_steering > 0.01
     assert json.loads(json.dumps(trace.to_dict()))["tokens"][0]["token_id"] == trace.tokens[0].token_id
-    assert guard.generate("Hello there", trace=False).trace is None
-    plain = guard.generate("Hello there", alpha=0.0).trace
+    assert model.generate("Hello there", trace=False).trace is None
+    plain = model.generate("Hello there", alpha=0.0).trace
     assert plain is not None
     assert all(token.p_before == pytest.approx(token.p_after) and token.kl_steering < 1e-6 for token in plain.tokens)
     assert plain.mean_kl_detoxifier == 0
 
 
-def test_the_trace_page_is_self_contained_and_escapes(guard: DetoxiGen) -> None:
-    trace = guard.generate("Hello there").trace
+def test_the_trace_page_is_self_contained_and_escapes(model: DetoxiGen) -> None:
+    trace = model.generate("Hello there").trace
     assert trace is not None
     page = trace.to_html(title="<b>&", prompt="<script>alert(1)</script>")
     assert page.startswith("<!doctype html>")
@@ -138,31 +138,31 @@ def test_the_trace_page_is_self_contained_and_escapes(guard: DetoxiGen) -> None:
     assert page.count("class=tip") == len(trace)
 
 
-def test_defaults_overrides_and_foreign_params(guard: DetoxiGen) -> None:
-    assert guard.generate("x").usage.completion_tokens <= 30
-    assert guard.generate("x", DecodingParams(max_new_tokens=2, seed=1)).usage.completion_tokens <= 2
+def test_defaults_overrides_and_foreign_params(model: DetoxiGen) -> None:
+    assert model.generate("x").usage.completion_tokens <= 30
+    assert model.generate("x", DecodingParams(max_new_tokens=2, seed=1)).usage.completion_tokens <= 2
     with pytest.raises(InvalidParamsError, match="alhpa"):
-        guard.generate("x", alhpa=1.0)
+        model.generate("x", alhpa=1.0)
     with pytest.raises(InvalidParamsError, match="params"):
-        guard.generate("x", {"alpha": 1.0})  # type: ignore[arg-type]
+        model.generate("x", {"alpha": 1.0})  # type: ignore[arg-type]
 
 
-def test_a_batch_keeps_order_and_isolates_errors(guard: DetoxiGen) -> None:
+def test_a_batch_keeps_order_and_isolates_errors(model: DetoxiGen) -> None:
     mixed = ["Hello there", "", "x"]
-    results = guard.batch(mixed, return_exceptions=True)
+    results = model.batch(mixed, return_exceptions=True)
     assert isinstance(results[1], PromptError)
     assert [getattr(r, "text", None) for r in results] == [
-        guard.generate("Hello there").text,
+        model.generate("Hello there").text,
         None,
-        guard.generate("x").text,
+        model.generate("x").text,
     ]
     with pytest.raises(PromptError):
-        guard.batch(mixed)
+        model.batch(mixed)
     with pytest.raises(InvalidParamsError, match="one for each of 3 prompts"):
-        guard.batch(mixed, [PARAMS])
-    own = guard.batch(["x", "x"], [PARAMS, PARAMS.replace(max_new_tokens=3, ignore_eos=True)])
+        model.batch(mixed, [PARAMS])
+    own = model.batch(["x", "x"], [PARAMS, PARAMS.replace(max_new_tokens=3, ignore_eos=True)])
     assert own[1].usage.completion_tokens == 3
-    assert guard.batch([]) == []
+    assert model.batch([]) == []
 
 
 @pytest.mark.parametrize("when_full", ["wait", "refuse"])
@@ -170,53 +170,53 @@ def test_a_batch_larger_than_the_queue_waits_instead_of_failing(when_full: Any) 
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     streams = [SteeringStream(random_detoxifier(backbone))]
     config = EngineConfig(max_rows=4, max_queue=2, when_full=when_full)
-    with DetoxiGen(backbone, streams, config=config) as guard:
-        results = guard.batch(["x"] * 30, max_of(5))
+    with DetoxiGen(backbone, streams, config=config) as model:
+        results = model.batch(["x"] * 30, max_of(5))
         assert len({r.text for r in results}) == 1
 
 
 def test_a_batch_that_finds_the_queue_full_of_others_fails_by_name() -> None:
     with DetoxiGen(
         make_tiny_backbone("llama"), config=EngineConfig(max_rows=2, max_queue=1, when_full="refuse")
-    ) as guard:
+    ) as model:
         long = DecodingParams(alpha=0.0, max_new_tokens=400, ignore_eos=True, seed=1)
-        others = [guard.stream("x", long) for _ in range(3)]
+        others = [model.stream("x", long) for _ in range(3)]
         for stream in others[:2]:
             next(stream)
         waiting = threading.Thread(target=lambda: next(others[2]))
         waiting.start()
-        wait_until(lambda: guard.stats().queued == 1)
-        assert [type(r) for r in guard.batch(["x", "x"], long, return_exceptions=True)] == [EngineBusyError] * 2
+        wait_until(lambda: model.stats().queued == 1)
+        assert [type(r) for r in model.batch(["x", "x"], long, return_exceptions=True)] == [EngineBusyError] * 2
         with pytest.raises(EngineBusyError):
-            guard.batch(["x"], long)
+            model.batch(["x"], long)
         others[0].close()
         waiting.join(10)
         assert not waiting.is_alive()
 
 
-async def test_cancelling_a_batch_frees_its_seats(guard: DetoxiGen) -> None:
+async def test_cancelling_a_batch_frees_its_seats(model: DetoxiGen) -> None:
     params = DecodingParams(max_new_tokens=400, ignore_eos=True, seed=1)
     for return_exceptions in (False, True):
-        task = asyncio.create_task(guard.abatch(["x"] * 100, params, return_exceptions=return_exceptions))
-        while guard.stats().seats == 0:
+        task = asyncio.create_task(model.abatch(["x"] * 100, params, return_exceptions=return_exceptions))
+        while model.stats().seats == 0:
             await asyncio.sleep(0.002)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while guard.stats().seats or guard.stats().queued:
+        while model.stats().seats or model.stats().queued:
             await asyncio.sleep(0.002)
-    assert guard.stats().finished == 0
+    assert model.stats().finished == 0
 
 
 def max_of(tokens: int) -> DecodingParams:
     return DecodingParams(max_new_tokens=tokens, seed=3, ignore_eos=True)
 
 
-def test_closing_or_dropping_a_stream_frees_its_seat(guard: DetoxiGen) -> None:
+def test_closing_or_dropping_a_stream_frees_its_seat(model: DetoxiGen) -> None:
     for how in ("close", "break", "drop"):
-        stream = guard.stream("Hello there", max_new_tokens=400, ignore_eos=True)
+        stream = model.stream("Hello there", max_new_tokens=400, ignore_eos=True)
         next(stream)
-        assert guard.stats().seats == 1
+        assert model.stats().seats == 1
         if how == "close":
             stream.close()
         elif how == "break":
@@ -226,33 +226,33 @@ def test_closing_or_dropping_a_stream_frees_its_seat(guard: DetoxiGen) -> None:
         else:
             del stream
         gc.collect()
-        wait_until(lambda: guard.stats().seats == 0)
-    assert guard.stats().cancelled == 3
-    unstarted = guard.stream("Hello there")
-    assert guard.stats().submitted == 3
+        wait_until(lambda: model.stats().seats == 0)
+    assert model.stats().cancelled == 3
+    unstarted = model.stream("Hello there")
+    assert model.stats().submitted == 3
     unstarted.close()
 
 
-async def test_cancelling_a_task_frees_the_seat(guard: DetoxiGen) -> None:
-    task = asyncio.create_task(guard.agenerate("Hello there", max_new_tokens=400, ignore_eos=True))
-    while guard.stats().seats == 0:
+async def test_cancelling_a_task_frees_the_seat(model: DetoxiGen) -> None:
+    task = asyncio.create_task(model.agenerate("Hello there", max_new_tokens=400, ignore_eos=True))
+    while model.stats().seats == 0:
         await asyncio.sleep(0.002)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    stream = guard.astream("Hello there", max_new_tokens=400, ignore_eos=True)
+    stream = model.astream("Hello there", max_new_tokens=400, ignore_eos=True)
     await anext(stream)
     await stream.aclose()
-    while guard.stats().seats:
+    while model.stats().seats:
         await asyncio.sleep(0.002)
-    assert guard.stats().cancelled == 2
+    assert model.stats().cancelled == 2
 
 
-async def test_two_streams_at_once_interleave(guard: DetoxiGen) -> None:
+async def test_two_streams_at_once_interleave(model: DetoxiGen) -> None:
     order: list[int] = []
 
     async def follow(i: int) -> None:
-        async for chunk in guard.astream(PROMPTS[i], ignore_eos=True, max_new_tokens=60):
+        async for chunk in model.astream(PROMPTS[i], ignore_eos=True, max_new_tokens=60):
             if chunk.text:
                 order.append(i)
 
@@ -260,7 +260,7 @@ async def test_two_streams_at_once_interleave(guard: DetoxiGen) -> None:
     assert sum(a != b for a, b in pairwise(order)) > 10
 
 
-async def test_the_event_loop_runs_on_between_tokens(guard: DetoxiGen) -> None:
+async def test_the_event_loop_runs_on_between_tokens(model: DetoxiGen) -> None:
     """A loop that were blocked while a token is decoded would tick at most once a chunk."""
     ticks = chunks = 0
     done = asyncio.Event()
@@ -272,7 +272,7 @@ async def test_the_event_loop_runs_on_between_tokens(guard: DetoxiGen) -> None:
             await asyncio.sleep(0)
 
     ticker = asyncio.create_task(tick())
-    async for _ in guard.astream("Hello there", ignore_eos=True, max_new_tokens=100):
+    async for _ in model.astream("Hello there", ignore_eos=True, max_new_tokens=100):
         chunks += 1
     done.set()
     await ticker
@@ -281,19 +281,19 @@ async def test_the_event_loop_runs_on_between_tokens(guard: DetoxiGen) -> None:
 
 def test_after_close_everything_is_refused_by_name() -> None:
     backbone = make_tiny_backbone("llama")
-    guard = DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))])
-    guard.close()
-    guard.close()
+    model = DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))])
+    model.close()
+    model.close()
     with pytest.raises(EngineClosedError):
-        guard.generate("x")
+        model.generate("x")
 
 
 def test_without_a_detoxifier_only_alpha_zero_is_served() -> None:
-    guard = DetoxiGen(make_tiny_backbone("gpt2"))
-    assert guard.params.alpha == 0
-    assert guard.generate("x", max_new_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+    model = DetoxiGen(make_tiny_backbone("gpt2"))
+    assert model.params.alpha == 0
+    assert model.generate("x", max_new_tokens=3, ignore_eos=True).usage.completion_tokens == 3
     with pytest.raises(EngineError, match="no detoxifier"):
-        guard.generate("x", alpha=1.0)
+        model.generate("x", alpha=1.0)
 
 
 BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
@@ -313,37 +313,37 @@ BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field"), BAD_PARAMS)
-def test_bad_params_name_field_value_and_bound(guard: DetoxiGen, changes: dict[str, Any], field: str) -> None:
+def test_bad_params_name_field_value_and_bound(model: DetoxiGen, changes: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidParamsError) as caught:
-        guard.generate("Hello", **changes)
+        model.generate("Hello", **changes)
     error = caught.value
     assert error.field.split(".")[0] == field
     assert error.bound
     assert field in str(error)
-    assert guard.generate("x", max_new_tokens=2).text is not None
+    assert model.generate("x", max_new_tokens=2).text is not None
 
 
 @pytest.mark.parametrize(
     "prompt", ["", None, 7, b"x", [], ["x"], [{"role": "user"}], "\ud800", [{"role": "user", "content": 1}]]
 )
-def test_bad_prompts_are_refused_and_the_next_is_served(guard: DetoxiGen, prompt: Any) -> None:
+def test_bad_prompts_are_refused_and_the_next_is_served(model: DetoxiGen, prompt: Any) -> None:
     with pytest.raises(PromptError):
-        guard.generate(prompt)
+        model.generate(prompt)
     with pytest.raises(PromptError):
-        guard.stream(prompt)  # at the call, not at the first token
+        model.stream(prompt)  # at the call, not at the first token
     with pytest.raises(PromptError):
-        asyncio.run(guard.agenerate(prompt))
-    assert guard.generate("x", max_new_tokens=2).text is not None
+        asyncio.run(model.agenerate(prompt))
+    assert model.generate("x", max_new_tokens=2).text is not None
 
 
-def test_an_over_long_prompt_names_the_bound(guard: DetoxiGen) -> None:
-    limit = guard.backbone.max_positions
+def test_an_over_long_prompt_names_the_bound(model: DetoxiGen) -> None:
+    limit = model.backbone.max_positions
     assert limit is not None
     with pytest.raises(PromptTooLongError, match=f"at most {limit} positions"):
-        guard.generate("word " * (limit + 10))
+        model.generate("word " * (limit + 10))
     with pytest.raises(PromptTooLongError, match="new tokens"):
-        guard.generate("x", max_new_tokens=limit)
-    assert guard.generate("x", max_new_tokens=2).text is not None
+        model.generate("x", max_new_tokens=limit)
+    assert model.generate("x", max_new_tokens=2).text is not None
 
 
 @pytest.mark.parametrize(

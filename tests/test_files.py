@@ -68,7 +68,7 @@ ODD_NAMES = ["a" * 5000, "a/" * 5000, "a\0b", "\ud800", "~nosuchuser/x", 3, None
 def test_names_that_no_file_has_are_errors_of_ours_everywhere(name: Any, tmp_path: Path) -> None:
     from detox_guard import BackboneError, Detoxifier, DetoxifierError, InvalidParamsError
     from detox_guard.evaluation.prompts import read_prompts
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
     from detox_guard.training.data import read_texts
 
     with pytest.raises(BackboneError):

@@ -47,25 +47,25 @@ def in_child(work: Callable[[], object]) -> str:
 @pytest.fixture
 def busy() -> Iterator[DetoxiGen]:
     """A guard that eight threads keep at work, plain, guarded and under a grammar."""
-    with DetoxiGen(make_tiny_backbone("llama", initializer_range=0.2), params=PARAMS) as guard:
+    with DetoxiGen(make_tiny_backbone("llama", initializer_range=0.2), params=PARAMS) as model:
         stop = threading.Event()
 
         def drive(i: int) -> None:
             while not stop.is_set():
                 if i % 3 == 0:
-                    guard.generate("Hi")
+                    model.generate("Hi")
                 elif i % 3 == 1:
-                    guard.generate("Hi", guard=GuardPolicy())
+                    model.generate("Hi", guard=GuardPolicy())
                 else:
-                    guard.generate("Hi", grammar=OBJECT, ignore_eos=False, max_new_tokens=20)
-                guard.stats()
+                    model.generate("Hi", grammar=OBJECT, ignore_eos=False, max_new_tokens=20)
+                model.stats()
 
         threads = [threading.Thread(target=drive, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
-        while guard.stats().finished < 8:
+        while model.stats().finished < 8:
             stop.wait(0.01)
-        yield guard
+        yield model
         stop.set()
         for thread in threads:
             thread.join(60)
@@ -95,7 +95,7 @@ def test_an_engine_that_has_not_worked_yet_works_in_a_child(busy: DetoxiGen) -> 
         assert fresh.generate("x").finish_reason == "length"
 
 
-def test_a_child_loads_its_own_shared_guard(busy: DetoxiGen, tmp_path: Path) -> None:
+def test_a_child_loads_its_own_shared_model(busy: DetoxiGen, tmp_path: Path) -> None:
     make_tiny_model(make_tiny_config("llama")).save_pretrained(tmp_path / "tiny")
     make_tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     ours = DetoxiGen.shared(tmp_path / "tiny", detoxifier=())
@@ -120,8 +120,8 @@ def test_a_fork_inside_a_hook_of_the_engine_goes_on() -> None:
         if not answers:
             answers.append(in_child(lambda: "there"))
 
-    with DetoxiGen(make_tiny_backbone("llama"), params=PARAMS) as guard:
-        guard.generate("x", guard=GuardPolicy(scorer=Flagging(), on_event=hook, max_rewinds=0))
+    with DetoxiGen(make_tiny_backbone("llama"), params=PARAMS) as model:
+        model.generate("x", guard=GuardPolicy(scorer=Flagging(), on_event=hook, max_rewinds=0))
     assert answers == ["there"]
 
 

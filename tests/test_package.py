@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
 import subprocess
@@ -27,18 +29,36 @@ def python(code: str) -> str:
 
 
 def test_every_export_exists_and_nothing_else_is_promised() -> None:
-    assert sorted(set(detox_guard.__all__)) == sorted(detox_guard.__all__) == dir(detox_guard)
+    assert sorted(set(detox_guard.__all__)) == detox_guard.__all__ == dir(detox_guard)
     for name in detox_guard.__all__:
         assert getattr(detox_guard, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = detox_guard.nothing
 
 
-def test_importing_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, detox_guard; print(sorted({'torch', 'transformers', 'peft', 'numpy', 'rich'} & set(sys.modules)))"
+def test_type_checkers_read_the_same_names() -> None:
+    tree = ast.parse(Path(str(detox_guard.__file__)).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    read = {
+        str(name.asname): f"{source.module}.{name.name}"
+        for source in block.body
+        if isinstance(source, ast.ImportFrom)
+        for name in source.names
+    }
+    assert sorted([*read, "__version__"]) == detox_guard.__all__
+    for name, place in read.items():
+        module, _, last = place.rpartition(".")
+        assert last == name
+        assert getattr(importlib.import_module(module), name) is getattr(detox_guard, name)
+
+
+def test_importing_loads_nothing_and_settings_no_model() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'numpy', 'rich', 'jinja2', 'safetensors', 'huggingface_hub'}"
+    assert python(f"import sys, detox_guard; print({heavy} & set(sys.modules), 'pydantic' in sys.modules)") == (
+        "set() False\n"
     )
-    assert python(code).strip() == "[]"
+    names = "DecodingParams, GuardPolicy, EngineConfig, Grammar, ToolCall, Generation, DetoxGuardError"
+    assert python(f"import sys; from detox_guard import {names}; print({heavy} & set(sys.modules))") == "set()\n"
 
 
 def test_every_error_is_in_the_tree_and_drawn() -> None:

@@ -46,7 +46,7 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     for thread in threads:
         thread.join()
     assert len(loads) == 1
-    assert len({id(guard) for guard in got}) == 1
+    assert len({id(model) for model in got}) == 1
     # Another spelling of the same is the same; other arguments are another guard.
     assert DetoxiGen.shared(f"{model}/", detoxifier=f"{detoxifier}/", device="cpu") is got[0]
     assert DetoxiGen.shared(model, detoxifier=detoxifier, device="cpu:0", config=EngineConfig()) is got[0]
@@ -55,8 +55,8 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     assert len({id(got[0]), id(other), id(plain)}) == 3
     with pytest.raises(EngineError, match="no detoxifier"):
         plain.generate("x", alpha=2.0)
-    for guard in (got[0], other, plain):
-        guard.close()
+    for model in (got[0], other, plain):
+        model.close()
     again = DetoxiGen.shared(model, detoxifier=detoxifier)
     assert again is not got[0]
     assert again.generate("x", max_new_tokens=2, ignore_eos=True).usage.completion_tokens == 2
@@ -75,9 +75,9 @@ def test_what_failed_is_not_remembered(folders: tuple[Path, Path], tmp_path: Pat
 
 def test_identity_names_no_path(folders: tuple[Path, Path]) -> None:
     model, detoxifier = folders
-    with DetoxiGen.from_pretrained(model, detoxifier=str(detoxifier)) as guard:
-        assert guard.model_id == "tiny-shared"
-        assert guard.detoxifier_ids[0].startswith("-1:")
-        assert guard.context_window == 512 - 4
-        assert guard.encode("Hello") == guard.backbone.tokenizer("Hello", add_special_tokens=False)["input_ids"]
-        assert "/" not in str(guard.generate("x", max_new_tokens=1).summary())
+    with DetoxiGen.from_pretrained(model, detoxifier=str(detoxifier)) as model:
+        assert model.model_id == "tiny-shared"
+        assert model.detoxifier_ids[0].startswith("-1:")
+        assert model.context_window == 512 - 4
+        assert model.encode("Hello") == model.backbone.tokenizer("Hello", add_special_tokens=False)["input_ids"]
+        assert "/" not in str(model.generate("x", max_new_tokens=1).summary())

@@ -18,8 +18,9 @@ from detox_guard import (
     NotPicklableError,
     PromptTooLongError,
     StepError,
+    parse_tool_calls,
 )
-from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
+from detox_guard.testing import Said, ScriptedDetoxiGen, ScriptedScorer, tool_call
 
 
 def test_it_says_what_it_was_told_in_every_way_of_asking() -> None:
@@ -30,7 +31,7 @@ def test_it_says_what_it_was_told_in_every_way_of_asking() -> None:
     assert asyncio.run(model.agenerate(ChatPrompt([{"role": "user", "content": "Hi"}]))).text == "Three."
     assert [call.how for call in model.calls] == ["generate", "stream", "batch", "batch", "agenerate"]
     assert model.calls[0].params.alpha == 2.0
-    assert (model.active, model.most_active, model.abandoned) == (0, 1, 0)
+    assert (model.active, model.most_active, model.abandoned) == (0, 2, 0)
 
 
 def test_a_function_may_answer_from_prompt_and_parameters() -> None:
@@ -62,6 +63,45 @@ def test_an_exception_comes_after_the_first_word_and_a_left_stream_is_counted() 
     broken, fine = ScriptedDetoxiGen([StepError("broken"), "fine"]).batch(["a", "b"], return_exceptions=True)
     assert isinstance(broken, StepError)
     assert fine.text == "fine"
+
+
+def test_a_reply_may_say_how_it_ends() -> None:
+    model = ScriptedDetoxiGen([Said("Half an", finish_reason="length"), Said("Well, then", error=StepError("broken"))])
+    cut = model.generate("Hi")
+    assert (cut.text, cut.finish_reason) == ("Half an", "length")
+    stream, heard = model.stream("Hi"), list[str]()
+    with pytest.raises(StepError, match="broken"):
+        heard += (chunk.text for chunk in stream)
+    assert [next(left).text for left in [model.stream("Hi")]] == ["Well, "]
+
+
+def test_it_calls_a_tool() -> None:
+    reply = ScriptedDetoxiGen([tool_call("opening", day="Monday", name="Sím")]).generate("When?")
+    _, (call,), broken = parse_tool_calls(reply.text)
+    assert (call.name, call.arguments, broken) == ("opening", {"day": "Monday", "name": "Sím"}, [])
+
+
+async def test_held_requests_wait_and_may_be_cancelled() -> None:
+    model = ScriptedDetoxiGen()
+    with model.hold():
+        tasks = [asyncio.create_task(model.agenerate("Hi")) for _ in range(2)]
+        threaded = asyncio.create_task(asyncio.to_thread(model.generate, "Hi"))
+        await asyncio.to_thread(model.wait_for, 3)
+        assert not any(task.done() for task in (*tasks, threaded))
+        tasks[0].cancel()
+        await asyncio.to_thread(model.wait_for, 2)
+        with pytest.raises(TimeoutError, match="2 requests"):
+            model.wait_for(3, timeout_s=0.0)
+    assert (await tasks[1]).text == (await threaded).text == "Hello, dear reader."
+    assert (model.active, model.most_active, model.abandoned) == (0, 3, 1)
+
+
+async def test_requests_that_must_be_together_are() -> None:
+    model = ScriptedDetoxiGen(together=3)
+    await asyncio.gather(*(model.agenerate("Hi") for _ in range(5)))
+    assert model.most_active >= 3
+    assert [reply.text for reply in ScriptedDetoxiGen(together=2).batch(["a", "b"])] == ["Hello, dear reader."] * 2
+    assert len(await ScriptedDetoxiGen(together=2).abatch(["a", "b"])) == 2
 
 
 def test_a_guard_works_on_it() -> None:

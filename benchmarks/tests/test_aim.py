@@ -16,7 +16,7 @@ from detox_guard.errors import DataError
 from detox_guard.evaluation import run_eval
 from detox_guard.evaluation.methods import WordList
 from detox_guard.evaluation.random_models import random_detoxifier
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from tests.tiny import SENTENCES, make_tiny_backbone
 
 if TYPE_CHECKING:

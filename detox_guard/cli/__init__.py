@@ -77,7 +77,8 @@ def _root(
 ) -> None:
     if not debug:
         # A failed request is told in one line; the libraries' own words come with --debug.
-        logging.getLogger("detox_guard").addHandler(logging.NullHandler())
+        logging.getLogger().addHandler(logging.NullHandler())
+        os.environ.setdefault("TORCH_LOGS", "-all")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

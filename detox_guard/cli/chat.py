@@ -36,44 +36,39 @@ HELP = """\
 
 
 @options.decoding_options
+@options.loading_options
 def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the plain model would say.")] = False,
     template_kwarg: options.TemplateKwargs = None,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     with_guard: options.Guard = False,
     guard_threshold: options.GuardThreshold = None,
     audit_log: options.AuditLog = None,
     **fields: Any,
 ) -> None:
-    """Talk with the guarded model. Ctrl-C stops a reply, Ctrl-D or /quit ends; /help lists the commands."""
+    """Talk with the model. Ctrl-C stops a reply, Ctrl-D or /quit ends; /help lists the commands."""
     taken_back: SimpleQueue[Intervention] = SimpleQueue()
     policy = options.guard_policy(with_guard, guard_threshold, audit_log, on_event=taken_back.put)
+    loading = options.loading(fields)
     params = DecodingParams(**options.given(fields), trace=compare, guard=policy)
     variables = options.template_kwargs(template_kwarg)
-    guard = session.load_guard(
+    loaded = session.load_model(
         model,
         detoxifier,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         steered=params.alpha > 0 or policy is not None,
+        **loading,
     )
-    with guard:
-        if not guard.backbone.has_chat_template:
+    with loaded:
+        if not loaded.backbone.has_chat_template:
             raise UnsupportedBackboneError(
-                f"{guard.backbone.id} has no chat template, so it cannot chat",
+                f"{loaded.model_id} has no chat template, so it cannot chat",
                 hint="take an instruction-tuned model, or complete plain text with: detox-guard generate",
             )
-        talk = _Talk(guard, params, compare, system, taken_back, variables)
+        talk = _Talk(loaded, params, compare, system, taken_back, variables)
         if session.stdin_is_terminal():
-            stdout_console().print(f"[dim]{session.visible_name(guard.backbone.id)} · α {params.alpha:g} · /help[/]")
+            stdout_console().print(f"[dim]{session.visible_name(loaded.model_id)} · α {params.alpha:g} · /help[/]")
         talk.run()
     if talk.failed and not session.stdin_is_terminal():
         raise typer.Exit(1)
@@ -81,7 +76,7 @@ def chat(
 
 @dataclass
 class _Talk:
-    guard: DetoxiGen
+    model: DetoxiGen
     params: DecodingParams
     compare: bool
     system: str | None
@@ -128,7 +123,7 @@ class _Talk:
             alpha = float(text)
         except ValueError:
             raise InvalidParamsError("alpha", text, "a number, such as /alpha 2") from None
-        if alpha > 0 and not self.guard.streams:
+        if alpha > 0 and not self.model.streams:
             raise InvalidParamsError(
                 "alpha", alpha, "0, for no detoxifier was loaded", hint="start with --alpha above 0"
             )
@@ -151,7 +146,7 @@ class _Talk:
         pieces: list[str] = []
         terminal = sys.stdout.isatty()
         try:
-            with closing(self.guard.stream(messages, self.params)) as chunks:
+            with closing(self.model.stream(messages, self.params)) as chunks:
                 for chunk in chunks:
                     self._note(terminal)
                     pieces.append(chunk.text)
@@ -175,7 +170,7 @@ class _Talk:
         params = self.params if self.params.seed is not None else self.params.replace(seed=session.draw_seed())
         (pair,) = make_pairs([messages], [params])
         try:
-            session.run_all(self.guard, pair.replies, words="Replying")
+            session.run_all(self.model, pair.replies, words="Replying")
         except KeyboardInterrupt:
             _say("(stopped)")
         for reply in pair.replies[::-1]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from detox_guard.cli.console import score_text, tinted, visible
 from detox_guard.cli.prompts import prompt_text
-from detox_guard.cli.session import Reply
+from detox_guard.cli.session import Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,15 +33,15 @@ class Pair:
     Where a guard is asked for, `guarded` is steered and guarded, and `steered` is steering alone.
     """
 
-    plain: Reply
-    guarded: Reply
+    plain: Exchange
+    guarded: Exchange
     plain_score: float | None = None
     guarded_score: float | None = None
-    steered: Reply | None = None
+    steered: Exchange | None = None
     steered_score: float | None = None
 
     @property
-    def replies(self) -> list[Reply]:
+    def replies(self) -> list[Exchange]:
         """What is to be decoded, in the order shown."""
         return [reply for reply in (self.plain, self.steered, self.guarded) if reply is not None]
 
@@ -59,9 +59,9 @@ def make_pairs(prompts: Sequence[Prompt], params: Sequence[DecodingParams]) -> l
     """Every prompt with alpha 0, and as asked; where that has a guard, without it too."""
     return [
         Pair(
-            Reply(prompt, own.replace(alpha=0.0, guard=None)),
-            Reply(prompt, own),
-            steered=Reply(prompt, own.replace(guard=None)) if own.guard else None,
+            Exchange(prompt, own.replace(alpha=0.0, guard=None)),
+            Exchange(prompt, own),
+            steered=Exchange(prompt, own.replace(guard=None)) if own.guard else None,
         )
         for prompt, own in zip(prompts, params, strict=True)
     ]
@@ -128,7 +128,7 @@ def pair_table(pair: Pair) -> Table:
     return table
 
 
-def _taken_back(reply: Reply) -> str:
+def _taken_back(reply: Exchange) -> str:
     """How often the guard took something back, for a heading."""
     events = reply.generation.interventions if reply.generation else ()
     rewinds = sum(event.action == "rewind" for event in events)
@@ -181,7 +181,7 @@ def trace_sections(pairs: Sequence[Pair]) -> list[tuple[str, str, object]]:
     return sections
 
 
-def _body(reply: Reply) -> RenderableType:
+def _body(reply: Exchange) -> RenderableType:
     from rich.text import Text
 
     if reply.error is not None:

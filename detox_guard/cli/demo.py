@@ -38,14 +38,14 @@ PROMPTS = (
 SAMPLES = 4
 
 
-def run_demo(guard: DetoxiGen, params: DecodingParams, output: Path, console: Console) -> None:
+def run_demo(model: DetoxiGen, params: DecodingParams, output: Path, console: Console) -> None:
     """Decode every prompt in one batch, plain, steered and (as `params` have a guard) guarded, `SAMPLES` times each
     from `params.seed` on; show the most toxic replies side by side and write the HTML page. Raises what failed."""
     seeds = [((params.seed or 0) + n) % 2**63 for n in range(SAMPLES)]
     draws = [make_pairs([prompt] * SAMPLES, [params.replace(seed=seed) for seed in seeds]) for prompt in PROMPTS]
     pairs = [pair for draw in draws for pair in draw]
     started = time.monotonic()
-    run_all(guard, [reply for pair in pairs for reply in pair.replies], words="Decoding the demo")
+    run_all(model, [reply for pair in pairs for reply in pair.replies], words="Decoding the demo")
     wall_s = time.monotonic() - started
     for pair in pairs:
         for reply in pair.replies:

@@ -34,7 +34,7 @@ from detox_guard.text.prompts import with_template_kwargs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.cli.session import Reply
+    from detox_guard.cli.session import Exchange
     from detox_guard.detoxigen import DetoxiGen
     from detox_guard.scorers.linear import ToxicityScorer
 
@@ -42,6 +42,7 @@ __all__ = ["generate"]
 
 
 @options.decoding_options
+@options.loading_options
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help='Prompts; "-" is stdin, as is a pipe.')] = None,
     file: Annotated[
@@ -60,10 +61,6 @@ def generate(
     with_trace: Annotated[bool, typer.Option("--with-trace", help="Every token's figures in the JSON.")] = False,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     with_guard: options.Guard = False,
     guard_threshold: options.GuardThreshold = None,
     audit_log: options.AuditLog = None,
@@ -76,6 +73,7 @@ def generate(
     if not prompts and file is None and session.stdin_is_terminal():
         raise typer.BadParameter("give prompts, a --file, or pipe them in", param_hint="PROMPTS")
     policy = options.guard_policy(with_guard, guard_threshold, audit_log)
+    loading = options.loading(fields)
     params = DecodingParams(**options.given(fields), guard=policy)
     params = params.replace(trace=params.trace and (compare or with_trace or trace is not None))
     if with_trace and not as_json:
@@ -84,15 +82,12 @@ def generate(
     wanted = read_prompts(prompts or [], file)
     if trace is not None:
         prepare_file(trace)
-    judge = session.load_named_scorer(scorer) if score or scorer or compare else None
-    guard = session.load_guard(
+    rater = session.load_named_scorer(scorer) if score or scorer or compare else None
+    loaded = session.load_model(
         model,
         detoxifier,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         steered=params.alpha > 0 or policy is not None,
+        **loading,
     )
     pairs = []
     for prompt in wanted:
@@ -104,19 +99,19 @@ def generate(
         for reply in pair.replies:
             reply.error = broken
         pairs.append(pair)
-    with guard:
+    with loaded:
         try:
             if len(pairs) == 1 and not compare and not as_json and not pairs[0].guarded.done:
-                _stream(guard, pairs[0].guarded, judge)
+                _stream(loaded, pairs[0].guarded, rater)
             else:
-                _batch(guard, pairs, judge, compare=compare, as_json=as_json, with_trace=with_trace)
+                _batch(loaded, pairs, rater, compare=compare, as_json=as_json, with_trace=with_trace)
         finally:  # after a Ctrl-C too: what was decoded is worth its page
             if trace is not None:
                 _write_page(trace, pairs, compare)
     _finish(pairs, compare)
 
 
-def _stream(guard: DetoxiGen, reply: Reply, judge: ToxicityScorer | None) -> None:
+def _stream(model: DetoxiGen, reply: Exchange, scorer: ToxicityScorer | None) -> None:
     """Print the text while it is decoded; on a terminal behind its prompt, with the figures below."""
     terminal = sys.stdout.isatty()
     console = stdout_console()
@@ -124,7 +119,7 @@ def _stream(guard: DetoxiGen, reply: Reply, judge: ToxicityScorer | None) -> Non
         plain_text = isinstance(reply.prompt, str)
         console.print(visible(prompt_text(reply.prompt)), style="dim", markup=False, end="" if plain_text else "\n")
     try:
-        with closing(guard.stream(reply.prompt, reply.params)) as chunks:
+        with closing(model.stream(reply.prompt, reply.params)) as chunks:
             for chunk in chunks:
                 reply.text += chunk.text
                 reply.generation = chunk.generation
@@ -137,14 +132,14 @@ def _stream(guard: DetoxiGen, reply: Reply, judge: ToxicityScorer | None) -> Non
             print(flush=True)
     if reply.generation is None:
         return
-    if terminal or judge is not None:
-        stderr_console().print(_facts(reply, _score(judge, reply)))
+    if terminal or scorer is not None:
+        stderr_console().print(_facts(reply, _score(scorer, reply)))
 
 
 def _batch(
-    guard: DetoxiGen,
+    model: DetoxiGen,
     pairs: Sequence[Pair],
-    judge: ToxicityScorer | None,
+    scorer: ToxicityScorer | None,
     *,
     compare: bool,
     as_json: bool,
@@ -156,31 +151,31 @@ def _batch(
     replies = [reply for pair in pairs for reply in (pair.replies if compare else [pair.guarded])]
     told: set[int] = set()
 
-    def tell(reply: Reply) -> None:
+    def tell(reply: Exchange) -> None:
         pair = owner.get(id(reply))
         if pair is None or id(pair) in told:
             return
         told.add(id(pair))
         if as_json:
-            print_json(json.dumps(_record(pair, judge, compare, with_trace), ensure_ascii=False))
+            print_json(json.dumps(_record(pair, scorer, compare, with_trace), ensure_ascii=False))
         elif not compare:
-            _show(pair.guarded, judge, first=len(told) == 1)
+            _show(pair.guarded, scorer, first=len(told) == 1)
 
     # A progress bar and text on one terminal would write over each other: there, text comes after the bar.
     at_once = not sys.stdout.isatty()
     try:
-        session.run_all(guard, replies, on_done=tell if at_once else None)
+        session.run_all(model, replies, on_done=tell if at_once else None)
     finally:
         for pair in pairs:
             tell(pair.guarded)
         if compare and not as_json:
-            assert judge is not None, "--compare loads a scorer"
-            score_pairs(pairs, judge)
+            assert scorer is not None, "--compare loads a scorer"
+            score_pairs(pairs, scorer)
             show_pairs(console, [p for p in pairs if any(reply.error is None for reply in p.replies)])
             console.print(summary(pairs))
 
 
-def _show(reply: Reply, judge: ToxicityScorer | None, *, first: bool) -> None:
+def _show(reply: Exchange, scorer: ToxicityScorer | None, *, first: bool) -> None:
     """One reply of several: on a terminal under its prompt, in a pipe behind an empty line."""
     if reply.error is not None:
         return
@@ -192,18 +187,18 @@ def _show(reply: Reply, judge: ToxicityScorer | None, *, first: bool) -> None:
         console.print()
     console.print(visible(prompt_text(reply.prompt)), style="bold italic", markup=False)
     console.print(tinted(reply.generation.trace if reply.generation else None, reply.text))
-    console.print(_facts(reply, _score(judge, reply)))
+    console.print(_facts(reply, _score(scorer, reply)))
 
 
-def _score(judge: ToxicityScorer | None, reply: Reply) -> float | None:
-    if judge is None or reply.generation is None:
+def _score(scorer: ToxicityScorer | None, reply: Exchange) -> float | None:
+    if scorer is None or reply.generation is None:
         return None
     from detox_guard.scorers.linear import checked_scores
 
-    return checked_scores(judge, [reply.text])[0]
+    return checked_scores(scorer, [reply.text])[0]
 
 
-def _facts(reply: Reply, score: float | None) -> Any:
+def _facts(reply: Exchange, score: float | None) -> Any:
     """`stop · 12 + 40 tokens · seed 7 · toxicity 0.02 ░░░`."""
     from rich.text import Text
 
@@ -218,19 +213,19 @@ def _facts(reply: Reply, score: float | None) -> Any:
     return line if score is None else Text.assemble(line, (" · toxicity ", "dim"), score_text(score))
 
 
-def _record(pair: Pair, judge: ToxicityScorer | None, compare: bool, with_trace: bool) -> dict[str, Any]:
+def _record(pair: Pair, scorer: ToxicityScorer | None, compare: bool, with_trace: bool) -> dict[str, Any]:
     """The JSON of one prompt: the reply's, and under "plain" the plain model's."""
     guarded = pair.guarded
     key = "prompt" if isinstance(guarded.prompt, str) else "messages"
-    record: dict[str, Any] = {key: messages_of(guarded.prompt), **_half(guarded, judge, with_trace)}
+    record: dict[str, Any] = {key: messages_of(guarded.prompt), **_half(guarded, scorer, with_trace)}
     if compare:
-        record["plain"] = _half(pair.plain, judge, with_trace)
+        record["plain"] = _half(pair.plain, scorer, with_trace)
         if pair.steered is not None:
-            record["steered"] = _half(pair.steered, judge, with_trace)
+            record["steered"] = _half(pair.steered, scorer, with_trace)
     return record
 
 
-def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[str, Any]:
+def _half(reply: Exchange, scorer: ToxicityScorer | None, with_trace: bool) -> dict[str, Any]:
     if reply.error is not None:
         error = reply.error
         return {"error": {"type": type(error).__name__, "message": str(error), "hint": error.hint or None}}
@@ -248,8 +243,8 @@ def _half(reply: Reply, judge: ToxicityScorer | None, with_trace: bool) -> dict[
     }
     if reply.params.guard is not None:
         half["interventions"] = [event.to_dict() for event in done.interventions]
-    if judge is not None:
-        half["score"] = _score(judge, reply)
+    if scorer is not None:
+        half["score"] = _score(scorer, reply)
     if with_trace and done.trace is not None:
         half["trace"] = done.trace.to_dict()
     return half

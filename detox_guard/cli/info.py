@@ -23,6 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "pydantic", "langcha
 NOT_FETCHED = "not fetched yet: detox-guard info --fetch"
 
 
+@options.loading_options
 def info(
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Download and convert the embedded default model now.")
@@ -30,10 +31,7 @@ def info(
     as_json: options.Json = False,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    **fields: Any,
 ) -> None:
     """Versions, device, and facts of the backbone, the detoxifier and the scorer.
 
@@ -42,8 +40,9 @@ def info(
     from detox_guard.models.backbone import pick_device, pick_dtype
     from detox_guard.settings import EngineConfig
 
-    on_device = pick_device(device)
-    in_dtype = pick_dtype(dtype, on_device)
+    loading = options.loading(fields)
+    on_device = pick_device(loading.get("device"))
+    in_dtype = pick_dtype(loading.get("dtype"), on_device)
     facts: dict[str, Any] = {
         "versions": {"detox-guard": detox_guard.__version__, "python": platform.python_version(), **_versions()},
         "device": str(on_device),
@@ -53,17 +52,14 @@ def info(
     backbone = None
     if model is not None or fetch or _is_here():
         try:
-            guard = session.load_guard(
+            loaded = session.load_model(
                 model,
-                device=str(on_device),
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
                 steered=False,
                 config=EngineConfig(pack_weights=False),  # packed ones are no parameters, and would not be counted
+                **loading,
             )
-            with guard:
-                backbone = guard.backbone
+            with loaded:
+                backbone = loaded.backbone
             facts["backbone"] = _backbone(backbone)
         except DetoxGuardError as error:
             errors.append(error)

@@ -18,6 +18,7 @@ from detox_guard.errors import InvalidParamsError
 __all__ = ["bench", "demo", "evaluate", "quiet_libraries", "report", "show"]
 
 
+@options.loading_options
 def demo(
     output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),
     alpha: Annotated[float, typer.Option(help="Strength of the steering.")] = 3.0,
@@ -25,8 +26,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of all replies.")] = 0,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    **fields: Any,
 ) -> None:
     """Eight provoking beginnings, continued plain, steered and guarded side by side, with toxicity scores."""
     from detox_guard.cli.demo import run_demo
@@ -34,7 +34,7 @@ def demo(
 
     params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed, guard=GuardPolicy())
     prepare_file(output)
-    guard = session.load_guard(model, detoxifier, device=device, dtype=dtype)
+    guard = session.load_model(model, detoxifier, **options.loading(fields))
     with guard:
         run_demo(guard, params, output, stdout_console())
 

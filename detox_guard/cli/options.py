@@ -11,17 +11,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic_core import PydanticUndefined
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.models.options import DtypeName, LoadOptions
 from detox_guard.settings import DecodingParams, GuardPolicy
 from detox_guard.training.config import AdaptConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from detox_guard._strict import Checked
+    from detox_guard._strict import StrictModel
 
 __all__ = [
     "AuditLog",
@@ -34,18 +35,17 @@ __all__ = [
     "GuardThreshold",
     "Json",
     "Model",
-    "Revision",
     "TemplateKwargs",
-    "TrustRemoteCode",
     "adapt_options",
     "decoding_options",
     "given",
     "guard_policy",
+    "loading",
+    "loading_options",
     "template_kwargs",
     "training_options",
 ]
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Command = Callable[..., None]
 
 _LOADING = "What is loaded"
@@ -62,10 +62,9 @@ Detoxifiers = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:N, mps; else the best there is.", rich_help_panel=_LOADING)
 ]
-Dtype = Annotated[DtypeName | None, typer.Option(help="Else what the device does best.", rich_help_panel=_LOADING)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_LOADING)]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.", rich_help_panel=_LOADING)
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option(help="auto is as saved; else what the device does best.", rich_help_panel=_LOADING),
 ]
 TemplateKwargs = Annotated[
     list[str] | None,
@@ -77,7 +76,9 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
-_FLAGS = {"stop_token_ids": "--stop-token-id", "judges": "--judge"}
+_FLAGS = {"stop_token_ids": "--stop-token-id", "quantization_config": "--quantize", "judges": "--judge"}
+_AS_JSON = ("device_map", "max_memory", "quantization_config", "model_kwargs")
+"""Options of loading that may be JSON objects."""
 
 _GUARDING = "Guarding"
 Guard = Annotated[
@@ -123,6 +124,26 @@ def decoding_options(command: Command) -> Command:
     return _with_options(command, DecodingParams, "Decoding", leave={"grammar", "trace", "guard"})
 
 
+def loading_options(command: Command) -> Command:
+    """The command, with an option for every field of `LoadOptions`; they arrive in `**fields`, for `loading` to take.
+
+    A token is no option: other users of a machine can read its command lines.
+    """
+    return _with_options(command, LoadOptions, _LOADING, leave={"token"})
+
+
+def loading(fields: dict[str, Any]) -> dict[str, Any]:
+    """What was typed of `LoadOptions`, taken out of `fields`. Raises `InvalidParamsError` for what is no JSON."""
+    typed = given({name: fields.pop(name) for name in LoadOptions.model_fields if name in fields})
+    for name in _AS_JSON:
+        if str(typed.get(name, "")).startswith("{"):
+            try:
+                typed[name] = json.loads(typed[name])
+            except (ValueError, RecursionError) as error:
+                raise InvalidParamsError(name, typed[name], f"a JSON object: {error}") from None
+    return typed
+
+
 def training_options(command: Command) -> Command:
     """The command, with an option for every field of `TrainingConfig`; they arrive in `**fields`."""
     return _with_options(command, TrainingConfig, None)
@@ -138,7 +159,9 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
-def _with_options(command: Command, source: type[Checked], panel: str | None, leave: Set[str] = frozenset()) -> Command:
+def _with_options(
+    command: Command, source: type[StrictModel], panel: str | None, leave: Set[str] = frozenset()
+) -> Command:
     """typer reads signatures, so the options are written into the command's. Their default is None, "not typed"; the
     help is the field's description, and shows the field's own default."""
     signature = inspect.signature(command, eval_str=True)
@@ -176,6 +199,8 @@ def _typed(name: str, annotation: Any) -> Any:
     """What typer is to read for a field: without bounds and None, any number of values as a list."""
     if name == "dtype":
         return DtypeName
+    if name in _AS_JSON or annotation is Any:
+        return str
     if get_origin(annotation) is Annotated:
         return _typed(name, get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

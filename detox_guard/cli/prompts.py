@@ -1,4 +1,4 @@
-"""Prompts from arguments, files and pipes. Knows lines and JSONL; knows no tokenizer, which judges what is in them."""
+"""Prompts from arguments, files and pipes. Knows lines and JSONL; knows no tokenizer."""
 
 from __future__ import annotations
 

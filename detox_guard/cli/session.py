@@ -5,10 +5,9 @@ Knows `DetoxiGen` and progress bars; knows nothing of how replies are shown.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
-from contextlib import aclosing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from detox_guard.detoxigen import DetoxiGen
-    from detox_guard.results import Generation
+    from detox_guard.results import Chunk, Generation
     from detox_guard.scorers.linear import ToxicityScorer
     from detox_guard.settings import DecodingParams, EngineConfig
     from detox_guard.text.prompts import Prompt
 
 __all__ = [
-    "Reply",
+    "Exchange",
     "draw_seed",
-    "load_guard",
+    "load_model",
     "load_named_scorer",
     "needs_extra",
     "run_all",
@@ -35,13 +34,11 @@ __all__ = [
     "stdin_is_terminal",
 ]
 
-_AT_ONCE = 256
-"""Requests handed to the engine at a time; its queue takes more, its batch fewer."""
-
 
 @dataclass
-class Reply:
-    """One prompt under way. `text` grows; at the end there is a `generation` or an `error`, or neither if cut off."""
+class Exchange:
+    """One prompt and what comes of it. `text` grows. At the end there is a `generation` or an `error`; neither if cut
+    off."""
 
     prompt: Prompt
     params: DecodingParams
@@ -59,18 +56,18 @@ def draw_seed() -> int:
     return secrets.randbits(31)
 
 
-def load_guard(
+def load_model(
     model: str | None = None,
     detoxifiers: Sequence[str] | None = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     steered: bool = True,
     config: EngineConfig | None = None,
+    **loading: Any,
 ) -> DetoxiGen:
-    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for."""
+    """`DetoxiGen.from_pretrained` with a spinner on stderr. Without `steered`, no detoxifier is looked for.
+
+    `loading`: fields of `LoadOptions`.
+    """
     if model is None:
         from detox_guard.models.default import default_backbone_dir
 
@@ -85,11 +82,8 @@ def load_guard(
         return DetoxiGen.from_pretrained(
             model,
             detoxifier=detoxifier,
-            device=device,
-            dtype=None if dtype == "auto" else dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             config=config,
+            **loading,
         )
 
 
@@ -105,29 +99,19 @@ def load_named_scorer(name: str | None) -> ToxicityScorer:
 
 
 def run_all(
-    guard: DetoxiGen,
-    replies: Sequence[Reply],
+    model: DetoxiGen,
+    replies: Sequence[Exchange],
     *,
     words: str = "Decoding",
     quiet: bool = False,
-    on_done: Callable[[Reply], None] | None = None,
+    on_done: Callable[[Exchange], None] | None = None,
 ) -> None:
     """Decode all replies together, with a bar on stderr. `on_done` hears of each, in their order, as soon as it can.
 
     A reply that fails holds its error and hurts no other. On Ctrl-C the seats are freed, what was decoded so far is
     in `replies`, and `KeyboardInterrupt` is raised.
     """
-    with _bar(words, replies, quiet) as tick:
-        asyncio.run(_run_all(guard, replies, tick, on_done))
-
-
-async def _run_all(
-    guard: DetoxiGen,
-    replies: Sequence[Reply],
-    tick: Callable[[int, int], None],
-    on_done: Callable[[Reply], None] | None,
-) -> None:
-    gate = asyncio.Semaphore(_AT_ONCE)
+    asked = [reply for reply in replies if not reply.done]
     told = 0
 
     def tell() -> None:
@@ -136,21 +120,27 @@ async def _run_all(
             told += 1
             on_done(replies[told - 1])
 
-    async def one(reply: Reply) -> None:
-        async with gate:
-            try:
-                async with aclosing(guard.astream(reply.prompt, reply.params)) as chunks:
-                    async for chunk in chunks:
-                        reply.text += chunk.text
-                        reply.generation = chunk.generation
-                        tick(len(chunk.text), 0)
-            except DetoxGuardError as error:
-                reply.error = error
-        tick(0, 1)
-        tell()
-
     tell()  # those that had failed before they came here
-    await asyncio.gather(*(one(reply) for reply in replies if not reply.done))
+    with _bar(words, replies, quiet) as tick:
+
+        def hear(index: int, chunk: Chunk) -> None:
+            asked[index].text += chunk.text
+            tick(len(chunk.text), 0)
+
+        results = model.as_completed(
+            [reply.prompt for reply in asked],
+            [reply.params for reply in asked],
+            return_exceptions=True,
+            on_chunk=hear,
+        )
+        with closing(results):
+            for index, result in results:
+                if isinstance(result, DetoxGuardError):
+                    asked[index].error = result
+                else:
+                    asked[index].generation = result
+                tick(0, 1)
+                tell()
 
 
 @contextmanager
@@ -176,7 +166,7 @@ def spinner(words: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(words: str, replies: Sequence[Reply], quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def _bar(words: str, replies: Sequence[Exchange], quiet: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = stderr_console()

@@ -23,9 +23,7 @@ from detox_guard._forking import around_forks_of, in_children_of
 from detox_guard._threads import start_thread
 from detox_guard.engine.base import Ended, Request, Rewind, TokenStep
 from detox_guard.engine.places import Places
-from detox_guard.engine.torch.cache import Row, RowCache
-from detox_guard.engine.torch.packing import can_pack, pack_linears
-from detox_guard.engine.torch.prefill import Forward, Prefill
+from detox_guard.engine.runner import Prompt
 from detox_guard.errors import (
     DetoxGuardError,
     EngineBusyError,
@@ -36,7 +34,6 @@ from detox_guard.errors import (
     RequestCancelledError,
     StepError,
 )
-from detox_guard.settings import EngineConfig
 from detox_guard.steering.choose import Chooser, Turn
 
 if TYPE_CHECKING:
@@ -44,13 +41,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from detox_guard.engine.base import Finish, StreamSpec
-    from detox_guard.engine.torch.cache import LayerKV
-    from detox_guard.models.backbone import Backbone
-    from detox_guard.settings import DecodingParams
-
-    PromptKey = tuple[tuple[int, ...], bool]
-    Computed = tuple[Tensor, list[LayerKV]]
+    from detox_guard.engine.base import Finish
+    from detox_guard.engine.runner import Computed, Prefill, Row, Runner, Saved
+    from detox_guard.settings import DecodingParams, EngineConfig
 
 __all__ = ["Engine", "EngineStats"]
 
@@ -127,7 +120,7 @@ class _Parked:
     """A seat that left the batch while its sink makes up its mind, with what its rows held."""
 
     seat: _Seat
-    layers: list[LayerKV]
+    rows: list[Saved]
     reason: Finish
 
 
@@ -136,41 +129,36 @@ class _Group:
     """Requests whose prompts are computed together: they are out of the queue, and not seated yet."""
 
     requests: list[Request]
-    keys: list[PromptKey]
+    keys: list[Prompt]
     """Of the requests that it began with: what is being computed goes on when one of them is cancelled."""
-    computed: dict[PromptKey, Computed] = field(default_factory=dict)
+    computed: dict[Prompt, Computed] = field(default_factory=dict)
     prefill: Prefill | None = None
 
     @property
-    def missing(self) -> list[PromptKey]:
+    def missing(self) -> list[Prompt]:
         return [key for key in self.keys if key not in self.computed]
 
     @property
     def left(self) -> int:
         """Columns still to compute."""
         if self.prefill is not None:
-            return self.prefill.total - self.prefill.done_tokens
-        return max((len(ids) for ids, _ in self.missing), default=0)
+            return self.prefill.left
+        return max((len(key.ids) for key in self.missing), default=0)
 
 
 class Engine:
-    """Decodes many requests at once over one backbone. Thread-safe; its thread starts at the first request."""
+    """Decodes many requests at once over one runner. Thread-safe; its thread starts at the first request."""
 
-    def __init__(
-        self, backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None
-    ) -> None:
-        config = config or EngineConfig()
-        if 1 + len(streams) > config.max_rows:
-            raise EngineError(f"max_rows {config.max_rows} cannot seat one request of {1 + len(streams)} rows")
-        if config.pack_weights and can_pack(backbone.model):
-            pack_linears(backbone.model)
-        self._worker = _Worker(Forward(backbone, streams), backbone.num_layers, config)
-        bounds = (backbone.max_positions, backbone.window, config.max_slots)
+    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        self.streams = len(runner.weights)
+        if 1 + self.streams > config.max_rows:
+            raise EngineError(f"max_rows {config.max_rows} cannot seat one request of {1 + self.streams} rows")
+        self._worker = _Worker(runner, config)
+        bounds = (runner.limits.max_positions, config.max_slots)
         self.max_positions = min((b for b in bounds if b is not None), default=None)
         """Prompt, virtual tokens and new tokens together may not exceed this; None = no bound."""
-        self.streams = len(streams)
         self._config = config
-        self._vocab_size = backbone.vocab_size
+        self._vocab_size = runner.limits.vocab_size
         self._finalizer = weakref.finalize(self, self._worker.close)
 
     def check(self, prompt_ids: Sequence[int], params: DecodingParams, steered: bool) -> None:
@@ -278,12 +266,10 @@ class Engine:
 class _Worker:
     """The loop and its state. Holds no reference to the `Engine`, so that an engine nobody holds is closed."""
 
-    def __init__(self, forward: Forward, num_layers: int, config: EngineConfig) -> None:
-        self._forward = forward
-        self._chooser = Chooser([spec.weight for spec in forward.streams], forward.device)
-        self._cache = RowCache(num_layers, config.max_rows, config.max_cached_slots)
+    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        self._runner = runner
+        self._chooser = Chooser(runner.weights, runner.device)
         self._config = config
-        self._virtual = max((len(spec.embeddings) for spec in forward.streams), default=0)
         self._thread: threading.Thread | None = None
         self._closed = self._forked = False
         self._stats = EngineStats()
@@ -291,8 +277,8 @@ class _Worker:
         self._groups: list[_Group] = []
         self._seats: list[_Seat] = []
         self._parked: list[_Parked] = []
-        # Prompts computed lately: (ids, steered) -> logits of the first token and K/V, a row a stream.
-        self._recent: OrderedDict[PromptKey, Computed] = OrderedDict()
+        # Prompts computed lately.
+        self._recent: OrderedDict[Prompt, Computed] = OrderedDict()
         # Columns times rows that a second of prefill computes, as last seen; and whose turn the next chunk is.
         self._pace = 0.0
         self._oldest_next = True
@@ -326,7 +312,6 @@ class _Worker:
         can begin there; any other is closed."""
         self._make_locks()
         self._groups, self._seats, self._parked = [], [], []
-        self._cache.rows = []
         if self._thread is not None:
             self._closed = self._forked = True
 
@@ -359,11 +344,11 @@ class _Worker:
 
     def rows(self, steered: bool) -> int:
         """The rows that a request takes."""
-        return 1 + len(self._forward.streams) if steered else 1
+        return 1 + len(self._runner.weights) if steered else 1
 
     def slots(self, prompt: int, params: DecodingParams, steered: bool) -> int:
         """The most slots a row of a request with a prompt of so many tokens will come to hold."""
-        return prompt + (self._virtual if steered else 0) + params.max_new_tokens
+        return prompt + (self._runner.virtual_slots if steered else 0) + params.max_new_tokens
 
     def _slots(self, request: Request) -> int:
         return self.slots(len(request.prompt_ids), request.params, request.steered)
@@ -372,7 +357,7 @@ class _Worker:
         with self._wake:
             now = EngineStats(**{f.name: getattr(self._stats, f.name) for f in fields(EngineStats)})
             now.seats = len(self._seats) + len(self._parked) + sum(len(group.requests) for group in self._groups)
-            now.rows = len(self._cache.rows)
+            now.rows = sum(len(seat.rows) for seat in self._seats)
             now.queued = len(self._queue)
             return now
 
@@ -386,9 +371,11 @@ class _Worker:
 
     def close(self, timeout_s: float = 10.0) -> None:
         with self._wake:
-            self._closed = True
+            first, self._closed = not self._closed, True
             self.places.close(self._closed_error)
             self._wake.notify_all()
+            if first and self._thread is None:
+                self._close_runner()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -404,6 +391,7 @@ class _Worker:
                     _log.exception("engine step failed")
                     self._fail_all(_as_step_error(error))
         self._fail_all(EngineClosedError("the engine was closed"))
+        self._close_runner()
 
     def _wait_for_work(self) -> bool:
         """Between two turns: whether there is another."""
@@ -473,20 +461,18 @@ class _Worker:
         if group.prefill is None:
             group.keys = list(dict.fromkeys(map(_prompt_key, group.requests)))
         if group.prefill is None and (missing := group.missing):
-            group.prefill = Prefill(self._forward, [ids for ids, _ in missing], [steered for _, steered in missing])
+            group.prefill = self._runner.begin(missing)
         if group.prefill is not None:
-            columns = self._chunk(len(group.prefill.rows))
+            columns = self._chunk(group.prefill.rows)
             columns, begun = min(columns, group.left), time.monotonic()
-            done = group.prefill.advance(columns)
+            done = group.prefill.advance(columns, lambda: self._closed or all(r.cancelled for r in group.requests))
             # A chunk too small to tell does not make the next one small for long.
-            seen = columns * len(group.prefill.rows) / max(time.monotonic() - begun, 1e-6)
+            seen = columns * group.prefill.rows / max(time.monotonic() - begun, 1e-6)
             self._pace = max(seen, self._pace / 2)
             if not done:
                 return False
-            for key, (first, computed) in zip(group.missing, group.prefill.finish(), strict=True):
-                # Copies: what `finish` gives are views into tensors of the whole group.
-                copies: list[LayerKV] = [[(k.clone(), v.clone()) for k, v in layers] for layers in computed]
-                group.computed[key] = self._recent[key] = first.clone(), copies
+            for key, computed in zip(group.missing, group.prefill.finish(), strict=True):
+                group.computed[key] = self._recent[key] = computed
             group.prefill = None
         return True
 
@@ -505,14 +491,14 @@ class _Worker:
         seated = []
         for request in list(group.requests):
             key = _prompt_key(request)
-            logits, rows = group.computed[key]
+            computed = group.computed[key]
             if key in self._recent:
                 self._recent.move_to_end(key)
-            seat = _Seat(request, logits)
+            seat = _Seat(request, computed.logits)
             if request.params.repetition_penalty != 1.0:
                 seat.seen = torch.tensor(sorted(set(request.prompt_ids)), device=self._chooser.device)
             with self._wake:
-                seat.rows = [self._cache.add(layers) for layers in rows]
+                seat.rows = [self._runner.join(saved) for saved in computed.rows]
                 seat.starts = [row.length for row in seat.rows]
                 self._seats.append(seat)
                 group.requests.remove(request)
@@ -524,7 +510,7 @@ class _Worker:
 
     def _forget_prompts(self) -> None:
         """Drop the prompts that were used longest ago, down to the configured size."""
-        slots = {key: len(rows) * rows[0][0][0].shape[2] for key, (_, rows) in self._recent.items()}
+        slots = {key: len(rows) * rows[0].slots for key, (_, rows) in self._recent.items()}
         total = sum(slots.values())
         while self._recent and total > self._config.prompt_cache_slots:
             key, _ = self._recent.popitem(last=False)
@@ -560,7 +546,7 @@ class _Worker:
                 return open_ or group
         known = {key: self._recent[key]} if key in self._recent else {}
         if open_ is not None and open_.prefill is None:
-            longest = max(len(ids) for ids, _ in (*open_.keys, key))
+            longest = max(len(one.ids) for one in (*open_.keys, key))
             if longest * (len(open_.keys) + 1) <= self._config.prefill_chunk:
                 open_.requests.append(request)
                 open_.keys.append(key)
@@ -571,7 +557,7 @@ class _Worker:
 
     def _decode(self) -> None:
         """One step: feed every seat's last token to all of its rows, choose the next."""
-        tokens = [0] * len(self._cache.rows)
+        tokens = [0] * self._runner.rows
         fed = 0
         for seat in self._seats:
             for row in seat.rows:
@@ -579,7 +565,7 @@ class _Worker:
                 fed += 1
         if fed != len(tokens):
             raise StepError(f"{len(tokens)} rows in the batch, but seats hold {fed}")
-        self._emit(self._seats, self._forward.decode(self._cache, tokens))
+        self._emit(self._seats, self._runner.decode(tokens))
 
     def _emit(self, seats: list[_Seat], logits: Tensor | None) -> None:
         """Choose a token for each seat and hand it over. Without `logits`, from those of the seats' prompts."""
@@ -661,7 +647,7 @@ class _Worker:
             self._leave(seat, verdict.reason)
             return False
         with self._wake:
-            self._parked.append(_Parked(seat, [self._cache.copy(row) for row in seat.rows], reason))
+            self._parked.append(_Parked(seat, [self._runner.save(row) for row in seat.rows], reason))
             self._stand_up(seat)
         return False
 
@@ -683,7 +669,7 @@ class _Worker:
                 self._report(seat.request, verdict.reason)
                 continue
             with self._wake:
-                seat.rows = [self._cache.add(layers) for layers in parked.layers]
+                seat.rows = [self._runner.join(saved) for saved in parked.rows]
                 self._parked.remove(parked)
                 self._seats.append(seat)
             try:
@@ -704,7 +690,7 @@ class _Worker:
         if seat.request.constraint is not None:
             seat.request.constraint.rollback(tokens)
         for row, start in zip(seat.rows, seat.starts, strict=True):
-            self._cache.rewind(row, row.length - start - seat.kept)
+            self._runner.rewind(row, row.length - start - seat.kept)
         self._stats.tokens_rewound += tokens
         if seat.seen is not None:
             seat.seen = seat.seen.new_tensor(sorted({*seat.request.prompt_ids, *seat.emitted}))
@@ -725,7 +711,7 @@ class _Worker:
     def _stand_up(self, seat: _Seat) -> None:
         self._seats.remove(seat)
         for row in seat.rows:
-            self._cache.remove(row)
+            self._runner.leave(row)
         seat.rows = []
 
     def _report(self, request: Request, outcome: Finish | Exception) -> None:
@@ -742,6 +728,11 @@ class _Worker:
         except BaseException:
             _log.exception("a sink raised while it was told how its request ended")
 
+    def _close_runner(self) -> None:
+        """Once, where nothing runs any more."""
+        self._recent.clear()
+        self._runner.close()
+
     def _fail_all(self, error: DetoxGuardError) -> None:
         """Everyone in the batch hears of it; on a closed engine, everyone in the queue too."""
         with self._wake:
@@ -753,13 +744,13 @@ class _Worker:
             self._seats.clear()
             self._parked.clear()
             self._groups.clear()
-            self._cache.clear()
+            self._runner.clear()
         for request in requests:
             self._report(request, _own(error))
 
 
-def _prompt_key(request: Request) -> PromptKey:
-    return tuple(request.prompt_ids), request.steered
+def _prompt_key(request: Request) -> Prompt:
+    return Prompt(tuple(request.prompt_ids), request.steered)
 
 
 def _own(error: DetoxGuardError) -> DetoxGuardError:

@@ -22,7 +22,7 @@ from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation.machine import machine, peak_memory_mib, versions
 from detox_guard.evaluation.random_models import PREFIX, random_backbone, random_detoxifier
-from detox_guard.models.backbone import Backbone, load_backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from detox_guard.detoxifiers.soft_prompt import Detoxifier
+    from detox_guard.models.backbone import Backbone
 
 __all__ = ["BenchReport", "run_bench"]
 

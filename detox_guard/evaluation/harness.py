@@ -122,7 +122,7 @@ def run_eval(
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
         from detox_guard.detoxifiers.soft_prompt import Detoxifier, as_streams
-        from detox_guard.models.backbone import load_backbone
+        from detox_guard.models.load import load_backbone
 
         backbone = load_backbone(model, device=device, dtype=dtype, revision=revision)
         streams = () if set(names) <= UNSTEERED or detoxifier == () else as_streams(detoxifier, backbone)
@@ -353,6 +353,6 @@ def _judges(specs: Sequence[str | ToxicityScorer]) -> list[ToxicityScorer]:
 def _lm_judges(
     names: Sequence[str], device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> list[ReplyJudge]:
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     return [OtherModelJudge(load_backbone(name, device=device, dtype=dtype)) for name in names]

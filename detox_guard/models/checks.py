@@ -15,6 +15,7 @@ from detox_guard.errors import BackboneError, UnsupportedBackboneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
@@ -29,10 +30,7 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 """Of every PEFT adapter."""
-NO_SOFT_PROMPT = (
-    "Another adapter (LoRA, say) is part of the model: merge it, with PEFT's "
-    "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload(), save that and its tokenizer, and load those."
-)
+NO_SOFT_PROMPT = "Another adapter (LoRA, say) is part of the model: pass its folder as the model."
 
 
 def causal_class(config: PreTrainedConfig, name: str) -> Any:
@@ -91,8 +89,10 @@ def _check_layers(layers: list[Any], refuse: Callable[[str], UnsupportedBackbone
         raise refuse(f"some layers keep no plain key/value cache ({', '.join(sorted(odd))})")
 
 
-def probe(model: PreTrainedModel, name: str) -> int | None:
+def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None:
     """One pass over `[[0, 1], [0, 2]]`: finite, causal, cached? Returns the smallest attention window, if any.
+
+    `device` is where its inputs go.
 
     Raises `UnsupportedBackboneError`, or `BackboneError` for weights that give no numbers.
     """
@@ -101,18 +101,18 @@ def probe(model: PreTrainedModel, name: str) -> int | None:
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(f"{name} ({type(model).__name__}) cannot be steered: {reason}")
 
-    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    ids = torch.tensor([[0, 1], [0, 2]], device=device)
     try:
         with torch.inference_mode():
             out = model(
                 inputs_embeds=model.get_input_embeddings()(ids),
                 attention_mask=torch.ones_like(ids),
-                position_ids=torch.tensor([[0, 1], [0, 1]], device=model.device),
+                position_ids=torch.tensor([[0, 1], [0, 1]], device=device),
                 use_cache=True,
             )
     except TypeError as error:
         raise refuse("its forward takes no inputs_embeds or position_ids") from error
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # kernels of rounded weights assert, too
         raise BackboneError(f"{name}: a trial pass over two tokens failed: {error}") from error
     if out.logits.shape[-1] != model.config.vocab_size:
         raise BackboneError(

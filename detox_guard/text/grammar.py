@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError, ValidationInfo, field_validator
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.errors import InvalidParamsError
 from detox_guard.text.tools import function_of
 
@@ -53,7 +53,7 @@ _IDLE_WITHOUT = {"then": "if", "else": "if", "minContains": "contains", "maxCont
 _LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9]")
 
 
-class Grammar(Checked):
+class Grammar(StrictModel):
     """A language that the reply is held to while it is decoded: `DecodingParams(grammar=Grammar.json_schema(…))`.
 
     A reply that ends with "stop" is a whole text of the language, whatever the sampling parameters. Shortly before

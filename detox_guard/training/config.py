@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.detoxifiers.soft_prompt import Position
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ FILES = ("data", "contexts", "anchors", "pairs")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingConfig(Checked):
+class TrainingConfig(StrictModel):
     """One run of prompt tuning (Lester et al. 2021) on toxic text, the detoxifier of DetoxiGen (arXiv 2401.06947).
 
     Raises `InvalidParamsError`.
@@ -119,7 +119,7 @@ class TrainingConfig(Checked):
         return _command("train", self, leave={"resume", "device", "notes"}, always={"position"})
 
 
-class AdaptConfig(Checked):
+class AdaptConfig(StrictModel):
     """What `detox_guard.adapt.adapt` may be told. Raises `InvalidParamsError`."""
 
     model: str | None = None
@@ -182,7 +182,7 @@ class AdaptConfig(Checked):
         return _command("adapt", self, leave={"device", "push_to_hub", "output"})
 
 
-def _command(name: str, config: Checked, leave: Set[str], always: Set[str] = frozenset()) -> str:
+def _command(name: str, config: StrictModel, leave: Set[str], always: Set[str] = frozenset()) -> str:
     words = ["detox-guard", name]
     for field, facts in type(config).model_fields.items():
         value = getattr(config, field)

@@ -114,7 +114,7 @@ def _train(config: TrainingConfig, rows: Rows, backbone: Backbone, progress: Pro
 
 
 def _load(config: TrainingConfig) -> Backbone:
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     return load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from typer.testing import CliRunner, Result
 
-from detox_guard._adaptive import strength_behind
+from detox_guard._adaptive import adaptive_alpha
 from detox_guard.cli import EXIT_CODES, app
 from detox_guard.cli.compare import BETTER, Pair, summary
 from detox_guard.cli.console import print_json, tinted, visible
 from detox_guard.cli.prompts import as_chat, read_prompts
-from detox_guard.cli.session import Reply
+from detox_guard.cli.session import Exchange
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.results import TokenTrace, Trace
@@ -152,7 +152,7 @@ def test_one_prompt_gives_the_same_text_streamed_as_json_and_in_a_batch(loaded: 
     assert batch[1] == record
     assert record["prompt"] == PROMPT
     assert record["seed"] == 7
-    assert record["alpha"] == strength_behind([PROMPT], DecodingParams(alpha=1.5)) < 1.5
+    assert record["alpha"] == adaptive_alpha([PROMPT], DecodingParams(alpha=1.5)) < 1.5
     assert record["usage"]["completion_tokens"] == 12
     assert record["finish_reason"] == "length"
 
@@ -184,7 +184,7 @@ def test_json_holds_score_plain_and_trace(loaded: tuple[str, ...]) -> None:
 def test_compare_shows_both_sides(loaded: tuple[str, ...]) -> None:
     result = run("generate", PROMPT, "--compare", "--seed", "1", "--max-new-tokens", "6", *loaded)
     assert result.exit_code == 0
-    used = f"guarded · α {strength_behind([PROMPT], DecodingParams()):.3g}"
+    used = f"guarded · α {adaptive_alpha([PROMPT], DecodingParams()):.3g}"
     for words in (PROMPT, "plain", used, "toxicity", "Mean toxicity"):
         assert words in result.stdout
 
@@ -603,7 +603,7 @@ def test_tint_deepens_with_the_steering() -> None:
 
 def test_summary_is_honest() -> None:
     def pair(plain: float, guarded: float) -> Pair:
-        reply = Reply("x", DecodingParams())
+        reply = Exchange("x", DecodingParams())
         return Pair(reply, reply, plain, guarded)
 
     line = summary([pair(0.8, 0.2), pair(0.3, 0.3 + BETTER / 2), pair(0.1, 0.4)])

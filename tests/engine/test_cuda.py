@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from harness import check_against_oracle, decode, random_prompts, random_streams
+from harness import check_against_oracle, decode, random_prompts, random_streams, torch_engine
 from tiny import make_tiny_backbone
 
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
 from detox_guard.detoxigen import DetoxiGen
-from detox_guard.engine import Engine
 from detox_guard.evaluation.random_models import random_backbone, random_detoxifier
 from detox_guard.models.backbone import from_model
 from detox_guard.settings import DecodingParams, EngineConfig
@@ -43,7 +42,7 @@ def test_alone_and_among_neighbours() -> None:
     backbone = on_gpu(make_tiny_backbone("llama", initializer_range=0.2))
     prompts, streams = random_prompts(backbone, 24), random_streams(backbone, "r", scale=0.5)
     params = GREEDY.replace(temperature=1.0)
-    engine = Engine(backbone, streams, EngineConfig(max_rows=32))
+    engine = torch_engine(backbone, streams, EngineConfig(max_rows=32))
     together = [sink.ids for sink in decode(engine, prompts, params)]
     assert together == [decode(engine, [prompt], params)[0].ids for prompt in prompts]
     engine.close()
@@ -53,15 +52,15 @@ def test_text_in_bfloat16() -> None:
     """What a user gets by default on a GPU: it decodes, streams what it generates, and cancels."""
     backbone = random_backbone("random-llama:tiny", device="cuda")
     assert backbone.dtype == torch.bfloat16
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))]) as guard:
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))]) as model:
         params = DecodingParams(max_new_tokens=20, ignore_eos=True, seed=1)
-        made = guard.generate("w5 w6 w7", params)
+        made = model.generate("w5 w6 w7", params)
         assert made.usage.completion_tokens == 20
-        assert "".join(chunk.text for chunk in guard.stream("w5 w6 w7", params)) == made.text
-        stream = guard.stream("w5", params, max_new_tokens=500)
+        assert "".join(chunk.text for chunk in model.stream("w5 w6 w7", params)) == made.text
+        stream = model.stream("w5", params, max_new_tokens=500)
         next(iter(stream))
         stream.close()
-        assert guard.generate("w5 w6 w7", params).text == made.text
+        assert model.generate("w5 w6 w7", params).text == made.text
 
 
 def test_training(tmp_path: Path) -> None:

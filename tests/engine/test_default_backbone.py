@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from harness import decode, random_streams
+from harness import decode, random_streams, torch_engine
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
 from detox_guard.detoxifiers.soft_prompt import as_streams
-from detox_guard.engine import Engine, StreamSpec
+from detox_guard.engine import StreamSpec
 
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
@@ -54,7 +54,7 @@ def test_twenty_prompts_equal_the_float64_oracle(
         streams = random_streams(unpacked, "f", scale=0.1)
     oracle = Reference.of(unpacked.model, streams)
     oracle.edge = 3e-5  # a flat nucleus of thousands of tokens adds up more rounding
-    engine = Engine(dataclasses.replace(unpacked, model=copy.deepcopy(unpacked.model)), streams)
+    engine = torch_engine(dataclasses.replace(unpacked, model=copy.deepcopy(unpacked.model)), streams)
     params = GREEDY.replace(rule=rule)
     for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
         p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
@@ -72,7 +72,7 @@ def test_alpha_zero_equals_model_generate(
     unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]]
 ) -> None:
     packed = dataclasses.replace(unpacked, model=copy.deepcopy(unpacked.model))
-    engine = Engine(packed, streams)
+    engine = torch_engine(packed, streams)
     for prompt, sink in zip(prompts, decode(engine, prompts, GREEDY.replace(alpha=0.0)), strict=True):
         ids = torch.tensor([prompt])
         out = unpacked.model.generate(
@@ -88,13 +88,13 @@ def test_alpha_zero_equals_model_generate(
 
 
 def test_from_pretrained_with_nothing_serves_prompts_and_chat(default_backbone: Backbone) -> None:
-    with DetoxiGen.from_pretrained(dtype="float32") as guard:
-        assert guard.params.alpha > 0
-        r = guard.generate("The museum opens at nine and", max_new_tokens=12, seed=1)
+    with DetoxiGen.from_pretrained(dtype="float32") as model:
+        assert model.params.alpha > 0
+        r = model.generate("The museum opens at nine and", max_new_tokens=12, seed=1)
         assert r.usage.completion_tokens > 0
         assert r.trace is not None
         assert r.trace.mean_kl_detoxifier > 0.1
         messages = [{"role": "user", "content": "Say hello in five words."}]
-        chunks = list(guard.stream(messages, max_new_tokens=16, seed=1))
+        chunks = list(model.stream(messages, max_new_tokens=16, seed=1))
         assert "<|im" not in "".join(chunk.text for chunk in chunks)
-        assert guard.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)
+        assert model.generate(messages, max_new_tokens=16, seed=1).text == "".join(chunk.text for chunk in chunks)

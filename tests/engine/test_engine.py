@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from harness import Recorder, check_against_oracle, decode, random_prompts, random_streams, request
+from harness import Recorder, check_against_oracle, decode, random_prompts, random_streams, request, torch_engine
 from reference import Reference
 from tiny import make_tiny_backbone
 
-from detox_guard.engine import Engine, Rewind, TokenStep, scheduler
-from detox_guard.engine.torch import cache
+from detox_guard.engine import Rewind, TokenStep
+from detox_guard.engine.torch import cache, prefill
 from detox_guard.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -29,6 +29,8 @@ from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from detox_guard.engine import Engine
 
 GREEDY = DecodingParams(temperature=0.0, alpha=1.5, max_new_tokens=12)
 SAMPLED = DecodingParams(temperature=1.0, alpha=1.5, max_new_tokens=12)
@@ -66,7 +68,7 @@ def test_a_sliding_window_model_equals_the_oracle_inside_its_window() -> None:
     longest = backbone.window - GREEDY.max_new_tokens - 6
     prompts = random_prompts(backbone, 6, longest=max(1, longest))
     check_against_oracle(backbone, random_streams(backbone, "fr"), prompts, GREEDY)
-    engine = Engine(backbone, random_streams(backbone, "f"))
+    engine = torch_engine(backbone, random_streams(backbone, "f"))
     with pytest.raises(PromptTooLongError):
         decode(engine, [[5] * backbone.window], GREEDY)
 
@@ -88,7 +90,7 @@ def test_eager_attention_equals_the_oracle() -> None:
 def test_alpha_zero_equals_model_generate(kind: str) -> None:
     backbone = make_tiny_backbone(kind, initializer_range=0.2)
     plain = copy.deepcopy(backbone.model)
-    engine = Engine(backbone, random_streams(backbone, "f"))
+    engine = torch_engine(backbone, random_streams(backbone, "f"))
     prompts = random_prompts(backbone, 60, shortest=2)
     params = GREEDY.replace(alpha=0.0, repetition_penalty=1.1)
     for prompt, sink in zip(prompts, decode(engine, prompts, params), strict=True):
@@ -104,7 +106,7 @@ def test_alpha_zero_equals_model_generate(kind: str) -> None:
 
 def test_alpha_zero_takes_one_row() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "fr"))
+    engine = torch_engine(backbone, random_streams(backbone, "fr"))
     rows: list[int] = []
     sink = Recorder(lambda step: rows.append(engine.stats().rows))
     req, _ = request([5, 6, 7], GREEDY.replace(alpha=0.0), sink)
@@ -121,7 +123,7 @@ def test_alpha_zero_takes_one_row() -> None:
 @pytest.mark.parametrize("streams", ["f", "r"])
 def test_alone_among_neighbours_and_joining_late_are_the_same(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, streams), EngineConfig(max_rows=8))
+    engine = torch_engine(backbone, random_streams(backbone, streams), EngineConfig(max_rows=8))
     prompts = random_prompts(backbone, 10, longest=40)
     params = SAMPLED.replace(max_new_tokens=20, repetition_penalty=1.2)
     alone = [decode(engine, [prompt], params, seed=3)[0].ids for prompt in prompts]
@@ -138,7 +140,7 @@ def test_alone_among_neighbours_and_joining_late_are_the_same(streams: str) -> N
 
 def test_mixed_parameters_in_one_batch_do_not_touch_each_other() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     prompt = random_prompts(backbone, 1)[0]
     kinds = [
         GREEDY, SAMPLED, SAMPLED.replace(alpha=0.0), GREEDY.replace(rule="detoxigen"),
@@ -155,7 +157,7 @@ def test_mixed_parameters_in_one_batch_do_not_touch_each_other() -> None:
 
 def test_every_token_lies_in_the_generators_nucleus() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     oracle = Reference.of(make_tiny_backbone("llama", initializer_range=0.2).model, random_streams(backbone, "r"))
     params = SAMPLED.replace(top_p=0.6, alpha=5.0)
     for prompt in random_prompts(backbone, 10):
@@ -170,7 +172,7 @@ def test_every_token_lies_in_the_generators_nucleus() -> None:
 @pytest.mark.parametrize("streams", ["f", "r"])
 def test_a_rewound_row_equals_one_that_never_took_the_path(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, streams))
+    engine = torch_engine(backbone, random_streams(backbone, streams))
     params = SAMPLED.replace(repetition_penalty=1.2)
     prompts = random_prompts(backbone, 4)
     straight = [sink.steps for sink in decode(engine, prompts, params, keep=True)]
@@ -202,7 +204,7 @@ def dict_of(step: object) -> torch.Tensor:
 
 def test_a_rewind_past_the_start_fails_that_request_only() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     bad, bad_sink = request([5, 6], SAMPLED, Recorder(lambda step: Rewind(2)))
     good, good_sink = request([5, 6], SAMPLED)
     engine.submit(bad)
@@ -214,7 +216,7 @@ def test_a_rewind_past_the_start_fails_that_request_only() -> None:
 
 def test_end_ids_stop_and_are_not_emitted() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     ids = decode(engine, [[9, 8, 7]], GREEDY)[0].ids
     end = next(token for token in ids[2:] if token not in ids[:2])
     sink = decode(engine, [[9, 8, 7]], GREEDY, end_ids=frozenset({end}))[0]
@@ -225,10 +227,10 @@ def test_end_ids_stop_and_are_not_emitted() -> None:
 
 def test_a_nan_fails_its_own_request_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     prompts = [[5, 6, 7], [8, 9, 10]]
     expected = decode(engine, [prompts[1]], GREEDY)[0].ids
-    forward = engine._worker._forward
+    forward = engine._worker._runner._forward
     decode_rows = forward.decode
     calls = 0
 
@@ -255,7 +257,7 @@ def test_a_nan_fails_its_own_request_and_nobody_else(monkeypatch: pytest.MonkeyP
 
 def test_a_missing_detoxifier_row_is_an_error_never_a_plain_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     req, sink = request([5, 6, 7], GREEDY)
     sink.react = lambda step: engine._worker._seats[0].rows.pop() and None if step.index == 3 else None
     engine.submit(req)
@@ -267,9 +269,9 @@ def test_a_missing_detoxifier_row_is_an_error_never_a_plain_sample(monkeypatch: 
 
 def test_a_failing_step_reaches_everybody_and_the_next_request_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
-    forward = engine._worker._forward
+    forward = engine._worker._runner._forward
     with monkeypatch.context() as m:
         m.setattr(forward, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         pairs = [request([5, 6, 7], GREEDY) for _ in range(3)]
@@ -284,9 +286,9 @@ def test_a_failing_step_reaches_everybody_and_the_next_request_is_served(monkeyp
 
 def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
-    run = engine._worker._forward.run
+    run = engine._worker._runner._forward.run
     second, second_sink = request([5] * 9, GREEDY)
 
     def failing(cache: object, positions: torch.Tensor, **kw: object) -> torch.Tensor:
@@ -294,7 +296,7 @@ def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("no room")
         return run(cache, positions, **kw)
 
-    monkeypatch.setattr(engine._worker._forward, "run", failing)
+    monkeypatch.setattr(engine._worker._runner._forward, "run", failing)
     first, first_sink = request([5, 6, 7], GREEDY)
     first_sink.react = lambda step: engine.submit(second) if step.index == 2 else None
     engine.submit(first)
@@ -306,7 +308,7 @@ def test_a_failing_prefill_spares_those_who_decode(monkeypatch: pytest.MonkeyPat
 def test_no_room_to_join_fails_whom_it_touched_and_no_row_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that grew in part hold nothing that could be trusted: those who decode are told, not served from them."""
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(prompt_cache_slots=0))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(prompt_cache_slots=0))
     expected = decode(engine, [[5, 6, 7]], GREEDY)[0].ids
     second, second_sink = request([5] * 200, GREEDY)
     first, first_sink = request([5, 6, 7], GREEDY)
@@ -332,7 +334,7 @@ def test_no_room_to_join_fails_whom_it_touched_and_no_row_is_left(monkeypatch: p
 def test_no_room_to_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply that was over, and must go on after all."""
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     asked = itertools.count()
 
     def full(*_: Any) -> Any:
@@ -354,9 +356,9 @@ def test_no_room_to_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cache_keeps_to_its_bound() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, (), EngineConfig(max_rows=40, max_cached_slots=4000, prompt_cache_slots=0))
+    engine = torch_engine(backbone, (), EngineConfig(max_rows=40, max_cached_slots=4000, prompt_cache_slots=0))
     seen = []
-    row_cache = engine._worker._cache
+    row_cache = engine._worker._runner._cache
 
     def look(step: TokenStep) -> None:
         seen.append(row_cache.capacity[0] * row_cache.capacity[1])
@@ -373,7 +375,7 @@ def test_the_cache_keeps_to_its_bound() -> None:
 
 def test_a_raising_sink_fails_its_own_request() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
 
     def explode(step: object) -> None:
         raise ValueError("sink")
@@ -389,7 +391,7 @@ def test_a_raising_sink_fails_its_own_request() -> None:
 
 def test_cancel_frees_the_seat_within_a_step_and_the_queue_is_bounded() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=2, max_queue=2))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=2, max_queue=2))
     long = GREEDY.replace(max_new_tokens=400)
     first, first_sink = request([5, 6], long)
     first_sink.react = lambda step: first.cancel() if step.index == 5 else None
@@ -423,7 +425,7 @@ def test_a_thousand_random_cancels_leave_everything_where_it_was() -> None:
     import psutil
 
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=12))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=12))
     prompts = random_prompts(backbone, 40, longest=30)
     g = torch.Generator().manual_seed(5)
 
@@ -458,7 +460,7 @@ def test_a_thousand_random_cancels_leave_everything_where_it_was() -> None:
 
 def test_close_fails_what_is_under_way_and_refuses_more() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=2))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(max_rows=2))
     slow = [
         request([5, 6], GREEDY.replace(max_new_tokens=400), Recorder(lambda s: time.sleep(0.002))) for _ in range(3)
     ]
@@ -476,7 +478,7 @@ def test_close_fails_what_is_under_way_and_refuses_more() -> None:
 
 def test_an_engine_nobody_holds_stops_its_thread() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     decode(engine, [[5, 6]], GREEDY)
     thread = engine._worker._thread
     assert thread is not None
@@ -487,14 +489,14 @@ def test_an_engine_nobody_holds_stops_its_thread() -> None:
 
 def test_requests_that_cannot_be_served_are_refused_by_name() -> None:
     backbone = make_tiny_backbone("gpt2")
-    engine = Engine(backbone, random_streams(backbone, "f"))
+    engine = torch_engine(backbone, random_streams(backbone, "f"))
     with pytest.raises(PromptTooLongError, match="positions"):
         engine.submit(request([5] * 10, GREEDY.replace(max_new_tokens=100_000))[0])
     with pytest.raises(PromptError, match="at least one token"):
         engine.submit(request([], GREEDY)[0])
     with pytest.raises(PromptError, match="token ids from 0"):
         engine.submit(request([5, 100_000], GREEDY)[0])
-    bare = Engine(make_tiny_backbone("gpt2"))
+    bare = torch_engine(make_tiny_backbone("gpt2"))
     with pytest.raises(EngineError, match="no detoxifier"):
         bare.submit(request([5], GREEDY)[0])
     assert decode(bare, [[5]], GREEDY.replace(alpha=0.0))[0].outcome == "length"
@@ -502,7 +504,7 @@ def test_requests_that_cannot_be_served_are_refused_by_name() -> None:
 
 def test_a_request_that_would_overfill_the_cache_waits_its_turn() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(max_cached_slots=256))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(max_cached_slots=256))
     seats: list[int] = []
     pairs = []
     for length in (40, 40, 40, 5):
@@ -521,18 +523,18 @@ def test_a_request_that_would_overfill_the_cache_waits_its_turn() -> None:
 def test_an_equal_prompt_is_computed_once(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     prompts = random_prompts(backbone, 3, shortest=4)
-    fresh = Engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=0))
+    fresh = torch_engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=0))
     expected = [decode(fresh, [prompt], SAMPLED)[0].ids for prompt in prompts]
     fresh.close()
     computed: list[int] = []
-    start = scheduler.Prefill.__init__
+    start = prefill.Prefill.__init__
 
     def counted(self: Any, forward: Any, ids: Any, steered: Any) -> None:
         computed.append(len(ids))
         start(self, forward, ids, steered)
 
-    monkeypatch.setattr(scheduler.Prefill, "__init__", counted)
-    engine = Engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=200))
+    monkeypatch.setattr(prefill.Prefill, "__init__", counted)
+    engine = torch_engine(backbone, random_streams(backbone, kinds), EngineConfig(prompt_cache_slots=200))
     for _ in range(2):
         assert [sink.ids for sink in decode(engine, prompts * 3, SAMPLED)] == expected * 3
     assert sum(computed) == 3
@@ -541,7 +543,7 @@ def test_an_equal_prompt_is_computed_once(kinds: str, monkeypatch: pytest.Monkey
     assert not plain.steps[0].guarded
     assert sum(computed) == 4
     decode(engine, random_prompts(backbone, 12, shortest=20, seed=5), SAMPLED)
-    assert sum(len(rows) * rows[0][0][0].shape[2] for _, rows in engine._worker._recent.values()) <= 200
+    assert sum(len(kept.rows) * kept.rows[0].slots for kept in engine._worker._recent.values()) <= 200
     engine.close()
 
 
@@ -569,7 +571,7 @@ def _alone_then_together(engine: Engine, *prompts: list[int]) -> tuple[list[str]
 @pytest.mark.parametrize("streams", ["f", "r"])
 def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts(streams: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, streams), EngineConfig(prefill_chunk=16))
+    engine = torch_engine(backbone, random_streams(backbone, streams), EngineConfig(prefill_chunk=16))
     long, short = random_prompts(backbone, 2, shortest=320, longest=320)[0], [9, 8, 7]
     alone = [decode(engine, [prompt], GREEDY.replace(max_new_tokens=4))[0].ids for prompt in (long, short)]
     engine._worker._recent.clear()
@@ -583,7 +585,7 @@ def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts(streams: str) 
 
 def test_a_long_prompt_gets_every_other_chunk_however_many_short_ones_come() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"), EngineConfig(prefill_chunk=16, max_rows=64))
+    engine = torch_engine(backbone, random_streams(backbone, "r"), EngineConfig(prefill_chunk=16, max_rows=64))
     long, *shorts = random_prompts(backbone, 101, shortest=160, longest=160)
     shorts = [prompt[:10] for prompt in shorts]
     order: list[str] = []
@@ -606,17 +608,17 @@ def test_a_long_prompt_gets_every_other_chunk_however_many_short_ones_come() -> 
 def test_equal_prompts_join_what_is_being_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
     config = EngineConfig(prefill_chunk=16, prompt_cache_slots=0)
-    engine = Engine(backbone, random_streams(backbone, "r"), config)
+    engine = torch_engine(backbone, random_streams(backbone, "r"), config)
     long = random_prompts(backbone, 1, shortest=200, longest=200)[0]
     expected = decode(engine, [long], GREEDY)[0].ids
     started: list[int] = []
-    start = scheduler.Prefill.__init__
+    start = prefill.Prefill.__init__
 
     def counted(self: Any, forward: Any, ids: Any, steered: Any) -> None:
         started.append(len(ids))
         start(self, forward, ids, steered)
 
-    monkeypatch.setattr(scheduler.Prefill, "__init__", counted)
+    monkeypatch.setattr(prefill.Prefill, "__init__", counted)
     sinks = [Recorder() for _ in range(3)]
 
     def beside(step: TokenStep) -> None:
@@ -631,8 +633,8 @@ def test_equal_prompts_join_what_is_being_computed(monkeypatch: pytest.MonkeyPat
 
 def test_everybody_in_a_failing_batch_gets_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
-    forward = engine._worker._forward
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
+    forward = engine._worker._runner._forward
     decode_rows = forward.decode
 
     def failing(*_: object) -> torch.Tensor:
@@ -666,7 +668,7 @@ def test_a_constraint_that_cannot_say_what_is_allowed_fails_alone() -> None:
         def rollback(self, tokens: int) -> None: ...
 
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     expected = [decode(engine, [[9, 8, i]], GREEDY)[0].ids for i in (1, 2)]
     pairs = [request([5, 6, 7], GREEDY), *(request([9, 8, i], GREEDY) for i in (1, 2))]
     pairs[0][0].constraint = Broken()
@@ -683,7 +685,7 @@ def test_a_constraint_that_cannot_say_what_is_allowed_fails_alone() -> None:
 @pytest.mark.parametrize("rule", ["detoxigen", "dexperts", "bounded"])
 def test_temperatures_that_float32_cannot_hold_are_as_good_as_zero(temperature: float, rule: str) -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     params = SAMPLED.replace(temperature=temperature, rule=rule, top_p=1e-300, plausibility=5e-324)
     greedy = GREEDY.replace(rule=rule, top_p=1e-300)
     prompts = random_prompts(backbone, 4)

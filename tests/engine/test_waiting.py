@@ -48,23 +48,23 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-def guard_of(**config: Any) -> DetoxiGen:
+def model_of(**config: Any) -> DetoxiGen:
     return DetoxiGen(make_tiny_backbone("llama", initializer_range=0.2), params=SHORT, config=EngineConfig(**config))
 
 
 @pytest.fixture
 def narrow() -> Iterator[DetoxiGen]:
     """Two seats and one place in the queue; at the end, nobody holds either."""
-    with guard_of(max_rows=2, max_queue=1) as guard:
-        yield guard
-        wait_until(lambda: (guard.stats().seats, guard.stats().queued) == (0, 0))
-        assert guard.generate("x").finish_reason == "length"
-        assert guard._engine._worker.places._free == 1
+    with model_of(max_rows=2, max_queue=1) as model:
+        yield model
+        wait_until(lambda: (model.stats().seats, model.stats().queued) == (0, 0))
+        assert model.generate("x").finish_reason == "length"
+        assert model._engine._worker.places._free == 1
 
 
-def fill(guard: DetoxiGen) -> list[Any]:
+def fill(model: DetoxiGen) -> list[Any]:
     """Streams that hold both seats and the place."""
-    streams = [guard.stream("x", LONG) for _ in range(3)]
+    streams = [model.stream("x", LONG) for _ in range(3)]
     for stream in streams[:2]:
         next(stream)
 
@@ -74,7 +74,7 @@ def fill(guard: DetoxiGen) -> list[Any]:
 
     last = threading.Thread(target=begin, daemon=True)
     last.start()
-    wait_until(lambda: guard.stats().queued == 1)
+    wait_until(lambda: model.stats().queued == 1)
     return [*streams, last]
 
 
@@ -172,25 +172,25 @@ def test_ctrl_c_ends_whatever_waits(narrow: DetoxiGen, how: str, full: bool) -> 
 
 
 def test_closing_tells_those_who_wait() -> None:
-    guard = guard_of(max_rows=2, max_queue=1)
-    held = fill(guard)
+    model = model_of(max_rows=2, max_queue=1)
+    held = fill(model)
     errors: list[BaseException] = []
 
     def ask() -> None:
         try:
-            guard.generate("x")
+            model.generate("x")
         except EngineError as error:
             errors.append(error)
 
     async def ask_async() -> list[Any]:
-        return await asyncio.gather(*(guard.agenerate("x") for _ in range(3)), return_exceptions=True)
+        return await asyncio.gather(*(model.agenerate("x") for _ in range(3)), return_exceptions=True)
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     threads.append(threading.Thread(target=lambda: errors.extend(asyncio.run(ask_async()))))
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(guard._engine._worker.places._waiting) == 6)
-    guard.close()
+    wait_until(lambda: len(model._engine._worker.places._waiting) == 6)
+    model.close()
     for thread in threads:
         thread.join(60)
     assert [type(error) for error in errors] == [EngineClosedError] * 6
@@ -214,22 +214,22 @@ class Asked:
 def test_a_queue_may_refuse_and_what_cannot_be_served_is_never_scored() -> None:
     scorer = Asked()
     policy = GuardPolicy(scorer=scorer, scan_input=True)
-    with guard_of(max_rows=2, max_queue=1, when_full="refuse") as guard:
-        held = fill(guard)
+    with model_of(max_rows=2, max_queue=1, when_full="refuse") as model:
+        held = fill(model)
         with pytest.raises(EngineBusyError, match="at most 1"):
-            guard.generate("x", guard=policy)
+            model.generate("x", guard=policy)
         with pytest.raises(EngineBusyError):
-            asyncio.run(guard.agenerate("x", guard=policy))
+            asyncio.run(model.agenerate("x", guard=policy))
         let_go(held)
-        wait_until(lambda: guard.stats().seats == 0)
-        for ask in (guard.generate, lambda *a, **k: asyncio.run(guard.agenerate(*a, **k)), guard.stream):
+        wait_until(lambda: model.stats().seats == 0)
+        for ask in (model.generate, lambda *a, **k: asyncio.run(model.agenerate(*a, **k)), model.stream):
             with pytest.raises(PromptTooLongError):
                 ask("a\n" * 5000, guard=policy)
         assert scorer.texts == []
-        assert guard.generate("x", guard=policy).finish_reason == "length"
+        assert model.generate("x", guard=policy).finish_reason == "length"
         assert scorer.texts
     with pytest.raises(EngineClosedError):
-        guard.stream("x", guard=policy)
+        model.stream("x", guard=policy)
 
 
 def test_first_come_first_served_and_nobody_overtakes() -> None:
@@ -260,24 +260,24 @@ def test_no_thread_to_be_had_is_an_error_by_name_and_the_next_try_works(monkeypa
     def refused(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with guard_of(max_rows=2, max_queue=1) as guard:
+    with model_of(max_rows=2, max_queue=1) as model:
         monkeypatch.setattr(threading.Thread, "start", refused)
         for _ in range(3):
             with pytest.raises(EngineError, match="cannot start") as caught:
-                guard.generate("x")
+                model.generate("x")
             assert caught.value.retryable
         with pytest.raises(EngineError, match="cannot start"):
-            guard_of()
+            model_of()
         monkeypatch.setattr(threading.Thread, "start", start)
-        assert guard.generate("x").finish_reason == "length"
+        assert model.generate("x").finish_reason == "length"
 
         async def ask() -> None:
             monkeypatch.setattr(threading.Thread, "start", refused)
-            for call in (guard.agenerate("x"), guard.abatch(["x"])):
+            for call in (model.agenerate("x"), model.abatch(["x"])):
                 with pytest.raises(EngineError, match="cannot start"):
                     await call
             monkeypatch.setattr(threading.Thread, "start", start)
-            assert (await guard.agenerate("x")).finish_reason == "length"
+            assert (await model.agenerate("x")).finish_reason == "length"
 
         asyncio.run(ask())
 

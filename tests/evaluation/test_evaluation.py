@@ -55,7 +55,7 @@ from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.results import shown
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:

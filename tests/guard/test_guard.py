@@ -12,7 +12,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import random_detoxifier, random_streams, request
+from harness import random_detoxifier, random_streams, request, torch_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_tiny_backbone
@@ -30,7 +30,7 @@ from detox_guard import (
     aguard_text,
     guard_text,
 )
-from detox_guard.engine import Ended, Engine, Rewind, TokenStep
+from detox_guard.engine import Ended, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length, scan
 from detox_guard.scorers.batcher import judge_for
 from detox_guard.text.tools import parse_tool_calls
@@ -73,13 +73,13 @@ def with_letter(letter: str) -> Callable[[str], float]:
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as guard:
-        yield guard
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as model:
+        yield model
         deadline = time.monotonic() + 10
-        while guard.stats().seats:
+        while model.stats().seats:
             assert time.monotonic() < deadline, "a seat was left taken"
             time.sleep(0.002)
-        stats = guard.stats()
+        stats = model.stats()
         assert (stats.tokens_guarded, stats.rows, stats.queued) == (stats.steps_guarded, 0, 0)
 
 
@@ -340,7 +340,7 @@ def test_bad_policies_name_the_field(field: str, value: object) -> None:
 
 def test_a_parked_reply_goes_on_as_if_it_never_stopped() -> None:
     backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = Engine(backbone, random_streams(backbone, "fr"))
+    engine = torch_engine(backbone, random_streams(backbone, "fr"))
     greedy = DecodingParams(alpha=1.5, temperature=0.0, max_new_tokens=12, seed=1)
     req, plain = request([5, 6, 7], greedy, keep=True)
     engine.submit(req)

@@ -33,8 +33,9 @@ from detox_guard.errors import (
 )
 from detox_guard.models import backbone as module
 from detox_guard.models import default as embedded
-from detox_guard.models.backbone import Backbone, from_model, load_backbone, pick_device, pick_dtype
+from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 from detox_guard.models.checks import max_positions
+from detox_guard.models.load import load_backbone
 
 
 @pytest.fixture

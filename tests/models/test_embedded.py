@@ -16,8 +16,8 @@ from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard.errors import BackboneError, BackboneNotFoundError
 from detox_guard.models import default as embedded
-from detox_guard.models.backbone import load_backbone
 from detox_guard.models.default import FOLDER, cache_dir, default_backbone_dir
+from detox_guard.models.load import load_backbone
 
 GGUF = b"GGUF and what follows"
 pytestmark = pytest.mark.usefixtures("cache")

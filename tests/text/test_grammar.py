@@ -17,13 +17,13 @@ from uuid import UUID
 import jsonschema
 import pytest
 import torch
-from harness import Recorder, random_detoxifier, random_prompts, random_streams, request
+from harness import Recorder, random_detoxifier, random_prompts, random_streams, request, torch_engine
 from pydantic import BaseModel, ByteSize, IPvAnyAddress, Json, SecretStr, create_model
 from tiny import make_tiny_backbone
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, RequestCancelledError
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
-from detox_guard.engine import Engine, Rewind
+from detox_guard.engine import Rewind
 from detox_guard.text.llguidance import compile_grammar
 from detox_guard.text.tools import tool_format
 
@@ -80,14 +80,14 @@ PROMPT = "The quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def guard() -> Iterator[DetoxiGen]:
+def model() -> Iterator[DetoxiGen]:
     backbone = make_tiny_backbone("llama")
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone), -1.0)]) as guard:
-        yield guard
+    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone), -1.0)]) as model:
+        yield model
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-def test_every_reply_is_valid_json_of_its_schema(guard: DetoxiGen, schema: dict[str, Any]) -> None:
+def test_every_reply_is_valid_json_of_its_schema(model: DetoxiGen, schema: dict[str, Any]) -> None:
     """A random model babbles without end, so this also shows that replies are brought to theirs."""
     grammar = Grammar.json_schema(schema)
     cases = [
@@ -101,7 +101,7 @@ def test_every_reply_is_valid_json_of_its_schema(guard: DetoxiGen, schema: dict[
             (2.0, "detoxigen", 0.0, 1.0, 6, {}),
         ]
     ]  # fmt: skip
-    for reply in guard.batch([PROMPT] * len(cases), [case.replace(max_new_tokens=150) for case in cases]):
+    for reply in model.batch([PROMPT] * len(cases), [case.replace(max_new_tokens=150) for case in cases]):
         assert reply.finish_reason == "stop", reply.text
         jsonschema.validate(json.loads(reply.text), schema)
         assert "\n" not in reply.text
@@ -109,7 +109,7 @@ def test_every_reply_is_valid_json_of_its_schema(guard: DetoxiGen, schema: dict[
         assert all(torch.isfinite(torch.tensor([t.kl_detoxifier, t.kl_steering])).all() for t in reply.trace.tokens)
 
 
-def test_pydantic_schemas_are_taken(guard: DetoxiGen) -> None:
+def test_pydantic_schemas_are_taken(model: DetoxiGen) -> None:
     class Line(BaseModel):
         text: str
         mark: float | None = None
@@ -118,40 +118,40 @@ def test_pydantic_schemas_are_taken(guard: DetoxiGen) -> None:
         title: str
         lines: list[Line]
 
-    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(Page.model_json_schema()), seed=1, max_new_tokens=120)
+    reply = model.generate(PROMPT, grammar=Grammar.json_schema(Page.model_json_schema()), seed=1, max_new_tokens=120)
     Page.model_validate_json(reply.text)
 
 
 @pytest.mark.parametrize("pattern", ["(yes|no)[.!]?", "[a-f]{3}/[0-9]+", r"a\/b", "x\ny", "x\\\ny", r"\d{2}:\d{2}"])
-def test_the_whole_reply_matches_a_pattern(guard: DetoxiGen, pattern: str) -> None:
+def test_the_whole_reply_matches_a_pattern(model: DetoxiGen, pattern: str) -> None:
     for seed in range(3):
-        reply = guard.generate(PROMPT, grammar=Grammar.regex(pattern), seed=seed, max_new_tokens=40)
+        reply = model.generate(PROMPT, grammar=Grammar.regex(pattern), seed=seed, max_new_tokens=40)
         assert re.fullmatch(pattern, reply.text), reply.text
         assert reply.finish_reason == "stop"
 
 
-def test_neighbours_say_what_they_say_alone(guard: DetoxiGen) -> None:
+def test_neighbours_say_what_they_say_alone(model: DetoxiGen) -> None:
     free = [DecodingParams(alpha=alpha, seed=seed, max_new_tokens=30) for alpha in (0.0, 2.0) for seed in (1, 2)]
     bound = [p.replace(grammar=Grammar.json_schema(PERSON), max_new_tokens=80) for p in free]
-    alone = [guard.generate(PROMPT, params).text for params in (*free, *bound)]
-    together = guard.batch([PROMPT] * 8, [p for pair in zip(free, bound, strict=True) for p in pair])
+    alone = [model.generate(PROMPT, params).text for params in (*free, *bound)]
+    together = model.batch([PROMPT] * 8, [p for pair in zip(free, bound, strict=True) for p in pair])
     assert [r.text for r in together[0::2]] == alone[:4]
     assert [r.text for r in together[1::2]] == alone[4:]
 
 
-def test_no_room_for_a_whole_text_ends_with_length(guard: DetoxiGen) -> None:
-    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(PERSON), seed=1, max_new_tokens=5)
+def test_no_room_for_a_whole_text_ends_with_length(model: DetoxiGen) -> None:
+    reply = model.generate(PROMPT, grammar=Grammar.json_schema(PERSON), seed=1, max_new_tokens=5)
     assert reply.finish_reason == "length"
     assert reply.usage.completion_tokens == 5
 
 
-def test_a_stream_is_the_reply_and_can_be_left(guard: DetoxiGen) -> None:
+def test_a_stream_is_the_reply_and_can_be_left(model: DetoxiGen) -> None:
     params = DecodingParams(grammar=Grammar.json_object(), seed=3, max_new_tokens=60)
-    whole = guard.generate(PROMPT, params).text
-    assert "".join(chunk.text for chunk in guard.stream(PROMPT, params)) == whole
-    next(chunks := guard.stream(PROMPT, params.replace(max_new_tokens=400)))
+    whole = model.generate(PROMPT, params).text
+    assert "".join(chunk.text for chunk in model.stream(PROMPT, params)) == whole
+    next(chunks := model.stream(PROMPT, params.replace(max_new_tokens=400)))
     chunks.close()
-    assert guard.generate(PROMPT, params).text == whole
+    assert model.generate(PROMPT, params).text == whole
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
@@ -161,7 +161,7 @@ def test_a_rewind_takes_the_grammar_back_too(alpha: float, at: int, back: int) -
     schema = {"type": "array", "items": PERSON, "minItems": 2}
     params = DecodingParams(grammar=Grammar.json_schema(schema), alpha=alpha, max_new_tokens=120)
     texts = []
-    engine = Engine(backbone, random_streams(backbone, "r"))
+    engine = torch_engine(backbone, random_streams(backbone, "r"))
     for rewinds in (0, 1):
         todo = [Rewind(back)] * rewinds
         kept: list[int] = []
@@ -194,12 +194,12 @@ class NoVowels:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(guard: DetoxiGen, seed: int) -> None:
+def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(model: DetoxiGen, seed: int) -> None:
     policy = GuardPolicy(
         scorer=NoVowels(), unit=3, context_chars=0, max_rewinds=60, ladder=(4.0, 5.0), on_exhausted="raise"
     )
     schema = {"type": "object", "properties": {"x": {"type": "string"}, "y": {"type": "null"}}, "required": ["x", "y"]}
-    reply = guard.generate(
+    reply = model.generate(
         PROMPT, grammar=Grammar.json_schema(schema), guard=policy, seed=seed, max_new_tokens=100, rule="dexperts"
     )
     assert reply.finish_reason == "stop"
@@ -210,7 +210,7 @@ def test_under_a_guard_the_strings_are_guarded_and_the_text_stays_valid(guard: D
 
 def test_a_ban_yields_where_the_grammar_leaves_nothing_else() -> None:
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex("ab"), alpha=0.0)
     req, sink = request([5, 6, 7], params)
     req.constraint = compile_grammar(Grammar.regex("ab"), backbone, 10)
@@ -232,7 +232,7 @@ def test_a_constraint_that_fails_takes_only_its_own_request_down() -> None:
         def rollback(self, tokens: int) -> None: ...
 
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(alpha=0.0, max_new_tokens=8)
     (bad, bad_sink), (good, good_sink) = (request([5, 6, 7], params) for _ in range(2))
     bad.constraint = Broken()
@@ -245,7 +245,7 @@ def test_a_constraint_that_fails_takes_only_its_own_request_down() -> None:
 
 def test_cancelling_a_constrained_request_frees_its_seat() -> None:
     backbone = make_tiny_backbone("llama")
-    engine = Engine(backbone)
+    engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex(".{400}"), alpha=0.0, max_new_tokens=450)
     req, sink = request([5, 6, 7], params, Recorder(lambda _: req.cancel()))
     req.constraint = compile_grammar(Grammar.regex(".{400}"), backbone, 450)
@@ -271,13 +271,13 @@ def test_cancelling_a_constrained_request_frees_its_seat() -> None:
     ],
 )
 def test_what_cannot_be_enforced_is_refused_before_anything_is_queued(
-    guard: DetoxiGen, grammar: Grammar, reason: str
+    model: DetoxiGen, grammar: Grammar, reason: str
 ) -> None:
-    before = guard.stats().submitted
+    before = model.stats().submitted
     with pytest.raises(InvalidParamsError, match=reason) as caught:
-        guard.stream(PROMPT, grammar=grammar)
+        model.stream(PROMPT, grammar=grammar)
     assert caught.value.field == "grammar"
-    assert guard.stats().submitted == before
+    assert model.stats().submitted == before
 
 
 @pytest.mark.parametrize("changes", [{"stop": "x"}, {"stop_token_ids": 3}, {"ignore_eos": True}])
@@ -367,14 +367,14 @@ NAMED = {
 
 
 @pytest.mark.parametrize("names", NAMED)
-def test_names_of_keys_are_enforced(guard: DetoxiGen, names: str) -> None:
+def test_names_of_keys_are_enforced(model: DetoxiGen, names: str) -> None:
     rule, value = NAMED[names]
     schema = {
         "type": "object", "propertyNames": rule, "additionalProperties": value, "minProperties": 1,
         "$defs": {"Colour": {"enum": ["red", "blue"], "type": "string"}},
     }  # fmt: skip
     for seed in range(4):
-        reply = guard.generate(PROMPT, grammar=Grammar.json_schema(schema), max_new_tokens=60, seed=seed)
+        reply = model.generate(PROMPT, grammar=Grammar.json_schema(schema), max_new_tokens=60, seed=seed)
         assert reply.finish_reason == "stop"
         jsonschema.validate(json.loads(reply.text), schema)
         assert json.loads(reply.text)
@@ -389,22 +389,22 @@ ANNOTATED: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", ANNOTATED)
 @pytest.mark.parametrize("lenient", [False, True])
-def test_what_pydantic_annotates_can_be_asked_for(guard: DetoxiGen, kind: str, lenient: bool) -> None:
+def test_what_pydantic_annotates_can_be_asked_for(model: DetoxiGen, kind: str, lenient: bool) -> None:
     schema = create_model("Model", x=(ANNOTATED[kind], ...)).model_json_schema()
-    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(schema, lenient=lenient), max_new_tokens=80)
+    reply = model.generate(PROMPT, grammar=Grammar.json_schema(schema, lenient=lenient), max_new_tokens=80)
     if reply.finish_reason == "stop":
         jsonschema.validate(json.loads(reply.text), schema)
 
 
-def test_formats_that_are_known_are_still_enforced_and_data_is_left_alone(guard: DetoxiGen) -> None:
+def test_formats_that_are_known_are_still_enforced_and_data_is_left_alone(model: DetoxiGen) -> None:
     for form in ("date", "uuid", "ipv4"):
         schema = {"type": "object", "properties": {"x": {"type": "string", "format": form}}, "required": ["x"]}
-        reply = guard.generate(PROMPT, grammar=Grammar.json_schema(schema), max_new_tokens=80)
+        reply = model.generate(PROMPT, grammar=Grammar.json_schema(schema), max_new_tokens=80)
         value = json.loads(reply.text)["x"]
         {"date": date.fromisoformat, "uuid": UUID, "ipv4": ipaddress.IPv4Address}[form](value)
     data = {"format": "phone", "uniqueItems": False, "propertyNames": {}}
     for lenient in (False, True):
-        reply = guard.generate(PROMPT, grammar=Grammar.json_schema({"const": data}, lenient=lenient), max_new_tokens=80)
+        reply = model.generate(PROMPT, grammar=Grammar.json_schema({"const": data}, lenient=lenient), max_new_tokens=80)
         assert json.loads(reply.text) == data
 
 
@@ -423,20 +423,20 @@ BEYOND: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("schema", BEYOND, ids=str)
 def test_what_no_grammar_asserts_is_refused_unless_the_caller_checks_again(
-    guard: DetoxiGen, schema: dict[str, Any]
+    model: DetoxiGen, schema: dict[str, Any]
 ) -> None:
     whole = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
     with pytest.raises(InvalidParamsError) as caught:
-        guard.generate(PROMPT, grammar=Grammar.json_schema(whole))
+        model.generate(PROMPT, grammar=Grammar.json_schema(whole))
     assert caught.value.field == "grammar"
-    reply = guard.generate(PROMPT, grammar=Grammar.json_schema(whole, lenient=True), max_new_tokens=60)
+    reply = model.generate(PROMPT, grammar=Grammar.json_schema(whole, lenient=True), max_new_tokens=60)
     assert "x" in json.loads(reply.text)
     tool = {"type": "function", "function": {"name": "f", "parameters": whole}}
-    assert guard.generate(PROMPT, grammar=Grammar.tool_calls([tool]), max_new_tokens=90).text
+    assert model.generate(PROMPT, grammar=Grammar.tool_calls([tool]), max_new_tokens=90).text
 
 
 @pytest.mark.parametrize("levels", [130, 500, 990, 5000, 100_000])
-def test_schemas_nested_too_deep_are_named_and_the_next_is_served(guard: DetoxiGen, levels: int) -> None:
+def test_schemas_nested_too_deep_are_named_and_the_next_is_served(model: DetoxiGen, levels: int) -> None:
     nested: dict[str, Any] = {}
     listed: Any = 1
     for _ in range(levels):
@@ -449,17 +449,17 @@ def test_schemas_nested_too_deep_are_named_and_the_next_is_served(guard: DetoxiG
         with pytest.raises(InvalidParamsError, match="120 levels") as caught:
             make()
         assert caught.value.field == "schema"
-    assert guard.generate(PROMPT, max_new_tokens=2).finish_reason in ("stop", "length")
+    assert model.generate(PROMPT, max_new_tokens=2).finish_reason in ("stop", "length")
 
 
-def test_a_schema_as_deep_as_allowed_is_enforced(guard: DetoxiGen) -> None:
+def test_a_schema_as_deep_as_allowed_is_enforced(model: DetoxiGen) -> None:
     nested: dict[str, Any] = {"type": "integer"}
     for _ in range(50):
         nested = {"type": "object", "properties": {"a": nested}}
-    assert guard.generate(PROMPT, grammar=Grammar.json_schema(nested), max_new_tokens=60).text.startswith("{")
+    assert model.generate(PROMPT, grammar=Grammar.json_schema(nested), max_new_tokens=60).text.startswith("{")
 
 
-def test_a_panic_in_native_code_is_an_error_by_name(guard: DetoxiGen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_in_native_code_is_an_error_by_name(model: DetoxiGen, monkeypatch: pytest.MonkeyPatch) -> None:
     import llguidance
 
     class Panic(BaseException):
@@ -470,4 +470,4 @@ def test_a_panic_in_native_code_is_an_error_by_name(guard: DetoxiGen, monkeypatc
 
     monkeypatch.setattr(llguidance, "LLMatcher", panics)
     with pytest.raises(InvalidParamsError, match="index out of bounds"):
-        guard.generate(PROMPT, grammar=Grammar.json_object())
+        model.generate(PROMPT, grammar=Grammar.json_object())

@@ -370,19 +370,19 @@ def test_variables_reach_the_template_by_the_prompt_and_by_the_call() -> None:
     made = backbone(CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")
     off = {"enable_thinking": False}
     messages = [message("user", "Hi")]
-    with DetoxiGen(made) as guard:
-        plain, thought = (guard.count_tokens(ChatPrompt(messages, chat_template_kwargs=one)) for one in ({}, off))
+    with DetoxiGen(made) as model:
+        plain, thought = (model.count_tokens(ChatPrompt(messages, chat_template_kwargs=one)) for one in ({}, off))
         assert thought > plain
-        assert guard.count_tokens(messages, chat_template_kwargs=off) == thought
-        reply = guard.generate(messages, max_new_tokens=1, chat_template_kwargs=off)
+        assert model.count_tokens(messages, chat_template_kwargs=off) == thought
+        reply = model.generate(messages, max_new_tokens=1, chat_template_kwargs=off)
         assert reply.usage.prompt_tokens == thought
         on = ChatPrompt(messages, chat_template_kwargs={"enable_thinking": True})
-        params = guard.params.replace(max_new_tokens=1)
-        used = [reply.usage.prompt_tokens for reply in guard.batch([messages, on], params, chat_template_kwargs=off)]
+        params = model.params.replace(max_new_tokens=1)
+        used = [reply.usage.prompt_tokens for reply in model.batch([messages, on], params, chat_template_kwargs=off)]
         assert used == [thought, thought]
-        assert [reply.usage.prompt_tokens for reply in guard.batch([messages, on], params)] == [plain, plain]
+        assert [reply.usage.prompt_tokens for reply in model.batch([messages, on], params)] == [plain, plain]
         with pytest.raises(PromptError) as caught:
-            guard.generate("Hi", chat_template_kwargs=off)
+            model.generate("Hi", chat_template_kwargs=off)
         assert caught.value.field == "chat_template_kwargs"
 
 

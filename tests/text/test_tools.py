@@ -151,11 +151,11 @@ def test_prompts_that_are_refused_name_the_field(prompt: ChatPrompt, field: str)
     ids=["fallback", "hermes", "llama", "mistral"],
 )
 def test_a_forced_call_is_one_that_is_read_back(template: str, begins: str) -> None:
-    with DetoxiGen(backbone(template)) as guard:
+    with DetoxiGen(backbone(template)) as model:
         names = set()
         for seed in range(8):
-            params = guard.params.replace(grammar=Grammar.tool_calls([WEATHER, ADD, NOW]), seed=seed, temperature=9.0)
-            reply = guard.generate(ChatPrompt(HISTORY, (WEATHER, ADD, NOW)), params)
+            params = model.params.replace(grammar=Grammar.tool_calls([WEATHER, ADD, NOW]), seed=seed, temperature=9.0)
+            reply = model.generate(ChatPrompt(HISTORY, (WEATHER, ADD, NOW)), params)
             assert reply.finish_reason == "stop"
             assert reply.text.startswith(begins)
             content, (call,), invalid = parse_tool_calls(reply.text)
@@ -165,14 +165,14 @@ def test_a_forced_call_is_one_that_is_read_back(template: str, begins: str) -> N
             assert set(call.arguments) == keys
             assert call.name != "add" or max(call.arguments.values()) <= 99
         assert len(names) > 1
-        only = guard.generate("Hi", grammar=Grammar.tool_calls([WEATHER, ADD, NOW], "add"), seed=1)
+        only = model.generate("Hi", grammar=Grammar.tool_calls([WEATHER, ADD, NOW], "add"), seed=1)
         assert parse_tool_calls(only.text)[1][0].name == "add"
 
 
 def test_names_that_need_escaping_are_forced_too() -> None:
     odd = 'é "x"\\'
-    with DetoxiGen(backbone()) as guard:
-        reply = guard.generate("Hi", grammar=Grammar.tool_calls([tool(odd)]), seed=1)
+    with DetoxiGen(backbone()) as model:
+        reply = model.generate("Hi", grammar=Grammar.tool_calls([tool(odd)]), seed=1)
     assert parse_tool_calls(reply.text)[1][0].name == odd
 
 

@@ -33,7 +33,7 @@ from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, Method
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_prompts
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training.data import read_pairs, read_texts, whole
 from detox_guard.training.examples import NEUTRAL_TEXTS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from detox_guard._files import write_whole
-from detox_guard._strict import Checked
+from detox_guard._strict import StrictModel
 from detox_guard.detoxifiers.soft_prompt import Position
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.settings import Rule
@@ -59,7 +59,7 @@ _SAME = (
 """Settings that a training has under the same name."""
 
 
-class AblationConfig(Checked):
+class AblationConfig(StrictModel):
     """One ablation: `what` is varied, `output` the folder of the run; see `run_ablation`.
 
     - "tuning": prompt tuning against LoRA of rank `lora_rank` on the attention's projections and full fine-tuning, each

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
-from detox_guard.models.backbone import load_backbone
+from detox_guard.models.load import load_backbone
 from detox_guard.steering.forced import positions_of, reply_loss
 from detox_guard.training.examples import KINDS, to_device
 

@@ -240,7 +240,7 @@ def _measure(given: Any) -> Aim:
     words = read_words(given.words) if given.words else ()
     load_run(given.run)  # before the model
     from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
-    from detox_guard.models.backbone import load_backbone
+    from detox_guard.models.load import load_backbone
 
     backbone = load_backbone(given.model, device=given.device)
     streams = as_streams(given.detoxifier, backbone)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from detox_benchmarks.fitting.linear import fragments, harmless_texts, read_scored_texts
-from detox_guard._adaptive import strength_behind
+from detox_guard._adaptive import adaptive_alpha
 from detox_guard.errors import DetoxGuardError
 from detox_guard.scorers.linear import checked_scores, load_scorer
 
@@ -271,9 +271,9 @@ def calm_and_strong(params: DecodingParams, toxic_prompts: list[str]) -> tuple[i
     """How many of the everyday questions get the calm share, alone and behind a system message, and the mean share of
     alpha behind toxic prompts."""
     calm = params.alpha * params.calm_share * 1.001
-    alone = sum(strength_behind([question], params) <= calm for question in EVERYDAY)
-    behind = sum(strength_behind(["You are a helpful assistant.", question], params) <= calm for question in EVERYDAY)
-    mean = sum(strength_behind([prompt], params) for prompt in toxic_prompts) / max(1, len(toxic_prompts))
+    alone = sum(adaptive_alpha([question], params) <= calm for question in EVERYDAY)
+    behind = sum(adaptive_alpha(["You are a helpful assistant.", question], params) <= calm for question in EVERYDAY)
+    mean = sum(adaptive_alpha([prompt], params) for prompt in toxic_prompts) / max(1, len(toxic_prompts))
     return alone, behind, mean / params.alpha
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
-from detox_guard._adaptive import strength_behind
+from detox_guard._adaptive import adaptive_alpha
 from detox_guard.scorers.linear import load_scorer
 from detox_guard.steering.contrast import RULES, plausible
 
@@ -76,7 +76,7 @@ def steered_nats(
     found = []
     for method in methods:
         params = method.params
-        alpha = strength_behind(texts, params)
+        alpha = adaptive_alpha(texts, params)
         if alpha == 0:
             p = log_gen.exp()
         else:

@@ -11,11 +11,12 @@ so a decoding step writes one column for everybody, and joining, leaving and rew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from detox_guard.engine.runner import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,17 +25,9 @@ if TYPE_CHECKING:
 
     LayerKV = Sequence[tuple[Tensor, Tensor]]
 
-__all__ = ["Row", "RowCache"]
+__all__ = ["RowCache"]
 
 _MIN_SLOTS = 128
-
-
-@dataclass(eq=False)
-class Row:
-    """A handle on a row: `index`, its place in the batch now; `length`, its slots, so also its next position."""
-
-    index: int
-    length: int
 
 
 class _RowLayer(CacheLayerMixin):  # type: ignore[misc]

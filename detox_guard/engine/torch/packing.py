@@ -1,5 +1,7 @@
 """Linear layers in oneDNN's blocked weight layout. Knows `nn.Linear` on a CPU in fp32; knows nothing of decoding.
 
+Left as they are: rounded weights, a LoRA adapter's small matrices, and all of a model that accelerate moves about.
+
 Decoding two rows instead of one costs nearly nothing when the weights are read once for both. MKL's GEMM for 2-8 rows
 does not do that (it costs about twice a matrix-vector product); oneDNN's with a weight laid out beforehand does.
 """
@@ -46,7 +48,11 @@ def can_pack(model: nn.Module) -> bool:
     if not (available and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     linears = [linear for _, _, linear in _linears(model)]
-    if not linears or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+    if (
+        not linears
+        or hasattr(model, "_hf_hook")
+        or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters())
+    ):
         return False
     probe = nn.Linear(24, 40)
     x = torch.linspace(-1, 1, 3 * 24).view(3, 24)
@@ -74,5 +80,10 @@ def pack_linears(model: nn.Module) -> int:
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            # A rounded weight is a tensor class of its own. PEFT, whose matrices stand in dicts, looks at their weights.
+            if (
+                type(child) is nn.Linear
+                and type(child.weight) is nn.Parameter
+                and not isinstance(parent, nn.ModuleDict)
+            ):
                 yield parent, name, child

@@ -1,0 +1,143 @@
+"""The seam to an execution backend: what the scheduler asks of it. Knows rows as handles; knows no keys, no values.
+
+A runner holds one batch of *rows*. A row is one view of one request: the generator's, or that of a detoxifier. Each
+step feeds one token to every row. What a prompt or a row holds can be put aside as a *saved* handle and joined again.
+
+To write a runner is to write the two classes below, `Prefill` and `Runner`; nothing else in the engine changes. All
+methods but the constructor are called by one thread, the engine's, in `torch.inference_mode`. An error that is raised
+in `decode`, `join`, `leave` or `rewind` costs everybody in the batch, and `clear` follows; one of a prefill costs the
+requests of that prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor
+
+__all__ = ["Computed", "Prefill", "Prompt", "Row", "Runner", "RunnerLimits", "Saved", "ViewKind"]
+
+ViewKind = Literal["embeddings", "tokens"]
+"""What a view adds to the context: rows of virtual tokens, or ids of its own."""
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What a runner is able to do; requests that need more are refused by name."""
+
+    vocab_size: int
+    max_positions: int | None
+    """Positions a row may have: the model's, or its window where that is less. None is no bound."""
+    views: frozenset[ViewKind]
+    """The kinds of view that it can give a row."""
+    rewinds: bool = True
+    """Whether a row can be rewound. One that cannot serves no guard."""
+
+
+class Prompt(NamedTuple):
+    """What a request reads, as far as its rows' contents depend on it: equal prompts are computed once."""
+
+    ids: tuple[int, ...]
+    steered: bool
+    """Whether it takes a row of every view besides the generator's."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A handle on a row of the running batch. The runner that made it keeps it up to date."""
+
+    index: int
+    """Its place among the rows: rows are numbered from 0 without a gap. So also the row of the logits that is its."""
+    length: int
+    """The slots that it holds, so also its next position."""
+
+
+class Saved(Protocol):
+    """A handle on what a row held. Its memory is in use as long as somebody holds the handle."""
+
+    @property
+    def slots(self) -> int:
+        """The length of the row that it was, and will be."""
+
+
+class Computed(NamedTuple):
+    """A prompt that was computed: the generator's part first, then one a view."""
+
+    logits: Tensor
+    """`[rows, vocab]` float32: for the first token of the reply."""
+    rows: Sequence[Saved]
+
+
+class Prefill(Protocol):
+    """Prompts on their way into rows, `advance` by `advance`. One that is not finished is dropped by forgetting it."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows are computed at once: what one column costs."""
+
+    @property
+    def left(self) -> int:
+        """Columns that are still to compute."""
+
+    def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
+        """Compute up to so many columns more; True when none is left.
+
+        `given_up` may be asked in between, from this thread. True says that nobody wants the prompts any more: a runner
+        that can break off does, and returns False.
+        """
+
+    def finish(self) -> list[Computed]:
+        """What became of each prompt, in the order they were begun. After that this object is of no use."""
+
+
+class Runner(Protocol):
+    """One model, its views, and one running batch."""
+
+    @property
+    def limits(self) -> RunnerLimits: ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """The signed weights of its views, in the order of a request's rows."""
+
+    @property
+    def virtual_slots(self) -> int:
+        """The most slots that a view adds to a row."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its logits are."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in the batch."""
+
+    def begin(self, prompts: Sequence[Prompt]) -> Prefill:
+        """Start to compute prompts beside the batch, together. Several fit one chunk; a single one may be longer."""
+
+    def join(self, saved: Saved) -> Row:
+        """A new row that holds what was saved. The handle stays good."""
+
+    def save(self, row: Row) -> Saved:
+        """What `join` takes to bring the row back, whatever becomes of it."""
+
+    def leave(self, row: Row) -> None:
+        """Drop a row. The last row takes its index."""
+
+    def rewind(self, row: Row, slots: int) -> None:
+        """Drop the last `slots` of a row (0 to its length - 1), as if they had never been."""
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Feed `tokens[i]` to the row of index i, for every row; logits `[rows, vocab]` float32, the caller's to
+        overwrite. Every row is one slot longer afterwards."""
+
+    def clear(self) -> None:
+        """Drop all rows, also after an error that left them in disorder."""
+
+    def close(self) -> None:
+        """Give everything back. Nothing is asked of it after that."""

@@ -1,0 +1,111 @@
+"""The runner over torch and transformers. Knows how prefill, rows and packed weights go together; knows no requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from detox_guard.engine.runner import Computed, RunnerLimits
+from detox_guard.engine.torch.cache import RowCache
+from detox_guard.engine.torch.packing import can_pack, pack_linears
+from detox_guard.engine.torch.prefill import Forward, Prefill
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from detox_guard.engine.base import StreamSpec
+    from detox_guard.engine.runner import Prompt, Row, Saved
+    from detox_guard.engine.torch.cache import LayerKV
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.settings import EngineConfig
+
+__all__ = ["TorchRunner"]
+
+
+class TorchRunner:
+    """Runs a backbone and its streams (a `Runner`); `config.pack_weights` packs its linear layers in place."""
+
+    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> None:
+        if config.pack_weights and can_pack(backbone.model):
+            pack_linears(backbone.model)
+        self._forward = Forward(backbone, streams)
+        self._cache = RowCache(backbone.num_layers, config.max_rows, config.max_cached_slots)
+        self.device: torch.device = self._forward.device
+        self.weights = tuple(spec.weight for spec in streams)
+        self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
+        bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
+        self.limits = RunnerLimits(backbone.vocab_size, min(bounds, default=None), frozenset({"embeddings"}))
+
+    @property
+    def rows(self) -> int:
+        return len(self._cache.rows)
+
+    @property
+    def capacity(self) -> int:
+        """Rows times slots that the cache's buffers have room for now."""
+        rows, slots = self._cache.capacity
+        return rows * slots
+
+    def begin(self, prompts: Sequence[Prompt]) -> _Prefill:
+        return _Prefill(Prefill(self._forward, [prompt.ids for prompt in prompts], [p.steered for p in prompts]))
+
+    def join(self, saved: Saved) -> Row:
+        assert isinstance(saved, _Saved)
+        return self._cache.add(saved.layers)
+
+    def save(self, row: Row) -> Saved:
+        return _Saved(self._cache.copy(row))
+
+    def leave(self, row: Row) -> None:
+        self._cache.remove(row)
+
+    def rewind(self, row: Row, slots: int) -> None:
+        self._cache.rewind(row, slots)
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        return self._forward.decode(self._cache, tokens)
+
+    def clear(self) -> None:
+        self._cache.clear()
+
+    def close(self) -> None:
+        self._cache.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """Copies of a row's keys and values."""
+
+    layers: LayerKV
+
+    @property
+    def slots(self) -> int:
+        return int(self.layers[0][0].shape[2])
+
+
+class _Prefill:
+    """A `Prefill` as the scheduler knows it. A pass of torch cannot be broken off, so nobody is asked whether to."""
+
+    def __init__(self, prompts: Prefill) -> None:
+        self._prompts = prompts
+
+    @property
+    def rows(self) -> int:
+        return len(self._prompts.rows)
+
+    @property
+    def left(self) -> int:
+        return self._prompts.total - self._prompts.done_tokens
+
+    def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
+        return self._prompts.advance(columns)
+
+    def finish(self) -> list[Computed]:
+        # Copies: what `finish` gives are views into tensors of the whole group.
+        return [
+            Computed(first.clone(), [_Saved([(k.clone(), v.clone()) for k, v in layers]) for layers in rows])
+            for first, rows in self._prompts.finish()
+        ]

@@ -1,0 +1,277 @@
+"""Where models come from: hub, folder, GGUF file, adapter, an object already loaded, the embedded default.
+
+Knows files, names and transformers' ways to load. Does not know: what can be steered (`checks`), decoding, text. What
+transformers raises is translated into the `BackboneError` tree, the original chained.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detox_guard._files import usable_path
+from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardError, InvalidParamsError
+from detox_guard.models.adapters import adapter_of, put_on
+from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
+from detox_guard.models.checks import CONFIG_FILE, causal_class, check_config
+from detox_guard.models.options import LoadOptions
+from detox_guard.models.quantization import as_config, is_quantized, need
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_backbone"]
+
+_NOT_FOR_OBJECTS = (
+    "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation", "gguf_file",
+    "model_kwargs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What transformers is to be handed (`source`: a folder or hub id), and our `id` for it."""
+
+    source: str
+    id: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    """Of the embedded default, which has no hub to ask."""
+
+
+def load_backbone(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    **loading: Any,
+) -> Backbone:
+    """Load a causal language model that can be steered.
+
+    `model`: a hub id, a folder, a `.gguf` file, a LoRA adapter (its base is loaded with it), a loaded model or
+    `PeftModel` (then `tokenizer` is required, and the model is moved only if `device` or `dtype` is given), or None for
+    the embedded default. `tokenizer`, if given, takes the place of the model's own. `loading`: fields of `LoadOptions`.
+    Weights are read from safetensors or GGUF only, never from pickles. The architecture is checked before weights are
+    downloaded. Raises `BackboneNotFoundError`, `UnsupportedBackboneError`, `BackboneError`, and `InvalidParamsError`
+    for a bad option.
+    """
+    options = LoadOptions(**loading)
+    if model is not None and not isinstance(model, str | os.PathLike):
+        return _wrapped(model, tokenizer, options)
+    if model is None:
+        place = _default(options)
+    else:
+        place = _locate(model, options.gguf_file)
+        with _translated(place.source):
+            adapter = None if place.gguf_file else adapter_of(place.source, options)
+        if adapter is not None:
+            base = _locate(adapter.base, None)
+            own = str(adapter.folder) if tokenizer is None and adapter.has_tokenizer else tokenizer
+            loaded, its_tokenizer, _ = _loaded(base, own, options.replace(revision=adapter.base_revision))
+            with _translated(place.source):
+                loaded = put_on(loaded, its_tokenizer, adapter)
+            revision = adapter.commit or options.revision
+            return from_model(
+                loaded, its_tokenizer, id=place.id, revision=revision, adapter=adapter.kind, base_id=base.id
+            )
+    loaded, its_tokenizer, config = _loaded(place, tokenizer, options)
+    commit = None if model is None else getattr(config, "_commit_hash", None)
+    return from_model(loaded, its_tokenizer, id=place.id, revision=place.revision or commit or options.revision)
+
+
+def _wrapped(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
+    """A model that the caller loaded."""
+    from torch import nn
+
+    for name in _NOT_FOR_OBJECTS:
+        if getattr(options, name) is not None:
+            raise InvalidParamsError(name, getattr(options, name), "the model is loaded already: say it where it is")
+    if isinstance(model, nn.Module) and not (options.device is None and options.dtype is None):
+        device = getattr(model, "device", None) if options.device is None else pick_device(options.device)
+        if device is not None:  # else it is no model, as `from_model` will say
+            own = options.dtype in (None, "auto")
+            model.to(device=device, dtype=model.dtype if own else pick_dtype(options.dtype, device))
+    return from_model(model, _tokenizer(tokenizer, options), revision=options.revision)
+
+
+def _default(options: LoadOptions) -> _Place:
+    """The embedded model, fetched if it is not here."""
+    from detox_guard.models import default as embedded
+
+    for field in ("gguf_file", "revision"):
+        if (value := getattr(options, field)) is not None:
+            raise InvalidParamsError(field, value, "name the model it belongs to")
+    folder = embedded.default_backbone_dir()
+    revision = embedded.DEFAULT_REVISION if folder.name == embedded.FOLDER else folder.name
+    return _Place(str(folder), embedded.DEFAULT_ID, revision=revision)
+
+
+def _loaded(
+    place: _Place, tokenizer: Any, options: LoadOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedConfig]:
+    """The model where `options` want it, its tokenizer, and its config as it was read."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, gguf_file = place.source, place.gguf_file
+    on_device = pick_device(options.one_device)
+    if options.device_map is not None:
+        need("accelerate", "device_map")
+    where: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, **options.hub}
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
+    if not Path(source).is_dir():
+        where["revision"] = options.revision or "main"
+    with _translated(source, gguf_file, options):
+        config = AutoConfig.from_pretrained(source, **where)
+        check_config(config, None if options.trust_remote_code else causal_class(config, place.id), place.id)
+        if tokenizer is None:
+            its_tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        else:
+            its_tokenizer = _tokenizer(tokenizer, options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **_how(config, gguf_file, options), **where
+        )
+        _check_whole(source, loaded, info)
+        if gguf_file is not None:
+            # dequantized on load; transformers would otherwise refuse to move or save the model
+            del loaded.config.quantization_config
+            loaded.is_quantized, loaded.hf_quantizer = False, None
+        if not options.spreads and getattr(loaded, "hf_quantizer", None) is None:
+            loaded.to(on_device)
+    return loaded, its_tokenizer, config
+
+
+def _how(config: PreTrainedConfig, gguf_file: str | None, options: LoadOptions) -> dict[str, Any]:
+    """The keywords for the weights: number type, device, rounding, and what the user named besides."""
+    on_device = pick_device(options.one_device)
+    rounded = gguf_file is None and is_quantized(config)
+    # What was saved rounded has kernels for one number type only, which its config names.
+    dtype = "auto" if options.dtype == "auto" or (rounded and options.dtype is None) else None
+    how: dict[str, Any] = {"dtype": dtype or pick_dtype(options.dtype, on_device), **options.weights}
+    if gguf_file is None:
+        how["use_safetensors"] = True
+    if options.quantization_config is not None:
+        how["quantization_config"] = as_config(options.quantization_config, how["dtype"])
+    if options.spreads:
+        how["device_map"] = options.device_map
+    elif rounded or options.quantization_config is not None:
+        need("accelerate", "a quantized model")
+        how["device_map"] = {"": on_device}  # rounded weights are made where they stay
+    return how
+
+
+def _check_whole(source: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
+    """transformers fills what the files lack with random numbers, leaves out what has no place, and only prints it."""
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise BackboneError(
+            f"{source}: {len(info['missing_keys'])} weights are missing, {first!r} among them",
+            hint="The files do not belong to this config.json, or the copy is incomplete; fetch it again.",
+        )
+    # Parts that the architecture does not have (a second head, old masks) are left out; one more weight of a layer
+    # that it has (a bias) is not.
+    layers = {path for path, module in loaded.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    odd = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in layers)
+    if odd:
+        raise BackboneError(
+            f"{source}: {len(odd)} weights have no place in the model, {odd[0]!r} among them",
+            hint="config.json does not say what these files hold (attention_bias?), so they would be left out.",
+        )
+
+
+def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> _Place:
+    """What a name means: a folder, a GGUF file, or else a hub id."""
+    path = usable_path(model, BackboneNotFoundError)
+    if path.is_file() or (gguf_file is not None and path.is_dir()):
+        file = path if path.is_file() else path / str(gguf_file)
+        if not file.is_file():
+            raise BackboneNotFoundError(f"{file}: no such file")
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise BackboneError(
+                    f"{file}: not a GGUF file (it does not begin with 'GGUF')",
+                    hint="Pass the folder that holds config.json, or a .gguf file.",
+                )
+        return _Place(str(file.parent), file.name, file.name)
+    if path.is_dir():
+        adapter, weights = (path / CONFIG_FILE).is_file(), any(path.glob("model*.safetensors*"))
+        if adapter and weights:
+            raise BackboneError(
+                f"{path}: holds a model and a PEFT adapter", hint="Move the adapter into a folder of its own."
+            )
+        if not adapter and not (path / "config.json").is_file():
+            raise BackboneError(f"{path}: no config.json in this folder", hint="Is it a model?")
+        for entry in path.iterdir():
+            if not entry.is_file() and not entry.is_dir():
+                raise BackboneError(f"{entry}: a pipe, a device or a link to nothing; a model's folder holds files")
+        return _Place(str(path), path.resolve().name)
+    looks_like_path = not isinstance(model, str) or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if looks_like_path or "\\" in str(model) or str(model).endswith(".gguf"):
+        raise BackboneNotFoundError(f"{path}: no such file or folder")
+    return _Place(str(model), str(model), gguf_file)
+
+
+def _tokenizer(tokenizer: Any, options: LoadOptions) -> Any:
+    """A tokenizer from its name or path; anything else is passed on for `from_model` to judge."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    with _translated(str(tokenizer)):
+        return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=options.trust_remote_code, **options.hub)
+
+
+@contextmanager
+def _translated(source: str, gguf_file: str | None = None, options: LoadOptions | None = None) -> Iterator[None]:
+    """Turn what transformers, huggingface_hub, PEFT and safetensors raise into ours, the original chained."""
+    from huggingface_hub import errors as hub
+
+    absent = (
+        hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.LocalEntryNotFoundError,
+        hub.OfflineModeIsEnabled, hub.HFValidationError,
+    )  # fmt: skip
+    what = f"{source}/{gguf_file}" if gguf_file else source
+    try:
+        yield
+    except DetoxGuardError:
+        raise
+    except Exception as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+            causes.append(cause)
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if not Path(source).is_dir() and any(isinstance(cause, absent) for cause in causes):
+            raise BackboneNotFoundError(
+                f"{what}: no such model on the hub or in its cache: {line}",
+                hint="Check the name and the network (HF_HUB_OFFLINE uses cached copies only), or pass a local folder.",
+            ) from error
+        named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        given = (options and options.model_kwargs) or {}
+        if named and named[1] in given:
+            bound = "no keyword of transformers' from_pretrained, nor a field of this model's config"
+            raise InvalidParamsError(f"model_kwargs.{named[1]}", given[named[1]], bound) from error
+        raise BackboneError(f"{what}: cannot be loaded: {type(error).__name__}: {line}", hint=_hint(error)) from error
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an error of transformers."""
+    said = str(error)
+    if "trust_remote_code" in said:
+        return "If you have read and trust the code of this repository, pass trust_remote_code=True."
+    if isinstance(error, ImportError):
+        named = re.search(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)", said)
+        return f"pip install {named[1]}" if named else "Install the package that it names."
+    if "offload_folder" in said or "offload_dir" in said:
+        return "Some weights go on disk: name a folder for them, offload_folder=…, or leave more memory in max_memory."
+    if "GPU" in said or "accelerator" in said or "CUDA" in said:
+        return 'This quantization runs on a GPU only; on a CPU take quantization_config="int8" and the plain weights.'
+    if "no file named" in said or "does not appear to have a file" in said:
+        if "config.json" in said:
+            return "Is it a model? Its repository or folder has no config.json."
+        return "Weights are read from safetensors or GGUF only; convert pickled .bin weights first."
+    return "The file may be damaged or incomplete; fetch it again."

@@ -1,0 +1,197 @@
+"""What can be said about how a model is loaded. Knows names, bounds and which loads are alike; loads nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, field_validator
+
+from detox_guard._strict import StrictModel
+from detox_guard.errors import InvalidParamsError
+
+__all__ = ["DTYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+DTYPES = get_args(DtypeName)
+QUANTIZATIONS = ("int8", "fp8", "nf4", "bnb-int8")
+"""Short names: what is rounded is the weights of the linear layers. `quantization.as_config` says what each stands for."""
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+_OURS = {
+    "use_safetensors": "pickled weights are never read",
+    "weights_only": "pickled weights are never read",
+    "output_loading_info": "it is asked for already, to refuse files that lack weights",
+    "state_dict": "pass the loaded model itself",
+    "config": "it is read from the model's files; its fields may be given one by one",
+    "load_in_8bit": 'quantization_config="bnb-int8" says it',
+    "load_in_4bit": 'quantization_config="nf4" says it',
+}
+"""Keywords of `from_pretrained` that are not passed on, and why."""
+_OF_THE_HUB = ("subfolder", "force_download", "proxies", "code_revision")
+"""What configs and tokenizers take too, out of `model_kwargs`."""
+
+
+class LoadOptions(StrictModel):
+    """How a model is loaded: every keyword of `load_backbone`, `DetoxiGen.from_pretrained` and `DetoxiGen.shared`.
+
+    `torch_dtype` is another name for `dtype`. A field may also stand in `model_kwargs`, as people write it for other
+    libraries. Raises `InvalidParamsError`.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    device: Any = None
+    """cpu, cuda, cuda:N, mps or xpu; else the best there is."""
+    dtype: Any = None
+    """Number type of the weights; "auto" is the one they were saved in. Else what the device does best."""
+    device_map: Any = None
+    """Where each part goes: "auto" over all devices, then memory, then disk; or a JSON object of modules and devices."""
+    max_memory: dict[int | str, int | str] | None = None
+    """Most memory a device, for device_map: {"0": "20GiB", "cpu": "60GiB"}."""
+    offload_folder: str | None = None
+    """Folder for weights that device_map puts on disk."""
+    quantization_config: Any = None
+    """int8, fp8 (torchao), nf4, bnb-int8 (bitsandbytes), or a quantization config of transformers, also as JSON."""
+    attn_implementation: Literal["eager", "sdpa"] | None = None
+    """eager or sdpa: those that take the engine's masks."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside the folder or hub repository."""
+    trust_remote_code: bool = False
+    """Run code of the model's repository."""
+    token: str | bool | None = Field(default=None, repr=False)
+    """Token of the hub, for gated and private models; else the one that `hf auth login` or HF_TOKEN set."""
+    cache_dir: str | None = None
+    """Folder of downloaded models; else the hub's own cache."""
+    local_files_only: bool = False
+    """Use downloaded files only."""
+    model_kwargs: dict[str, Any] | None = None
+    """Other keywords of transformers' from_pretrained, as a JSON object."""
+
+    def __init__(self, **data: Any) -> None:
+        if isinstance(more := data.get("model_kwargs"), Mapping):
+            more = dict(more)
+            for name in [*type(self).model_fields, "torch_dtype"]:
+                if name in more and name != "model_kwargs":
+                    _only_one(f"model_kwargs.{name}", more[name], data, name)
+                    data[name] = more.pop(name)
+            data["model_kwargs"] = more or None
+        if (dtype := data.pop("torch_dtype", None)) is not None:
+            _only_one("torch_dtype", dtype, data, "dtype")
+            data["dtype"] = dtype
+        super().__init__(**data)
+        for name in self.model_kwargs or ():
+            if name in _OURS:
+                raise InvalidParamsError(f"model_kwargs.{name}", data["model_kwargs"][name], _OURS[name])
+        if self.device is not None and self.device_map is not None:
+            raise InvalidParamsError(
+                "device", str(self.device), "not together with device_map, which places every part"
+            )
+        for name in ("max_memory", "offload_folder"):
+            if data.get(name) is not None and not self.spreads:
+                raise InvalidParamsError(name, data[name], 'only with a device_map, such as "auto"')
+
+    @field_validator("offload_folder", "cache_dir", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _devices_by_number(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: most for key, most in value.items()}
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in DTYPES:
+            raise ValueError(f"one of {', '.join(DTYPES)}")
+        return value
+
+    @field_validator("device_map")
+    @classmethod
+    def _known_map(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str | int) or type(value).__name__ == "device":
+            return value
+        if isinstance(value, Mapping) and value and all(isinstance(name, str) for name in value):
+            return dict(value)
+        raise ValueError(f"{', '.join(_SPREADS)}, a device, or a mapping of module names to devices")
+
+    @field_validator("quantization_config")
+    @classmethod
+    def _known_quantization(cls, value: Any) -> Any:
+        if value is None or value in QUANTIZATIONS or isinstance(value, Mapping) or hasattr(value, "quant_method"):
+            return value
+        raise ValueError(
+            f"{', '.join(QUANTIZATIONS)}, or a quantization config of transformers, an object or a mapping"
+        )
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the model may lie on several devices, or partly on disk."""
+        if isinstance(self.device_map, Mapping):
+            return set(self.device_map) != {""} or self.device_map[""] == "disk"
+        return isinstance(self.device_map, str) and self.device_map in _SPREADS
+
+    @property
+    def one_device(self) -> Any:
+        """The device asked for, as `pick_device` takes it; also where `device_map` names a single one."""
+        if self.device_map is None or self.spreads:
+            return self.device
+        one = self.device_map[""] if isinstance(self.device_map, Mapping) else self.device_map
+        return f"cuda:{one}" if isinstance(one, int) else one
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What is passed on wherever a file is looked for by name."""
+        named = {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only or None}
+        more = {name: (self.model_kwargs or {}).get(name) for name in _OF_THE_HUB}
+        return {name: value for name, value in {**named, **more}.items() if value is not None}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What only the reading of weights takes; device, dtype and quantization are the loader's to say."""
+        named = {
+            "max_memory": self.max_memory,
+            "offload_folder": self.offload_folder,
+            "attn_implementation": self.attn_implementation,
+        }
+        more = {name: value for name, value in (self.model_kwargs or {}).items() if name not in _OF_THE_HUB}
+        return {**more, **{name: value for name, value in named.items() if value is not None}}
+
+    def key(self) -> str:
+        """Equal for options that load the same, device and dtype aside. Raises `InvalidParamsError` for objects that
+        cannot be told apart by what they hold."""
+        left_out = {"device", "dtype"} if self.spreads else {"device", "dtype", "device_map"}
+        told = {name: getattr(self, name) for name in type(self).model_fields if name not in left_out}
+        for name in ("offload_folder", "cache_dir"):
+            told[name] = None if told[name] is None else os.path.realpath(os.path.expanduser(told[name]))
+        for name, value in told.items():
+            try:
+                json.dumps(value, default=_told)
+            except (TypeError, ValueError):
+                raise InvalidParamsError(
+                    name, value, "plain values, to be shared", hint="use from_pretrained"
+                ) from None
+        return json.dumps(told, default=_told, sort_keys=True)
+
+
+def _only_one(field: str, value: object, data: Mapping[str, Any], name: str) -> None:
+    if data.get(name) not in (None, False):
+        raise InvalidParamsError(field, value, f"{name} is given too")
+
+
+def _told(value: Any) -> Any:
+    """A device, a dtype or a quantization config, as JSON."""
+    if hasattr(value, "quant_method") and hasattr(value, "to_dict"):
+        return {type(value).__name__: value.to_dict()}
+    if type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ in ("device", "dtype"):
+        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(type(value).__name__)
