@@ -21,7 +21,7 @@ from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.models.checks import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from detox_guard.detoxifiers.registry import Entry
     from detox_guard.detoxifiers.soft_prompt import DataSource, Detoxifier
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
     from detox_guard.training.config import AdaptConfig, TrainingConfig
     from detox_guard.training.data import Text
+    from detox_guard.training.own_pairs import Draw
 
 __all__ = ["WORK", "Adapted", "adapt"]
 
@@ -40,10 +41,12 @@ ROWS, HELDOUT = 2500, 48
 """Toxic rows, and as many harmless ones, that are learned from and that are held out; at most."""
 PROMPTS, PROMPTS_A_BATCH, SAMPLES, TOKENS = 300, 16, 6, 18
 """Prompts of a full plan, and how many replies of how many tokens are drawn to each, in each way."""
+DRAWN: tuple[Draw, ...] = ("plain", "lean")
+"""Steered away from a first detoxifier that knows little yet, replies are much like the plain ones."""
 FEWEST_PAIRS = 10
 MEASURED, MEASURED_SAMPLES = 40, 8
 """Held-out prompts of each class of a full plan, and replies to each."""
-COSTS = {"first": 0.35, "prompt": 0.3, "second": 1.0, "measured": 0.7}
+COSTS = {"first": 0.25, "prompt": 0.2, "second": 1.0, "measured": 0.6}
 """A step, and all that is done with a prompt, in steps of the second tuning: measured on two cores."""
 
 
@@ -150,19 +153,16 @@ class _Run:
     def rows(self) -> list[DataSource]:
         """Rows to learn from and beginnings of others to measure on; where they come from."""
         from detox_guard.detoxifiers.soft_prompt import DataSource
+        from detox_guard.training.rows import beginning, set_apart, to_json
 
         path = self.work / "sources.json"
         if not path.exists():
             toxic, harmless, sources = self._read() if self.config.data else self._fetch()
-            heldout = []
+            heldout: list[dict[str, Any]] = []
             for name, texts in (("toxic", toxic), ("harmless", harmless)):
-                own = list(dict.fromkeys(texts))
-                random.Random(self.config.seed).shuffle(own)
-                held = min(HELDOUT, len(own) // 5)
-                if not held:
-                    raise DataError(f"{len(own)} different {name} texts", hint="five at least, better thousands")
-                heldout += [{"prompt": _beginning(text), "toxicity": float(name == "toxic")} for text in own[:held]]
-                self._write(f"{name}.jsonl", [_row(text) for text in own[held : held + ROWS]])
+                learned, held = set_apart(name, texts, ROWS, HELDOUT, self.config.seed)
+                self._write(f"{name}.jsonl", map(to_json, learned))
+                heldout += [{"prompt": beginning(text), "toxicity": float(name == "toxic")} for text in held]
             self._write("heldout.jsonl", heldout)
             write_whole(path, json.dumps([source.model_dump() for source in sources]) + "\n")
         return [DataSource(**source) for source in read_json(path)]
@@ -239,15 +239,15 @@ class _Run:
         from detox_guard.detoxifiers.soft_prompt import Detoxifier
         from detox_guard.training.card import adapted_card, readme
 
-        made, folder = Detoxifier.load(second), self.work.parent
-        known = [entry for entry in registry.entries() if entry.sha256 == made.sha256]
-        if not (known and (folder / CONFIG_FILE).exists()):
+        made, folder, config = Detoxifier.load(second), self.work.parent, self.config
+        if not (folder / CONFIG_FILE).exists():
             first = Detoxifier.load(self.work / "first")
-            card = adapted_card(made.card, first.card, sources, self.config)
-            write_whole(folder / "README.md", readme(card, self.config.model, report.markdown()))
-            Detoxifier(made.embeddings, card).save(folder)
-            known = [registry.register(folder, self._load())]
-        return known[0]
+            Detoxifier(made.embeddings, adapted_card(made.card, first.card, sources, config)).save(folder)
+        card = Detoxifier.load(folder).card
+        where = config.push_to_hub or folder.name
+        write_whole(folder / "README.md", readme(card, config.model, where, report.markdown()))
+        known = [entry for entry in registry.entries() if entry.sha256 == made.sha256]
+        return known[0] if known else registry.register(folder, self._load())
 
     def _tell(self, words: str, plan: _Plan, phase: str) -> None:
         minutes = plan.minutes_from(phase)
@@ -271,7 +271,7 @@ class _Run:
         config = self.config
         return load_backbone(config.model, device=config.device, dtype=self._dtype(), revision=config.revision)
 
-    def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    def _write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         write_whole(self.work / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _read(self) -> tuple[list[Text], list[Text], list[DataSource]]:
@@ -344,10 +344,11 @@ class _Run:
         from detox_guard.detoxifiers.soft_prompt import Detoxifier
         from detox_guard.evaluation.journal import Journal
         from detox_guard.training.data import read_texts
-        from detox_guard.training.own_pairs import DRAWS, open_for, sample
+        from detox_guard.training.own_pairs import open_for, sample
+        from detox_guard.training.rows import beginning
 
         toxic, harmless = (
-            [_beginning(text) for text in read_texts(str(self.work / name)).texts]
+            [beginning(text) for text in read_texts(str(self.work / name)).texts]
             for name in ("toxic.jsonl", "harmless.jsonl")
         )
         most = plan.prompts * 2 // 3
@@ -355,17 +356,18 @@ class _Run:
         random.Random(self.config.seed).shuffle(prompts)
         starts = range(0, len(prompts), PROMPTS_A_BATCH)
         with Journal(self.work / "replies.jsonl", ("draw", "at")) as journal, self._bars() as bars:
-            missing = [(draw, at) for draw in DRAWS for at in starts if (draw, at) not in journal]
-            total = len(DRAWS) * len(starts)
+            missing = [(draw, at) for draw in DRAWN for at in starts if (draw, at) not in journal]
+            total = len(DRAWN) * len(starts)
             with bars.stage("its own replies", total, total - len(missing)) as stage:
                 backbone = self._load() if missing else None
-                for draw in DRAWS:
+                for draw in DRAWN:
                     own = [at for of, at in missing if of == draw]
                     if not own or backbone is None:
                         continue
                     with open_for(draw, backbone, Detoxifier.load(first)) as model:
                         for at in own:
-                            chat = at // PROMPTS_A_BATCH % 3 == 2  # a third of the prompts are user turns
+                            # a third of the prompts are user turns
+                            chat = backbone.has_chat_template and at // PROMPTS_A_BATCH % 3 == 2
                             some = prompts[at : at + PROMPTS_A_BATCH]
                             seed = self.config.seed + at * SAMPLES
                             replies = sample(
@@ -374,22 +376,7 @@ class _Run:
                             journal.add({"draw": draw, "at": at, "chat": chat, "replies": replies})
                             stage.tick()
             journal.finish()
-            return [journal.rows[draw, at] for draw in DRAWS for at in starts]
-
-
-def _beginning(text: Text) -> str:
-    """What a model may be asked to go on from: what the text follows, else its first words, ten at most."""
-    if not isinstance(text, str):
-        return text.prompt
-    words = text.split()
-    return " ".join(words[: max(3, min(10, len(words) // 2))])
-
-
-def _row(text: Text) -> dict[str, str]:
-    """As `read_texts` reads it."""
-    if isinstance(text, str):
-        return {"text": text}
-    return {"question" if text.chat else "prompt": text.prompt, "text": text.text.strip()}
+            return [journal.rows[draw, at] for draw in DRAWN for at in starts]
 
 
 def _lines(path: Path) -> int:

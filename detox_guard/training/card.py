@@ -65,10 +65,12 @@ def adapted_card(
 ) -> DetoxifierCard:
     """The card of what `adapt` made: that of its second tuning, with where the rows came from and what went before."""
     own = tuple(one for one in second.data if one.name == "pairs.jsonl")
+    pairs = ""
+    if own:
+        pairs = f", and on {own[0].rows} pairs of its own replies (pairs.jsonl), which {config.scorer!r} told apart"
     made = (
-        f"Tuned for {first.steps} steps on toxic texts, then for {second.steps} on those, harmless texts and "
-        f"{own[0].rows if own else 'no'} pairs of the model's own replies (pairs.jsonl), told apart by the scorer "
-        f"{config.scorer!r}. {LIMITS}"
+        f"Tuned for {first.steps} steps on toxic texts, then for {second.steps} on those and harmless texts{pairs}. "
+        f"{LIMITS}"
     )
     changes = {
         "data": (*sources, *own),
@@ -80,8 +82,8 @@ def adapted_card(
     return second.model_copy(update=changes)
 
 
-def readme(card: DetoxifierCard, model: str | None, figures: str) -> str:
-    """A model card for the hub. `figures`: markdown tables of how it was measured; `model`: as the user named it."""
+def readme(card: DetoxifierCard, model: str | None, where: str, figures: str) -> str:
+    """A model card for the hub. `model`, `where`: what to call the base and the detoxifier; `figures`: markdown."""
     named = model if model is not None and not Path(model).exists() else card.base_id
     front = ["library_name: peft", "tags: [detox-guard, detoxification, prompt-tuning]"]
     if named.count("/") == 1:  # the hub refuses a base that it cannot have
@@ -100,13 +102,13 @@ def readme(card: DetoxifierCard, model: str | None, figures: str) -> str:
             "```python",
             "from detox_guard import DetoxiGen",
             "",
-            f'model = DetoxiGen.from_pretrained("{named}", detoxifier="this repository or folder")',
+            f'model = DetoxiGen.from_pretrained("{named}", detoxifier="{where}")',
             'print(model.generate("…").text)',
             "```",
             "",
             "## Measured",
             "",
-            "Replies to prompts that it did not learn from: *plain*, by the model itself; *default*, by the same, steered.",
+            "Replies to prompts that it did not learn from: *plain* is the model itself, *default* the same, steered.",
             "",
             figures.strip(),
             "",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifiers.soft_prompt import DataSource
     from detox_guard.training.config import TrainingConfig
 
-__all__ = ["Pair", "Rows", "divide", "read_rows"]
+__all__ = ["Pair", "Rows", "beginning", "divide", "read_rows", "set_apart", "to_json"]
 
 Row = TypeVar("Row")
 Pair = tuple[Text, Text]
@@ -81,3 +81,31 @@ def divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list
             hint="more data, or fewer held-out rows",
         )
     return train, heldout
+
+
+def set_apart(name: str, texts: Sequence[Text], learned: int, heldout: int, seed: int) -> tuple[list[Text], list[Text]]:
+    """Different texts in any order, `learned` of them at most; and others, `heldout` at most, a fifth of all at most.
+
+    Raises `DataError`, which calls them by `name`, where there are too few.
+    """
+    own = list(dict.fromkeys(texts))
+    random.Random(seed).shuffle(own)
+    held = min(heldout, len(own) // 5)
+    if held < 1:
+        raise DataError(f"{len(own)} different {name} texts", hint="five at least; better are thousands")
+    return own[held : held + learned], own[:held]
+
+
+def beginning(text: Text) -> str:
+    """What a model may be asked to go on from: what the text follows, else its first words, ten at most."""
+    if not isinstance(text, str):
+        return text.prompt
+    words = text.split()
+    return " ".join(words[: max(3, min(10, len(words) // 2))])
+
+
+def to_json(text: Text) -> dict[str, str]:
+    """A row that `read_texts` reads as this text."""
+    if isinstance(text, str):
+        return {"text": text}
+    return {"question" if text.chat else "prompt": text.prompt, "text": text.text.strip()}

@@ -28,7 +28,7 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.results import TokenTrace, Trace
 from detox_guard.settings import DecodingParams
-from detox_guard.training.config import TrainingConfig
+from detox_guard.training.config import AdaptConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +113,7 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "report", "info", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "adapt", "detoxifiers", "train", "bench", "eval", "report", "info", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -122,7 +122,7 @@ def test_every_command_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "source", "left"),
-    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set())],
+    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set()), ("adapt", AdaptConfig, {"model"})],
 )
 def test_every_field_has_an_option_that_says_what_the_field_says(
     command: str, source: Any, left: set[str], monkeypatch: pytest.MonkeyPatch
