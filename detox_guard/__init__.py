@@ -29,7 +29,9 @@ _EXPORTS = {
     "models.load": "load_backbone",
     "models.options": "LoadOptions",
     "results": "Chunk Generation Intervention Steering Trace Usage",
-    "scorers.linear": "EmbeddedScorer HuggingFaceScorer ToxicityScorer load_scorer",
+    "scorers.base": "ToxicityScorer load_scorer",
+    "scorers.classifier": "HuggingFaceScorer",
+    "scorers.linear": "EmbeddedScorer",
     "settings": "DecodingParams EngineConfig GuardPolicy Rung",
     "text.grammar": "Grammar",
     "text.prompts": "ChatPrompt",
@@ -88,12 +90,9 @@ if TYPE_CHECKING:
         Trace as Trace,
         Usage as Usage,
     )
-    from detox_guard.scorers.linear import (
-        EmbeddedScorer as EmbeddedScorer,
-        HuggingFaceScorer as HuggingFaceScorer,
-        ToxicityScorer as ToxicityScorer,
-        load_scorer as load_scorer,
-    )
+    from detox_guard.scorers.base import ToxicityScorer as ToxicityScorer, load_scorer as load_scorer
+    from detox_guard.scorers.classifier import HuggingFaceScorer as HuggingFaceScorer
+    from detox_guard.scorers.linear import EmbeddedScorer as EmbeddedScorer
     from detox_guard.settings import (
         DecodingParams as DecodingParams,
         EngineConfig as EngineConfig,

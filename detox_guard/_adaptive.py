@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from detox_guard.scorers.linear import EmbeddedScorer, checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
+from detox_guard.scorers.linear import EmbeddedScorer
 from detox_guard.text.sentences import sentences
 
 if TYPE_CHECKING:

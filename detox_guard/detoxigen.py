@@ -89,9 +89,10 @@ class DetoxiGen:
 
         `model`: hub id, folder, GGUF file, LoRA adapter, a loaded model or `PeftModel` (with `tokenizer`), or None for
         the embedded default (fetched once). `loading`: fields of `LoadOptions` (`device`, `dtype`, `device_map`,
-        `quantization_config`, `revision`, …). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed weight), or several; None is the one
-        we ship, for the embedded default only; `()` is none at all. `params` are the defaults of every call; a call's
-        own take their place, all but a guard, which stays unless the call's own set `guard`.
+        `quantization_config`, `revision`, …). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed
+        weight), or several; None is the one we ship, for the embedded default only; `()` is none at all. `params` are
+        the defaults of every call; a call's own take their place, all but a guard, which stays unless the call's own
+        set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
         backbone = run_aside(lambda: load_backbone(model, tokenizer=tokenizer, **loading))

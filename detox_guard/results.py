@@ -166,7 +166,7 @@ class Generation:
     interventions: tuple[Intervention, ...] = ()
     """What the guard did, in order; empty without one, and where nothing was flagged."""
     guard: str | None = None
-    """Name of the scorer by which a guard judged all of it before it was released; None without a guard."""
+    """Name of the scorer by which a guard scored all of it before it was released; None without a guard."""
 
     def summary(self) -> dict[str, Any]:
         """A small JSON-able record of how this reply was steered and guarded, for logs and response metadata."""

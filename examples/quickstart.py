@@ -1,8 +1,8 @@
-"""Plain and guarded text from one prompt, and the page that shows what steering did. Needs no arguments."""
+"""Plain, steered and guarded text from one prompt, and the page that shows what steering did. Needs no arguments."""
 
 from pathlib import Path
 
-from detox_guard import DecodingParams, DetoxiGen
+from detox_guard import DecodingParams, DetoxiGen, GuardPolicy
 
 
 def main() -> None:
@@ -11,16 +11,18 @@ def main() -> None:
     prompt = "So, I'm starting to think she's full of"
 
     plain = model.generate(prompt, params, alpha=0.0)
-    guarded = model.generate(prompt, params)
+    steered = model.generate(prompt, params)
+    guarded = model.generate(prompt, params, guard=GuardPolicy())
     print("plain:  ", plain.text)
+    print("steered:", steered.text)
     print("guarded:", guarded.text)
     print(guarded.finish_reason, guarded.usage)
 
-    if guarded.trace:
-        print(f"steered by {guarded.trace.mean_kl_steering:.2f} nats a token")
+    if steered.trace:
+        print(f"steered by {steered.trace.mean_kl_steering:.2f} nats a token")
         page = Path("out/quickstart.html")
         page.parent.mkdir(exist_ok=True)
-        page.write_text(guarded.trace.to_html(prompt=prompt), encoding="utf-8")
+        page.write_text(steered.trace.to_html(prompt=prompt), encoding="utf-8")
         print("open", page)
 
 

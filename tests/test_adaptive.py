@@ -10,7 +10,7 @@ from harness import random_detoxifier
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, ScorerError, SteeringStream
 from detox_guard import _adaptive as module
 from detox_guard._adaptive import RAMP, adaptive_alpha
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import threading
-import time
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from harness import random_detoxifier
 from tiny import make_tiny_backbone
+from waiting import wait_until
 
 from detox_guard import (
     DecodingParams,
     DetoxiGen,
-    EngineBusyError,
     EngineClosedError,
     EngineConfig,
     EngineError,
@@ -27,30 +25,7 @@ from detox_guard import (
     SteeringStream,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PROMPTS = ["Hello there", "So, I'm starting to think", "今天天气", "x", "I ❤️ this 😀"]
-PARAMS = DecodingParams(alpha=1.5, max_new_tokens=30, seed=11)
-
-
-def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
-
-
-@pytest.fixture
-def model() -> Iterator[DetoxiGen]:
-    backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))], params=PARAMS) as model:
-        yield model
-        # Whatever a test did, no seat is left taken and no token went unguarded.
-        wait_until(lambda: model.stats().seats == 0)
-        stats = model.stats()
-        assert stats.tokens_guarded == stats.steps_guarded
-        assert (stats.rows, stats.queued) == (0, 0)
 
 
 def test_stream_generate_batch_and_async_agree(model: DetoxiGen) -> None:
@@ -145,71 +120,6 @@ def test_defaults_overrides_and_foreign_params(model: DetoxiGen) -> None:
         model.generate("x", alhpa=1.0)
     with pytest.raises(InvalidParamsError, match="params"):
         model.generate("x", {"alpha": 1.0})  # type: ignore[arg-type]
-
-
-def test_a_batch_keeps_order_and_isolates_errors(model: DetoxiGen) -> None:
-    mixed = ["Hello there", "", "x"]
-    results = model.batch(mixed, return_exceptions=True)
-    assert isinstance(results[1], PromptError)
-    assert [getattr(r, "text", None) for r in results] == [
-        model.generate("Hello there").text,
-        None,
-        model.generate("x").text,
-    ]
-    with pytest.raises(PromptError):
-        model.batch(mixed)
-    with pytest.raises(InvalidParamsError, match="one for each of 3 prompts"):
-        model.batch(mixed, [PARAMS])
-    own = model.batch(["x", "x"], [PARAMS, PARAMS.replace(max_new_tokens=3, ignore_eos=True)])
-    assert own[1].usage.completion_tokens == 3
-    assert model.batch([]) == []
-
-
-@pytest.mark.parametrize("when_full", ["wait", "refuse"])
-def test_a_batch_larger_than_the_queue_waits_instead_of_failing(when_full: Any) -> None:
-    backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    streams = [SteeringStream(random_detoxifier(backbone))]
-    config = EngineConfig(max_rows=4, max_queue=2, when_full=when_full)
-    with DetoxiGen(backbone, streams, config=config) as model:
-        results = model.batch(["x"] * 30, max_of(5))
-        assert len({r.text for r in results}) == 1
-
-
-def test_a_batch_that_finds_the_queue_full_of_others_fails_by_name() -> None:
-    with DetoxiGen(
-        make_tiny_backbone("llama"), config=EngineConfig(max_rows=2, max_queue=1, when_full="refuse")
-    ) as model:
-        long = DecodingParams(alpha=0.0, max_new_tokens=400, ignore_eos=True, seed=1)
-        others = [model.stream("x", long) for _ in range(3)]
-        for stream in others[:2]:
-            next(stream)
-        waiting = threading.Thread(target=lambda: next(others[2]))
-        waiting.start()
-        wait_until(lambda: model.stats().queued == 1)
-        assert [type(r) for r in model.batch(["x", "x"], long, return_exceptions=True)] == [EngineBusyError] * 2
-        with pytest.raises(EngineBusyError):
-            model.batch(["x"], long)
-        others[0].close()
-        waiting.join(10)
-        assert not waiting.is_alive()
-
-
-async def test_cancelling_a_batch_frees_its_seats(model: DetoxiGen) -> None:
-    params = DecodingParams(max_new_tokens=400, ignore_eos=True, seed=1)
-    for return_exceptions in (False, True):
-        task = asyncio.create_task(model.abatch(["x"] * 100, params, return_exceptions=return_exceptions))
-        while model.stats().seats == 0:
-            await asyncio.sleep(0.002)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        while model.stats().seats or model.stats().queued:
-            await asyncio.sleep(0.002)
-    assert model.stats().finished == 0
-
-
-def max_of(tokens: int) -> DecodingParams:
-    return DecodingParams(max_new_tokens=tokens, seed=3, ignore_eos=True)
 
 
 def test_closing_or_dropping_a_stream_frees_its_seat(model: DetoxiGen) -> None:

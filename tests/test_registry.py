@@ -46,7 +46,7 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     for thread in threads:
         thread.join()
     assert len(loads) == 1
-    assert len({id(model) for model in got}) == 1
+    assert len({id(one) for one in got}) == 1
     # Another spelling of the same is the same; other arguments are another guard.
     assert DetoxiGen.shared(f"{model}/", detoxifier=f"{detoxifier}/", device="cpu") is got[0]
     assert DetoxiGen.shared(model, detoxifier=detoxifier, device="cpu:0", config=EngineConfig()) is got[0]
@@ -55,12 +55,37 @@ def test_all_who_ask_get_one_guard_loaded_once(folders: tuple[Path, Path], monke
     assert len({id(got[0]), id(other), id(plain)}) == 3
     with pytest.raises(EngineError, match="no detoxifier"):
         plain.generate("x", alpha=2.0)
-    for model in (got[0], other, plain):
-        model.close()
+    for one in (got[0], other, plain):
+        one.close()
     again = DetoxiGen.shared(model, detoxifier=detoxifier)
     assert again is not got[0]
     assert again.generate("x", max_new_tokens=2, ignore_eos=True).usage.completion_tokens == 2
     again.close()
+
+
+def test_ways_of_loading_are_told_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = folders
+    wanted: list[dict[str, Any]] = [
+        {},
+        {"dtype": "auto"},
+        {"device_map": {"": "disk"}, "offload_folder": tmp_path},
+        {"attn_implementation": "eager"},
+        {"model_kwargs": {"max_position_embeddings": 64}},
+    ]
+    made = [DetoxiGen.shared(model, detoxifier=(), **way) for way in wanted]
+    assert len({id(one) for one in made}) == len(made)
+    same: list[dict[str, Any]] = [
+        {"device_map": "cpu"},
+        {"torch_dtype": "auto"},
+        {"device_map": {"": "disk"}, "offload_folder": f"{tmp_path}/"},
+        {"model_kwargs": {"attn_implementation": "eager"}},
+        {"model_kwargs": {"max_position_embeddings": 64}},
+    ]
+    assert [DetoxiGen.shared(model, detoxifier=(), **way) for way in same] == made
+    with pytest.raises(InvalidParamsError, match="model_kwargs"):
+        DetoxiGen.shared(model, detoxifier=(), model_kwargs={"generation_config": object()})
+    for one in made:
+        one.close()
 
 
 def test_what_failed_is_not_remembered(folders: tuple[Path, Path], tmp_path: Path) -> None:

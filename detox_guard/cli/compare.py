@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.settings import DecodingParams
     from detox_guard.text.prompts import Prompt
 
@@ -69,7 +69,7 @@ def make_pairs(prompts: Sequence[Prompt], params: Sequence[DecodingParams]) -> l
 
 def score_pairs(pairs: Sequence[Pair], scorer: ToxicityScorer) -> None:
     """Score the texts of all whole pairs. Raises `ScorerError`."""
-    from detox_guard.scorers.linear import checked_scores
+    from detox_guard.scorers.base import checked_scores
 
     whole = [pair for pair in pairs if pair.whole]
     scores = iter(checked_scores(scorer, [reply.text for pair in whole for reply in pair.replies]))

@@ -12,7 +12,7 @@ from detox_guard._files import write_whole
 from detox_guard.cli.compare import make_pairs, score_pairs, show_pairs, summary, trace_sections, worst_of
 from detox_guard.cli.session import run_all
 from detox_guard.html import trace_page
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 
 if TYPE_CHECKING:
     from pathlib import Path

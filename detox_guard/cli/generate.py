@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from detox_guard.cli.session import Exchange
     from detox_guard.detoxigen import DetoxiGen
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
 
 __all__ = ["generate"]
 
@@ -193,7 +193,7 @@ def _show(reply: Exchange, scorer: ToxicityScorer | None, *, first: bool) -> Non
 def _score(scorer: ToxicityScorer | None, reply: Exchange) -> float | None:
     if scorer is None or reply.generation is None:
         return None
-    from detox_guard.scorers.linear import checked_scores
+    from detox_guard.scorers.base import checked_scores
 
     return checked_scores(scorer, [reply.text])[0]
 

@@ -122,7 +122,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     )
     return {
         **{name: getattr(backbone, name) for name in names},
-        "dtype": backbone.identity["dtype"],
+        **{name: value for name, value in backbone.identity.items() if name not in ("model", "revision")},
         "class": type(backbone.model).__name__,
         "parameters": sum(p.numel() for p in backbone.model.parameters()),
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxigen import DetoxiGen
     from detox_guard.results import Chunk, Generation
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.settings import DecodingParams, EngineConfig
     from detox_guard.text.prompts import Prompt
 
@@ -89,7 +89,7 @@ def load_model(
 
 def load_named_scorer(name: str | None) -> ToxicityScorer:
     """The scorer, having scored something: one that cannot be loaded fails here, before anything is decoded."""
-    from detox_guard.scorers.linear import checked_scores, load_scorer
+    from detox_guard.scorers.base import checked_scores, load_scorer
 
     scorer = load_scorer(name)
     if scorer.name != "embedded":

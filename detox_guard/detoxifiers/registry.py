@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from detox_guard._files import read_regular, write_whole
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, last_part
 from detox_guard.errors import BackboneError, DataError, DetoxifierError, DetoxifierNotFoundError
+from detox_guard.models.cache import cache_dir
 from detox_guard.models.checks import CONFIG_FILE
-from detox_guard.models.default import cache_dir
 
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone

@@ -29,7 +29,7 @@ from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_pass
 from detox_guard.evaluation.results import SUMMARY_FILE, EvalReport
 from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
 from detox_guard.evaluation.summary import summarize
-from detox_guard.scorers.linear import ToxicityScorer, checked_scores
+from detox_guard.scorers.base import ToxicityScorer, checked_scores
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import ScorerError
-from detox_guard.scorers.linear import ToxicityScorer, load_scorer
+from detox_guard.scorers.base import ToxicityScorer, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

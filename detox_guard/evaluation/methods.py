@@ -17,7 +17,7 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, Stee
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.samples import decode
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 from detox_guard.settings import GuardPolicy
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from detox_guard.evaluation.samples import Job
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Generation
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.settings import DecodingParams, EngineConfig
 
 __all__ = ["METHODS", "Drawn", "Ingredients", "Method", "WordList", "check_names", "make_methods", "read_words"]

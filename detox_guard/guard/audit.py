@@ -14,6 +14,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detox_guard._forking import in_children
 from detox_guard.errors import InvalidParamsError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = ["AuditLog", "audit_log", "call_hook", "check_log", "report_interventi
 
 _log = logging.getLogger("detox_guard.guard")
 _MAX_BYTES, _KEPT_FILES = 10_000_000, 5
-_MOST_LOGS = 256
+MOST_LOGS = 256
 """Logs that are remembered; one that was forgotten is opened anew."""
 
 
@@ -112,10 +113,15 @@ def audit_log(path: str) -> AuditLog:
     real = os.path.realpath(Path(path).expanduser())
     with _logs_lock:
         if real not in _logs:
-            if len(_logs) >= _MOST_LOGS:
+            if len(_logs) >= MOST_LOGS:
                 _logs.pop(next(iter(_logs)))
             _logs[real] = AuditLog(real)
         return _logs[real]
+
+
+def remembered() -> int:
+    """How many logs this process knows."""
+    return len(_logs)
 
 
 def check_log(path: str) -> None:
@@ -137,5 +143,4 @@ def _forget() -> None:
     _logs_lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)

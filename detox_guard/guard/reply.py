@@ -1,6 +1,6 @@
 """A reply that is checked before anyone reads it, and decoded again where it fails. Knows policy, units and verdicts.
 
-Decoding runs ahead of the judge: while a unit is being scored the next one is decoded, and thrown away if the unit is
+Decoding runs ahead of the scorer: while a unit is being scored the next one is decoded, and thrown away if the unit is
 taken back. Which parameters decode a token depends on the path of tokens alone, never on when a verdict came; so the
 same seed gives the same text.
 """
@@ -18,7 +18,7 @@ from detox_guard.errors import GuardError, ScorerError
 from detox_guard.guard.audit import check_log, report_intervention
 from detox_guard.guard.units import Asked, Reading, read_whole
 from detox_guard.results import Chunk, Intervention
-from detox_guard.scorers.batcher import judge_for
+from detox_guard.scorers.batcher import batcher_for
 from detox_guard.text.prompts import prompt_texts
 from detox_guard.text.sentences import in_code, last_space, sentence_end
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from detox_guard.models.backbone import Backbone
-    from detox_guard.scorers.batcher import Judge
+    from detox_guard.scorers.batcher import Batcher
     from detox_guard.settings import DecodingParams, GuardPolicy
     from detox_guard.text.prompts import Prompt
 
@@ -48,7 +48,7 @@ class _Place:
 
 @dataclass(frozen=True, eq=False)
 class _Score:
-    """A score that the judge was asked for."""
+    """A score that was asked for."""
 
     asked: Asked
     scores: Future[list[float]]
@@ -100,8 +100,8 @@ class GuardedReply(Reply):
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
-        self._judge: Judge = judge_for(self.policy.scorer)
-        self.guard = self._judge.scorer.name
+        self._batcher: Batcher = batcher_for(self.policy.scorer)
+        self.guard = self._batcher.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
         super().__init__(backbone, prompt, params, detoxifiers, check_fits)
@@ -159,7 +159,7 @@ class GuardedReply(Reply):
     # -- units
 
     def _cut(self) -> None:
-        """Hand the open unit to the judge if it has ended; what stands behind its end begins the next one."""
+        """Hand the open unit to the scorer if it has ended; what stands behind its end begins the next one."""
         unit = self._open
         end = closed_length(unit.text, self.policy, unit.code, len(unit.places))
         if not end:
@@ -219,15 +219,15 @@ class GuardedReply(Reply):
         return True
 
     def _ask(self, asked: Asked) -> _Score:
-        return _Score(asked, self._judge.submit(asked.texts), time.monotonic() + self.policy.scorer_timeout_s)
+        return _Score(asked, self._batcher.submit(asked.texts), time.monotonic() + self.policy.scorer_timeout_s)
 
     def _answer(self, score: _Score | None) -> float | None:
-        """The judge's answer, None while it is out. Raises `ScorerError`."""
+        """The score, None while it is not there. Raises `ScorerError`."""
         assert score is not None
         if score.scores.done():
             return score.asked.worst(score.scores.result(), self.policy.threshold)
         if time.monotonic() > score.deadline:
-            raise late(self._judge, self.policy)
+            raise late(self._batcher, self.policy)
         return None
 
     # -- what happens to a flagged unit
@@ -350,11 +350,11 @@ def closed_length(text: str, policy: GuardPolicy, code: bool, tokens: int) -> in
 
 
 def scan(texts: Sequence[str], policy: GuardPolicy) -> float:
-    """The highest score of `texts`, each judged as a whole and sentence by sentence (`read_whole`), waited for.
+    """The highest score of `texts`, each as a whole and sentence by sentence (`read_whole`), waited for.
 
     Raises `ScorerError`; a long text has `scorer_timeout_s` for every few dozen of its sentences.
     """
-    judge = judge_for(policy.scorer)
+    batcher = batcher_for(policy.scorer)
     read = [read_whole(text) for text in texts if text]
     asked = Asked.of(
         [one for each in read for one in each.whole],
@@ -362,20 +362,20 @@ def scan(texts: Sequence[str], policy: GuardPolicy) -> float:
     )
     found: list[float] = []
     for at in range(0, len(asked.texts), _SCAN_TEXTS):
-        scores = judge.submit(asked.texts[at : at + _SCAN_TEXTS])
+        scores = batcher.submit(asked.texts[at : at + _SCAN_TEXTS])
         try:
             found += scores.result(policy.scorer_timeout_s)
         except TimeoutError:
-            raise late(judge, policy) from None
+            raise late(batcher, policy) from None
         finally:
             scores.cancel()
     return asked.worst(found, policy.threshold)
 
 
-def late(judge: Judge, policy: GuardPolicy) -> ScorerError:
+def late(batcher: Batcher, policy: GuardPolicy) -> ScorerError:
     """What is raised where no score came in time."""
     return ScorerError(
-        f"scorer {judge.scorer.name!r} gave no answer in {policy.scorer_timeout_s:g} s",
+        f"scorer {batcher.scorer.name!r} gave no answer in {policy.scorer_timeout_s:g} s",
         hint="raise GuardPolicy.scorer_timeout_s",
     )
 

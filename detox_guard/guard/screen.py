@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.guard.units import Asked, read_sentences
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
 
 __all__ = ["SCREEN_NOTE", "Screened", "screen"]
 

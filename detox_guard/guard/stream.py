@@ -15,7 +15,7 @@ from detox_guard.guard.audit import call_hook, check_log, report_intervention
 from detox_guard.guard.reply import closed_length, late
 from detox_guard.guard.units import Reading
 from detox_guard.results import Chunk, Intervention
-from detox_guard.scorers.batcher import judge_for
+from detox_guard.scorers.batcher import batcher_for
 from detox_guard.settings import GuardPolicy
 from detox_guard.text.sentences import in_code
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
     from detox_guard.guard.units import Asked
-    from detox_guard.scorers.batcher import Judge
+    from detox_guard.scorers.batcher import Batcher
 
 __all__ = ["aguard_text", "guard_text"]
 
@@ -54,11 +54,11 @@ def guard_text(
 def _guarded(chunks: Iterable[str | Chunk | None], held: _Held) -> Generator[str, None, None]:
     for chunk in chunks:
         for unit in held.push(chunk):
-            yield from held.judged(unit, held.score(unit))
+            yield from held.released(unit, held.score(unit))
             if held.stopped:
                 return
     for unit in held.rest():
-        yield from held.judged(unit, held.score(unit))
+        yield from held.released(unit, held.score(unit))
 
 
 def aguard_text(
@@ -77,12 +77,12 @@ async def _aguarded(chunks: AsyncIterable[str | Chunk | None], held: _Held) -> A
     await run_off_loop(held.load)
     async for chunk in chunks:
         for unit in held.push(chunk):
-            for text in held.judged(unit, await held.ascore(unit)):
+            for text in held.released(unit, await held.ascore(unit)):
                 yield text
             if held.stopped:
                 return
     for unit in held.rest():
-        for text in held.judged(unit, await held.ascore(unit)):
+        for text in held.released(unit, await held.ascore(unit)):
             yield text
 
 
@@ -99,9 +99,9 @@ def _other(chunks: object) -> str:
 
 
 class _Held:
-    """Text that came but was not judged yet, and what was let through before it. `load` before the first score."""
+    """Text that came but was not scored yet, and what was let through before it. `load` before the first score."""
 
-    judge: Judge
+    batcher: Batcher
 
     def __init__(self, policy: GuardPolicy, on_event: Callable[[Intervention], object] | None) -> None:
         if policy.audit_log is not None:
@@ -119,7 +119,7 @@ class _Held:
 
     def load(self) -> None:
         """Raises `ScorerError`."""
-        self.judge = judge_for(self.policy.scorer)
+        self.batcher = batcher_for(self.policy.scorer)
 
     def push(self, chunk: object) -> Iterator[str]:
         """Units that are whole now. Raises `InvalidParamsError`."""
@@ -155,29 +155,29 @@ class _Held:
     def score(self, unit: str) -> float:
         """Raises `ScorerError`."""
         asked = self._asked(unit)
-        scores = self.judge.submit(asked.texts)
+        scores = self.batcher.submit(asked.texts)
         try:
             return asked.worst(scores.result(self.policy.scorer_timeout_s), self.policy.threshold)
         except TimeoutError:
-            raise late(self.judge, self.policy) from None
+            raise late(self.batcher, self.policy) from None
         finally:
             scores.cancel()
 
     async def ascore(self, unit: str) -> float:
         """Raises `ScorerError`."""
         asked = self._asked(unit)
-        scores = asyncio.wrap_future(self.judge.submit(asked.texts))
+        scores = asyncio.wrap_future(self.batcher.submit(asked.texts))
         try:
             found = await asyncio.wait_for(scores, self.policy.scorer_timeout_s)
             return asked.worst(found, self.policy.threshold)
         except TimeoutError:
-            raise late(self.judge, self.policy) from None
+            raise late(self.batcher, self.policy) from None
 
     def _asked(self, unit: str) -> Asked:
         asked, self._after = self._reading.read(unit, final=self._final)
         return asked
 
-    def judged(self, unit: str, score: float) -> Iterator[str]:
+    def released(self, unit: str, score: float) -> Iterator[str]:
         """What goes out for this unit. Raises `GuardError`."""
         policy, index = self.policy, self._units
         self._units += 1

@@ -1,4 +1,4 @@
-"""What is judged: the texts that are scored for a piece of a text, as its reader will see them. Knows units, JSON and
+"""What is read: the texts that are scored for a piece of a text, as its reader will see them. Knows units, JSON and
 tool calls; knows no scorer, no policy.
 
 A reader sees more than the characters that stream by: strings of JSON decoded (also JSON inside a string), content
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "Reading", "clauses", "read_sentences", "read_whole", "unescaped"]
 
 _LONG_WORDS = 12
-"""A piece of more words than this is judged clause by clause too."""
+"""A piece of more words than this is scored clause by clause too."""
 _SHORT_WORDS, _BACK_WORDS = 3, 6
 """A clause of fewer words than the first goes with the next one; where that is long, or there is none, with so many
 words before it."""
 _RUN_CHARS = 80
-"""Lines of a few words each are judged together as well, the last so many characters of them."""
+"""Lines of a few words each are scored together as well, the last so many characters of them."""
 _WHOLE_CHARS = 40
 """What a unit's end may cut in two without a space: kept from before the unit even where no context is asked for."""
 _DEEPEST = 4
@@ -186,7 +186,7 @@ class Reading:
     """How far a text has been read, and what must be remembered of it."""
 
     context: int = 0
-    """A piece is judged together with so many characters before it, too."""
+    """A piece is scored together with so many characters before it, too."""
     level: int = 0
     """Strings of JSON that this text stands inside."""
     tail: str = ""

@@ -63,6 +63,7 @@ def load_backbone(
     options = LoadOptions(**loading)
     if model is not None and not isinstance(model, str | os.PathLike):
         return _wrapped(model, tokenizer, options)
+    pick_dtype(options.dtype, pick_device(options.one_device))  # a bad one is told of before anything is looked for
     if model is None:
         place = _default(options)
     else:
@@ -72,16 +73,16 @@ def load_backbone(
         if adapter is not None:
             base = _locate(adapter.base, None)
             own = str(adapter.folder) if tokenizer is None and adapter.has_tokenizer else tokenizer
-            loaded, its_tokenizer, _ = _loaded(base, own, options.replace(revision=adapter.base_revision))
+            loaded, its_tokenizer = _loaded(base, own, options.replace(revision=adapter.base_revision))
             with _translated(place.source):
                 loaded = put_on(loaded, its_tokenizer, adapter)
             revision = adapter.commit or options.revision
             return from_model(
                 loaded, its_tokenizer, id=place.id, revision=revision, adapter=adapter.kind, base_id=base.id
             )
-    loaded, its_tokenizer, config = _loaded(place, tokenizer, options)
-    commit = None if model is None else getattr(config, "_commit_hash", None)
-    return from_model(loaded, its_tokenizer, id=place.id, revision=place.revision or commit or options.revision)
+    loaded, its_tokenizer = _loaded(place, tokenizer, options)
+    revision = place.revision or _commit(place, options) or options.revision
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision)
 
 
 def _wrapped(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
@@ -111,10 +112,21 @@ def _default(options: LoadOptions) -> _Place:
     return _Place(str(folder), embedded.DEFAULT_ID, revision=revision)
 
 
+def _commit(place: _Place, options: LoadOptions) -> str | None:
+    """The hub's commit of the files that were read; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(place.source).is_dir():
+        return None
+    file = "/".join(part for part in (options.hub.get("subfolder"), place.gguf_file or "config.json") if part)
+    found = try_to_load_from_cache(place.source, file, options.cache_dir, options.revision)
+    return Path(found).parts[-1 - len(Path(file).parts)] if isinstance(found, str) else None
+
+
 def _loaded(
     place: _Place, tokenizer: Any, options: LoadOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedConfig]:
-    """The model where `options` want it, its tokenizer, and its config as it was read."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model where `options` want it, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, gguf_file = place.source, place.gguf_file
@@ -143,7 +155,7 @@ def _loaded(
             loaded.is_quantized, loaded.hf_quantizer = False, None
         if not options.spreads and getattr(loaded, "hf_quantizer", None) is None:
             loaded.to(on_device)
-    return loaded, its_tokenizer, config
+    return loaded, its_tokenizer
 
 
 def _how(config: PreTrainedConfig, gguf_file: str | None, options: LoadOptions) -> dict[str, Any]:

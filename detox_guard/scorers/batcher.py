@@ -7,7 +7,6 @@ is repeated request by request, so that only those fail whose texts it cannot sc
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -16,15 +15,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from detox_guard._forking import in_children, in_children_of
 from detox_guard._threads import run_aside, start_thread
 from detox_guard.errors import EngineError, ScorerError
-from detox_guard.scorers.linear import HuggingFaceScorer, ToxicityScorer, checked_scores, load_scorer
-from detox_guard.scorers.minilm import MiniLMScorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Judge", "judge_for"]
+    from detox_guard.scorers.base import ToxicityScorer
+
+__all__ = ["Batcher", "batcher_for"]
 
 _GATHER_S = 0.002
 """How long the first text waits for those of the same decoding step."""
@@ -32,8 +33,6 @@ _IDLE_S = 5.0
 """An idle thread ends; the next text starts another."""
 _SHARE, _CALL = 16, 64
 """Texts that one job brings to one call of the scorer, and from how many on a call takes no other job."""
-_MOST_WAITING = 10_000
-"""Jobs; one more is an error at once."""
 
 
 @dataclass(eq=False)
@@ -49,15 +48,21 @@ class _Job:
         return self.texts[len(self.scores) : len(self.scores) + _SHARE]
 
 
-class Judge:
-    """One scorer and its thread. `submit` from any thread."""
+class Batcher:
+    """One scorer and its thread. `submit` from any thread. Its length is the number of jobs that wait."""
+
+    most_waiting = 10_000
+    """One job more is an error at once."""
 
     def __init__(self, scorer: ToxicityScorer) -> None:
         self.scorer = scorer
         self._waiting: dict[Future[list[float]], _Job] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        _all.add(self)
+        in_children_of(self, Batcher._forget)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """A future of one score in [0, 1] a text, or of a `ScorerError`. Cancel it when nobody waits for it."""
@@ -66,13 +71,13 @@ class Judge:
             future.set_result([])
             return future
         with self._wake:
-            if len(self._waiting) >= _MOST_WAITING:
-                _fail(future, ScorerError(f"{_MOST_WAITING} texts wait for scorer {self.scorer.name!r} already"))
+            if len(self._waiting) >= self.most_waiting:
+                _fail(future, ScorerError(f"{self.most_waiting} texts wait for scorer {self.scorer.name!r} already"))
                 return future
             if self._thread is None or not self._thread.is_alive():
                 self._thread = None
                 try:
-                    self._thread = start_thread(self._run, "detox-guard-judge")
+                    self._thread = start_thread(self._run, "detox-guard-scorer")
                 except EngineError as error:
                     _fail(future, ScorerError(f"no thread for scorer {self.scorer.name!r}: {error}", hint=error.hint))
                     return future
@@ -140,34 +145,29 @@ def _fail(future: Future[list[float]], error: ScorerError) -> None:
         future.set_exception(error)
 
 
-_all: weakref.WeakSet[Judge] = weakref.WeakSet()
-_judges: weakref.WeakValueDictionary[int, Judge] = weakref.WeakValueDictionary()
-_judges_lock = threading.Lock()
+_batchers: weakref.WeakValueDictionary[int, Batcher] = weakref.WeakValueDictionary()
+_batchers_lock = threading.Lock()
 
 
-def judge_for(scorer: str | ToxicityScorer) -> Judge:
-    """The judge of this scorer, one for all who use it. A classifier is loaded here: whoever waits for a score waits by
-    the clock. Raises `ScorerError`."""
+def batcher_for(scorer: str | ToxicityScorer) -> Batcher:
+    """The batcher of this scorer, one for all who use it. What has weights loads them now, for a guard's timeout starts
+    when a score is asked for. Raises `ScorerError`."""
     scorer = load_scorer(scorer)
-    with _judges_lock:
-        judge = _judges.get(id(scorer))
-    if judge is None:
-        if isinstance(scorer, HuggingFaceScorer | MiniLMScorer):
-            run_aside(scorer.load)
-        with _judges_lock:
-            judge = _judges.get(id(scorer)) or Judge(scorer)
-            _judges[id(scorer)] = judge
-    return judge
+    with _batchers_lock:
+        batcher = _batchers.get(id(scorer))
+    if batcher is None:
+        if prepare := getattr(scorer, "prepare", None):
+            run_aside(prepare)
+        with _batchers_lock:
+            batcher = _batchers.get(id(scorer)) or Batcher(scorer)
+            _batchers[id(scorer)] = batcher
+    return batcher
 
 
 def _forget() -> None:
-    """A forked child has neither the parent's threads nor a say over its locks. Judges are held by replies and streams
-    too, so each is made fit again."""
-    global _judges_lock
-    _judges_lock = threading.Lock()
-    for judge in list(_all):
-        judge._forget()
+    """A forked child has no say over its parent's locks."""
+    global _batchers_lock
+    _batchers_lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)

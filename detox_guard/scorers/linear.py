@@ -1,21 +1,15 @@
-"""How toxic is a text? A number in [0, 1], from the embedded linear model or from a Hugging Face classifier.
-
-Knows text, hashed n-grams and classifiers. Does not know the engine, the detoxifier or what a score is used for, and
-never fits anything (`detox_benchmarks` does). torch and transformers are imported only when a Hugging Face
-model is loaded.
+"""The embedded scorer: a linear model on hashed n-grams, in numpy. Knows its features and its weights; never fits them
+(`detox_benchmarks` does), and knows not what a score is used for.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import re
-import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +19,10 @@ from safetensors import numpy as safetensors
 from detox_guard.errors import ScorerError
 from detox_guard.scorers.disguise import normalised, undisguised
 
-__all__ = ["EmbeddedScorer", "HuggingFaceScorer", "ToxicityScorer", "checked_scores", "load_scorer"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["EmbeddedScorer", "read_weights"]
 
 ASSET = Path(__file__).parents[1] / "assets" / "scorer"
 WEIGHTS_FILE, CARD_FILE = "weights.safetensors", "card.json"
@@ -33,85 +30,12 @@ BUCKET_BITS = 19
 WINDOW_CHARS, WINDOW_STEP = 1024, 896
 CHAR_NGRAMS = (2, 3, 4, 5)
 RUDE_WORD = 15.0
+"""Weight times idf from which a single word is taken for rude where a disguise is undone."""
 OFTEN_IDF = 9.5
 """A word with a lower idf was met often in training: English has few others."""
-"""Weight times idf from which a single word is taken for rude where a disguise is undone."""
 
 UInts = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
-
-
-@runtime_checkable
-class ToxicityScorer(Protocol):
-    """Anything with a `name` and a batched `score`. A plug-in need not inherit from this."""
-
-    @property
-    def name(self) -> str:
-        """Short and stable, for reports."""
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """One number in [0, 1] a text, in order; 1 is toxic."""
-
-
-def checked_scores(scorer: ToxicityScorer, texts: Sequence[str]) -> list[float]:
-    """The scorer's numbers, or an error: a guard that cannot judge must not let text through.
-
-    Raises `ScorerError` for a failing scorer, an answer that is no list, tuple or array (a mapping, text, bytes, a set
-    or a generator), what is no number in it, a wrong count, NaN, or a number outside [0, 1].
-    """
-    if not texts:
-        return []
-    name = getattr(scorer, "name", type(scorer).__name__)
-    try:
-        answer = scorer.score(texts)
-        if not isinstance(answer, Sequence) and not hasattr(answer, "tolist"):  # an array or tensor is a sequence too
-            raise ScorerError(f"scorer {name!r} answered a {type(answer).__name__}, not a list of numbers")
-        if isinstance(answer, str | bytes | bytearray | memoryview):
-            raise ScorerError(f"scorer {name!r} answered {type(answer).__name__}, not a list of numbers")
-        scores = [_number(score) for score in answer]
-    except ScorerError:
-        raise
-    except Exception as error:
-        raise ScorerError(f"scorer {name!r} failed: {type(error).__name__}: {error}") from error
-    if len(scores) != len(texts):
-        raise ScorerError(f"scorer {name!r} gave {len(scores)} scores for {len(texts)} texts")
-    for score in scores:
-        if not 0.0 <= score <= 1.0:  # false for NaN too
-            raise ScorerError(f"scorer {name!r} gave {score}, which is not in [0, 1]")
-    return scores
-
-
-def _number(score: Any) -> float:
-    """A score as a float. Text that spells a number is none."""
-    if isinstance(score, str | bytes | bytearray):
-        raise TypeError(f"{type(score).__name__} is no number")
-    return float(score)
-
-
-@functools.cache
-def _named(name: str) -> ToxicityScorer:
-    if name == "embedded":
-        return EmbeddedScorer.load()
-    if name == "minilm":
-        from detox_guard.scorers.minilm import MiniLMScorer
-
-        return MiniLMScorer()
-    model_id, _, label = name.partition("#")
-    return HuggingFaceScorer(model_id, label=label or None)
-
-
-def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
-    """None or "embedded": the embedded scorer. "minilm": the small transformer of `scorers.minilm`, fetched once.
-    Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where its toxic label has to be named. A
-    scorer: itself.
-
-    A name gives the same scorer each time. Raises `ScorerError`.
-    """
-    if spec is None or isinstance(spec, str):
-        return _named(spec or "embedded")
-    if isinstance(spec, ToxicityScorer):
-        return spec
-    raise ScorerError(f"{type(spec).__name__} is no scorer", hint="give a name, or an object with .name and .score()")
 
 
 # --- features: hashed words, pairs of words and character n-grams --------------------------------------------------
@@ -311,118 +235,3 @@ def _unreadable(folder: Path, error: Exception) -> ScorerError:
         f"cannot load the scorer in {folder.name!r}: {type(error).__name__}: {error}",
         hint="reinstall detox-guard, or train one with python -m detox_benchmarks.fitting.linear",
     )
-
-
-class HuggingFaceScorer:
-    """Any Hugging Face text classifier, by hub id or folder, loaded at the first score.
-
-    `label` names the toxic class; by default it is found by its name. Multi-label models are read through a sigmoid,
-    others through a softmax. A text longer than the model is scored in overlapping windows and gets the worst. Code
-    from the hub is never run, and weights that are not safetensors are refused. `score` raises `ScorerError` if the
-    model cannot be loaded or no label is surely the
-    toxic one.
-    """
-
-    def __init__(
-        self,
-        model_id: str,
-        *,
-        revision: str | None = None,
-        device: str | None = None,
-        label: str | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        if batch_size < 1:
-            raise ScorerError(f"batch_size must be at least 1, not {batch_size}")
-        self.name = model_id if label is None else f"{model_id}#{label}"
-        self._model_id = model_id
-        self._revision, self._device, self._label, self._batch_size = revision, device, label, batch_size
-        self._lock = threading.Lock()
-        self._loaded: tuple[Any, Any, int, int] | None = None
-
-    def load(self) -> None:
-        """Load the model now, unless it is there. Raises `ScorerError`."""
-        self._load()
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells classifiers of one name apart, by their weights. Raises `ScorerError`."""
-        from detox_guard.models.backbone import fingerprint_of
-
-        return fingerprint_of(self._load()[0])
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """One number in [0, 1] a text. Raises `ScorerError`."""
-        if not texts:
-            return []
-        import torch
-
-        model, tokenizer, toxic, max_tokens = self._load()
-        # A tokenizer refuses lone surrogates; a question mark stands in for each.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        windows = tokenizer(
-            clean, truncation=True, max_length=max_tokens, stride=max_tokens // 8, return_overflowing_tokens=True
-        )
-        owner = windows.pop("overflow_to_sample_mapping")
-        scores = [0.0] * len(texts)
-        for first in range(0, len(owner), self._batch_size):
-            part = slice(first, first + self._batch_size)
-            batch = tokenizer.pad({key: value[part] for key, value in windows.items()}, return_tensors="pt")
-            with torch.inference_mode():
-                logits = model(**batch.to(model.device)).logits.float()
-            if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
-                probabilities = logits.sigmoid()[:, toxic]
-            else:
-                probabilities = logits.softmax(-1)[:, toxic]
-            for text_index, probability in zip(owner[part], probabilities.tolist(), strict=True):
-                if math.isnan(probability):
-                    raise ScorerError(f"{self.name!r} gave NaN")
-                scores[text_index] = max(scores[text_index], probability)
-        return scores
-
-    def _load(self) -> tuple[Any, Any, int, int]:
-        with self._lock:
-            if self._loaded is None:
-                from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-                source = {"revision": self._revision, "trust_remote_code": False}
-                weights = {"use_safetensors": True}  # a pickle can run code
-                try:
-                    tokenizer = AutoTokenizer.from_pretrained(self._model_id, **source)
-                    model = AutoModelForSequenceClassification.from_pretrained(self._model_id, **source, **weights)
-                    model = model.eval().to(self._device or "cpu")
-                except Exception as error:
-                    raise ScorerError(
-                        f"cannot load the classifier {self.name!r}: {type(error).__name__}: {error}",
-                        hint='check the name and the network, give a local folder with safetensors, or use "embedded"',
-                    ) from error
-                if not tokenizer.is_fast:
-                    raise ScorerError(f"{self.name!r} has no fast tokenizer, so long texts cannot be windowed")
-                # RoBERTa-like models lose up to two positions to padding.
-                positions = getattr(model.config, "max_position_embeddings", None) or 514
-                max_tokens = min(tokenizer.model_max_length, positions - 2)
-                self._loaded = model, tokenizer, _toxic_index(model.config.id2label, self._label), max_tokens
-            return self._loaded
-
-
-def _toxic_index(id2label: dict[int, str], wanted: str | None) -> int:
-    """The index of the toxic class. Raises `ScorerError` naming the labels when that is not certain."""
-    names = {index: str(name).lower() for index, name in id2label.items()}
-    says_toxic = re.compile(r"(toxic|toxicity|hate|hateful|offensive|abusive)([-_ ]?(speech|language|text|comment))?")
-    says_not = re.compile(r"(no[nt]?(?![a-z])|non|not).*|neutral|normal|clean|safe|ok|none|acceptable|benign|nothate")
-    if wanted is not None:
-        found = [index for index, name in names.items() if name == wanted.lower()]
-    elif len(names) == 1:
-        found = list(names)
-    else:
-        found = [index for index, name in names.items() if name in ("toxic", "toxicity")]
-        toxic, other = ([i for i, name in names.items() if says.fullmatch(name)] for says in (says_toxic, says_not))
-        if not found and len(names) == 2 and toxic and other:  # of more classes, others may be toxic too
-            found = toxic
-    if len(found) != 1:
-        problem = "no label fits" if not found else "several labels fit"
-        raise ScorerError(
-            f"{problem} {wanted or 'toxic'!r} among {sorted(map(str, id2label.values()))}",
-            hint="name one: 'org/model#LABEL', or label=",
-        )
-    return found[0]

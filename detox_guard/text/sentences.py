@@ -1,7 +1,7 @@
-"""Where a text may be cut into units to be judged. Pure functions of text; knows no tokens, no scores.
+"""Where a text may be cut into units to be scored. Pure functions of text; knows no tokens, no scores.
 
 Why our own: the kept sentence splitters read whole documents, while this must decide on text that is still growing and
-never change its mind. A cut too many costs a judgement, a cut too few a delay; neither lets anything through unjudged.
+never change its mind. A cut too many costs a score, a cut too few a delay; neither lets anything through unscored.
 """
 
 from __future__ import annotations

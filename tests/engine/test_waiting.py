@@ -6,12 +6,12 @@ import asyncio
 import gc
 import signal
 import threading
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny import make_tiny_backbone
+from waiting import wait_until
 
 from detox_guard import (
     DecodingParams,
@@ -39,13 +39,6 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 def model_of(**config: Any) -> DetoxiGen:

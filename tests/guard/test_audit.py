@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from guarding import PARAMS, Scripted, fickle
 
-from detox_guard import GuardPolicy, InvalidParamsError, aguard_text, guard_text
+from detox_guard import DetoxiGen, GuardPolicy, InvalidParamsError, aguard_text, guard_text
 from detox_guard.guard import audit as audit_module
 from detox_guard.guard.audit import audit_log, check_log
 
@@ -51,12 +52,12 @@ def test_one_handler_a_file_however_it_is_spelt(tmp_path: Path, monkeypatch: pyt
 
 
 def test_any_number_of_logs_keeps_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_module, "_MOST_LOGS", 20)
+    monkeypatch.setattr(audit_module, "MOST_LOGS", 20)
     before = len(os.listdir("/proc/self/fd"))
     for i in range(50):
         replaced(BAD, under=policy(tmp_path / f"{i}.log"))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
-    assert len(audit_module._logs) <= 20
+    assert audit_module.remembered() <= 20
     assert all(len((tmp_path / f"{i}.log").read_text().splitlines()) == 1 for i in range(50))
 
 
@@ -168,3 +169,54 @@ def test_hooks_that_fail_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert asyncio.run(joined()) == "[removed] Fine."
     assert caplog.text.count("on_event raised") == 4
     assert len((tmp_path / "a.log").read_text().splitlines()) == 2
+
+
+# -- on a model
+
+
+def test_events_log_and_trace(tiny: DetoxiGen, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log, events = tmp_path / "audit.jsonl", []
+    policy = GuardPolicy(
+        scorer=Scripted(fickle(5, 0.5)), unit=3, on_event=events.append, audit_log=str(log), keep_discarded=True
+    )
+    r = tiny.generate("Hello there", guard=policy)
+    assert tuple(events) == r.interventions
+    assert len(events) > 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["score"] for line in lines] == [event.score for event in events]
+    assert all(line["seed"] == 11 and line["text"] for line in lines)
+    assert r.trace is not None
+    page = r.trace.to_html()
+    assert page.count("taken back: score") == len(events)
+    summary = json.loads(json.dumps(r.summary()))
+    assert summary["interventions"][0]["action"] == "rewind"
+    assert (summary["guard"], tiny.generate("Hello there").summary()["guard"]) == (r.guard, None) == ("scripted", None)
+    # Without being asked to, nothing keeps what was discarded; and a hook that raises hurts nobody.
+    quiet = tiny.generate("Hello there", guard=policy.replace(keep_discarded=False, on_event=lambda event: 1 / 0))
+    assert quiet.text == r.text
+    assert all(event.text is None and event.banned is None for event in quiet.interventions)
+    assert any("on_event raised" in record.message for record in caplog.records if record.levelno == logging.ERROR)
+
+
+def test_an_audit_log_that_cannot_be_written_is_refused_at_once(tiny: DetoxiGen, tmp_path: Path) -> None:
+    with pytest.raises(InvalidParamsError, match="audit_log"):
+        tiny.generate("x", guard=GuardPolicy(audit_log=str(tmp_path / "no" / "such" / "folder.jsonl")))
+
+
+def test_an_event_hook_that_ends_its_thread_ends_only_its_request(tiny: DetoxiGen) -> None:
+    def leave(event: Any) -> None:
+        raise SystemExit(1)
+
+    policy = GuardPolicy(scorer=Scripted(lambda text: 1.0), unit=3, on_event=leave)
+    results = tiny.batch(["x", "Hello there"], [PARAMS.replace(guard=policy), PARAMS], return_exceptions=True)
+    assert "SystemExit" in str(results[0])
+    assert results[1].text == tiny.generate("Hello there").text
+
+
+def test_an_event_hook_that_asks_its_own_engine_is_told(tiny: DetoxiGen, caplog: pytest.LogCaptureFixture) -> None:
+    """It would wait for itself, and everyone with it."""
+    policy = GuardPolicy(
+        scorer=Scripted(lambda text: 1.0), unit=3, on_event=lambda _: tiny.generate("y", max_new_tokens=2)
+    )
+    assert tiny.generate("x", guard=policy).finish_reason == "guard"
+    assert "the engine's own thread" in caplog.text

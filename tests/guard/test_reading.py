@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detox_guard.guard.units import Asked, Reading, clauses, read_sentences, read_whole, unescaped
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.text.tools import parse_tool_calls
 
 if TYPE_CHECKING:

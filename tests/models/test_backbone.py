@@ -557,24 +557,6 @@ def test_weights_left_on_the_meta_device() -> None:
 # --- adapters and odd folders
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_lora_adapter_says_that_it_must_be_merged(tmp_path: Path) -> None:
-    import peft
-
-    model = causal(make_tiny_config("llama"))
-    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
-    tuned.save_pretrained(tmp_path / "lora")
-    with pytest.raises(BackboneError) as folder:
-        load_backbone(tmp_path / "lora")
-    with pytest.raises(BackboneError) as loaded:
-        load_backbone(tuned, tokenizer=make_tiny_tokenizer())
-    for caught in (folder, loaded):
-        assert "merge_and_unload" in caught.value.hint
-        assert "pass it as the detoxifier" not in caught.value.hint
-    merged = from_model(tuned.merge_and_unload(), make_tiny_tokenizer())
-    assert merged.hidden_size == model.config.hidden_size
-
-
 def test_a_soft_prompt_in_a_folder_is_sent_where_it_belongs(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     with pytest.raises(BackboneError) as caught:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from detox_guard.evaluation.prompts import EvalPrompt
     from detox_guard.models.backbone import Backbone
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.training.data import Text
 
 __all__ = ["AblationConfig", "run_ablation"]

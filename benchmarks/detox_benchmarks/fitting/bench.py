@@ -22,7 +22,7 @@ import numpy as np
 from detox_benchmarks.fitting.linear import fragments, harmless_texts, read_scored_texts
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.errors import DetoxGuardError
-from detox_guard.scorers.linear import checked_scores, load_scorer
+from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 from detox_guard._files import prepare_file, read_json, read_text, write_whole
 from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import Bootstrap
-from detox_guard.scorers.linear import checked_scores
+from detox_guard.scorers.base import checked_scores
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from detox_guard.scorers.linear import ToxicityScorer
+    from detox_guard.scorers.base import ToxicityScorer
 
 __all__ = [
     "ABOUT",

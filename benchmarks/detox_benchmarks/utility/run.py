@@ -31,7 +31,7 @@ from detox_guard.evaluation.metrics import Bootstrap, Figure
 from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
 from detox_guard.evaluation.results import shown
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
 from detox_guard._adaptive import adaptive_alpha
-from detox_guard.scorers.linear import load_scorer
+from detox_guard.scorers.base import load_scorer
 from detox_guard.steering.contrast import RULES, plausible
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_vali
 from pydantic_core import PydanticSerializationError
 
 from langchain_detox_guard._errors import as_langchain as as_langchain
-from langchain_detox_guard._settings import Settings
+from langchain_detox_guard._loading import LOADING, LoadFields
 from langchain_detox_guard._threads import AT_ONCE, each
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 PROVIDER = "detox_guard"
 _DEFAULT_MODEL = "detox-guard/default"
-_LOADING = ("model", "detoxifier", "device", "dtype", "revision")
 _DECODING = (
     "alpha", "calm_share", "rule", "plausibility", "temperature", "top_p", "top_k", "repetition_penalty", "seed",
     "stop",
@@ -87,11 +86,12 @@ class Around:
         return self._bound()(bound=cast("Any", super()).with_fallbacks(fallbacks, **kwargs))
 
 
-class EngineFields(Around, Settings):
+class EngineFields(Around, LoadFields):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    `model`: hub id, folder or GGUF file; None is the embedded default. `detoxifier`: hub id or folder; None is the one
-    we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
+    `model`: hub id, folder, LoRA adapter or GGUF file; None is the embedded default. How it is loaded is said as in
+    `detox_guard.LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …). `detoxifier`: hub id or folder;
+    None is the one we ship, for the embedded default only. `engine`: a `DetoxiGen` of your own instead of the shared one; deep copies
     share it, no cache takes it for another of its name, and it is neither serialized nor pickled (`NotPicklableError`).
     The rest is `detox_guard.DecodingParams`; `max_tokens` is its `max_new_tokens`. A bad value or an unknown name is
     `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in `model_copy(update=...)`.
@@ -101,9 +101,6 @@ class EngineFields(Around, Settings):
 
     model: str | None = None
     detoxifier: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    revision: str | None = None
 
     alpha: float = 3.0
     calm_share: float = 1 / 6
@@ -153,7 +150,8 @@ class EngineFields(Around, Settings):
             if error.field.startswith("max_new_tokens"):
                 raise InvalidParamsError("max_tokens", error.value, error.bound, hint=error.hint) from None
             raise
-        if self.engine is not None and (named := [name for name in _LOADING if getattr(self, name) is not None]):
+        self._loading()
+        if self.engine is not None and (named := [name for name in LOADING if getattr(self, name) not in (None, False)]):
             raise InvalidParamsError(
                 "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )
@@ -166,8 +164,7 @@ class EngineFields(Around, Settings):
             return self.engine  # type: ignore[no-any-return]
         from detox_guard import DetoxiGen  # brings torch
 
-        names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
-        return DetoxiGen.shared(names.pop("model"), **names)
+        return DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._loading())
 
     async def _aengine(self) -> DetoxiGen:
         return self.engine if self.engine is not None else await asyncio.to_thread(self._engine)
@@ -186,7 +183,7 @@ class EngineFields(Around, Settings):
         """The keywords that set a field, and the others."""
         settable = self._settable()
         update = {name: value for name, value in kwargs.items() if name in settable}
-        if not update.keys().isdisjoint(_LOADING):
+        if not update.keys().isdisjoint(LOADING):
             update["engine"] = None  # this call wants another
         return update, {name: value for name, value in kwargs.items() if name not in settable}
 
@@ -228,8 +225,8 @@ class EngineFields(Around, Settings):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """What decides the text. Names as given until there is an engine, then of what it loaded; never weights."""
-        names: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
-        names["model"] = self._model_name
+        names: dict[str, Any] = {"model": self._model_name, "detoxifier": self.detoxifier, **self._loading()}
+        names.pop("token", None)
         if self.engine is not None:  # another of its name may hold other weights
             names["engine"] = _identity_of(self.engine)
         elif self.model is not None and os.path.exists(self.model):

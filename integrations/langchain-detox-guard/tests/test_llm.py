@@ -91,7 +91,7 @@ def test_the_shared_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch,
     llm = DetoxiGenLLM(model="some/model", detoxifier="some/prompt", dtype="float32", seed=1)
     llm.invoke("Hi", alpha=3.0)
     llm.invoke("Hi", model="other/model")
-    names = {"detoxifier": "some/prompt", "device": None, "dtype": "float32", "revision": None}
+    names = {"detoxifier": "some/prompt", "dtype": "float32"}
     assert asked == [("some/model", names), ("other/model", names)]
 
 

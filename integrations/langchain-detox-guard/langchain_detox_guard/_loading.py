@@ -1,0 +1,57 @@
+"""How a model is loaded, as fields. Knows the names of `detox_guard.LoadOptions`; what they mean is the core's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detox_guard import LoadOptions
+from pydantic import Field, SecretStr, field_validator
+
+from langchain_detox_guard._settings import Settings
+
+WHICH = ("model", "detoxifier")
+
+
+class LoadFields(Settings):
+    """The fields of `detox_guard.LoadOptions`, with its meanings and bounds. A `token` is a secret: what is serialized
+    asks for HF_TOKEN again."""
+
+    device: str | None = None
+    dtype: str | None = None
+    device_map: str | int | dict[str, Any] | None = None
+    max_memory: dict[str | int, str | int] | None = None
+    offload_folder: str | None = None
+    quantization_config: str | dict[str, Any] | None = None
+    """A name, or a quantization config of transformers, which is kept as a mapping."""
+    attn_implementation: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    token: SecretStr | None = Field(default=None, repr=False)
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    model_kwargs: dict[str, Any] | None = None
+
+    @field_validator("quantization_config", mode="before")
+    @classmethod
+    def _as_mapping(cls, value: Any) -> Any:
+        if not (hasattr(value, "quant_method") and hasattr(value, "to_dict")):
+            return value
+        return {name: getattr(part, "value", part) for name, part in value.to_dict().items()}  # no enums, so JSON
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        return {"token": "HF_TOKEN"}
+
+    def _loading(self) -> dict[str, Any]:
+        """What was set, as `LoadOptions` takes it. Raises `InvalidParamsError`."""
+        fields = LoadFields.model_fields
+        given = {name: getattr(self, name) for name in fields if getattr(self, name) != fields[name].default}
+        if self.token is not None:
+            given["token"] = self.token.get_secret_value()
+        LoadOptions(**given)
+        return given
+
+
+LOADING = (*WHICH, *(name for name in LoadFields.model_fields if name not in Settings.model_fields))
+"""Fields that say which engine is meant."""
