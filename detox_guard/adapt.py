@@ -134,7 +134,7 @@ class _Run:
     def check(self) -> None:
         """Raise for what would go wrong after hours, and where the folder holds a run that was asked for otherwise."""
         from detox_guard.evaluation.judges import load_judge
-        from detox_guard.scorers.linear import checked_scores, load_scorer
+        from detox_guard.scorers.base import checked_scores, load_scorer
 
         for scorer in (load_scorer(self.config.scorer), *map(load_judge, self.config.judges)):
             checked_scores(scorer, ["A first look."])
@@ -193,7 +193,7 @@ class _Run:
 
     def pairs(self, plan: _Plan, first: Path) -> Path | None:
         """The file of the model's own pairs; None where too few were found."""
-        from detox_guard.scorers.linear import checked_scores, load_scorer
+        from detox_guard.scorers.base import checked_scores, load_scorer
         from detox_guard.training.own_pairs import Drawn, choose_pairs
 
         path = self.work / "pairs.jsonl"
