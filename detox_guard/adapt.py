@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from detox_guard._files import hold_folder, prepare_folder, read_json, write_whole
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.models.checks import CONFIG_FILE
+from detox_guard.training.plan import FEWEST_STEPS, FULL_STEPS, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,19 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["WORK", "Adapted", "adapt"]
 
 WORK = "work"
-FULL_STEPS, FEWEST_STEPS = 240, 20
-"""Steps of a plan by the clock, at most and at least."""
 ROWS, HELDOUT = 2500, 48
 """Toxic rows, and as many harmless ones, that are learned from and that are held out; at most."""
-PROMPTS, PROMPTS_A_BATCH, SAMPLES, TOKENS = 300, 16, 6, 18
-"""Prompts of a full plan, and how many replies of how many tokens are drawn to each, in each way."""
+PROMPTS_A_BATCH, SAMPLES, TOKENS = 16, 6, 18
+"""Prompts decoded together, and how many replies of how many tokens are drawn to each, in each way."""
 DRAWN: tuple[Draw, ...] = ("plain", "lean")
 """Steered away from a first detoxifier that knows little yet, replies are much like the plain ones."""
 FEWEST_PAIRS = 10
-MEASURED, MEASURED_SAMPLES = 40, 8
-"""Held-out prompts of each class of a full plan, and replies to each."""
-COSTS = {"first": 0.25, "prompt": 0.2, "second": 1.0, "measured": 0.6}
-"""A step, and all that is done with a prompt, in steps of the second tuning: measured on two cores."""
+MEASURED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -59,36 +55,6 @@ class Adapted:
     report: EvalReport
     entry: Entry
     pushed: str | None = None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How much is done in each phase. Made once a run, so that one that is taken up does what it would have done."""
-
-    first: int
-    prompts: int
-    second: int
-    measured: int
-    step_s: float | None = None
-
-    @classmethod
-    def of(cls, steps: int, step_s: float | None = None) -> _Plan:
-        """For so many steps of both tunings, the rest in proportion. `step_s`: seconds of one, None if not known."""
-        share, first = min(1.0, steps / FULL_STEPS), max(1, steps // 4)
-        return cls(first, max(4, round(PROMPTS * share)), steps - first, max(4, round(MEASURED * share)), step_s)
-
-    def minutes_from(self, phase: str) -> float | None:
-        """How long this phase and those after it take."""
-        if self.step_s is None:
-            return None
-        costs = {
-            "first": self.first * COSTS["first"],
-            "pairs": self.prompts * COSTS["prompt"],
-            "second": self.second * COSTS["second"],
-            "measure": self.measured * COSTS["measured"],
-        }
-        names = list(costs)
-        return self.step_s * sum(costs[name] for name in names[names.index(phase) :]) / 60
 
 
 def adapt(config: AdaptConfig, *, say: Callable[[str], object] = lambda words: None, bars: bool = True) -> Adapted:
@@ -142,7 +108,7 @@ class _Run:
         files = [*(self.config.data or ()), *(self.config.anchors or ()), *filter(None, [self.config.prompts])]
         asked["files"] = [_sha256(Path(name).read_bytes()) for name in files if Path(name).is_file()]
         path = self.work / "asked.json"
-        known = read_json(path) if path.exists() else asked
+        known = read_json(path) if (self.work / "sources.json").exists() else asked
         if other := [name for name in asked if known.get(name) != asked[name]]:
             raise DataError(
                 f"{self.work.parent}: holds a run with another {other[0]}",
@@ -167,15 +133,15 @@ class _Run:
             write_whole(path, json.dumps([source.model_dump() for source in sources]) + "\n")
         return [DataSource(**source) for source in read_json(path)]
 
-    def plan(self) -> _Plan:
+    def plan(self) -> Plan:
         """How much is done: by `steps`, else as much as `minutes` are thought to allow."""
         path = self.work / "plan.json"
         if not path.exists():
-            plan = _Plan.of(self.config.steps) if self.config.steps is not None else self._affordable()
+            plan = Plan.of(self.config.steps) if self.config.steps is not None else self._affordable()
             write_whole(path, json.dumps(asdict(plan)) + "\n")
-        return _Plan(**read_json(path))
+        return Plan(**read_json(path))
 
-    def tune(self, name: str, plan: _Plan, start: Path | None = None, pairs: Path | None = None) -> Path:
+    def tune(self, name: str, plan: Plan, start: Path | None = None, pairs: Path | None = None) -> Path:
         """The folder of a soft prompt: "first" on the toxic rows, "second" from there, with `pairs` and anchors."""
         from detox_guard.training import train_detoxifier
 
@@ -191,7 +157,7 @@ class _Run:
                 train_detoxifier(training, progress=step)
         return self.work / name
 
-    def pairs(self, plan: _Plan, first: Path) -> Path | None:
+    def pairs(self, plan: Plan, first: Path) -> Path | None:
         """The file of the model's own pairs; None where too few were found."""
         from detox_guard.scorers.base import checked_scores, load_scorer
         from detox_guard.training.own_pairs import Drawn, choose_pairs
@@ -209,7 +175,7 @@ class _Run:
             self.say(f"{len(rows)} pairs" + ("" if len(rows) >= FEWEST_PAIRS else ": too few, so it learns without"))
         return path if _lines(path) >= FEWEST_PAIRS else None
 
-    def measure(self, plan: _Plan, second: Path) -> EvalReport:
+    def measure(self, plan: Plan, second: Path) -> EvalReport:
         """How toxic its replies to held-out prompts are, plain and steered as it serves."""
         from detox_guard.evaluation import EvalReport, run_eval
         from detox_guard.evaluation.results import SUMMARY_FILE
@@ -249,7 +215,7 @@ class _Run:
         known = [entry for entry in registry.entries() if entry.sha256 == made.sha256]
         return known[0] if known else registry.register(folder, self._load())
 
-    def _tell(self, words: str, plan: _Plan, phase: str) -> None:
+    def _tell(self, words: str, plan: Plan, phase: str) -> None:
         minutes = plan.minutes_from(phase)
         self.say(words if minutes is None else f"{words}; about {max(1, round(minutes))} minutes left in all")
 
@@ -327,19 +293,19 @@ class _Run:
             **more,
         )
 
-    def _affordable(self) -> _Plan:
+    def _affordable(self) -> Plan:
         from detox_guard.training.trainer import seconds_a_step
 
         self.say("timing a step")
         step_s = seconds_a_step(self._training("second", 2, None, None))
-        full = _Plan.of(FULL_STEPS, step_s).minutes_from("first") or 0.0
+        full = Plan.of(FULL_STEPS, step_s).minutes_from("first") or 0.0
         steps = int(FULL_STEPS * min(1.0, self.config.minutes / full))
-        plan = _Plan.of(max(FEWEST_STEPS, steps), step_s)
+        plan = Plan.of(max(FEWEST_STEPS, steps), step_s)
         if steps < FEWEST_STEPS:
             self.say(f"{self.config.minutes:g} minutes are too few here for a plan; the smallest is followed")
         return plan
 
-    def _replies(self, plan: _Plan, first: Path) -> list[dict[str, Any]]:
+    def _replies(self, plan: Plan, first: Path) -> list[dict[str, Any]]:
         """Rows of replies, in an order of their own: `draw`, `at`, `chat` and `replies` as `Drawn`."""
         from detox_guard.detoxifiers.soft_prompt import Detoxifier
         from detox_guard.evaluation.journal import Journal

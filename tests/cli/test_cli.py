@@ -38,7 +38,9 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "adapt", "detoxifiers", "train", "bench", "eval", "report", "info", "demo"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "adapt", "detoxifiers", "train", "bench", "eval", "report", "info", "demo"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -47,7 +49,11 @@ def test_every_command_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "source", "left"),
-    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set()), ("adapt", AdaptConfig, {"model"})],
+    [
+        ("generate", DecodingParams, {"trace", "guard", "grammar"}),
+        ("train", TrainingConfig, set()),
+        ("adapt", AdaptConfig, {"model"}),
+    ],
 )
 def test_every_field_has_an_option_that_says_what_the_field_says(
     command: str, source: Any, left: set[str], monkeypatch: pytest.MonkeyPatch
