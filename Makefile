@@ -40,9 +40,9 @@ wheels: .venv/.installed-dev
 docs: .venv/.installed-dev
 	.venv/bin/mkdocs build --strict --quiet
 
-# Speed against plain generate, on the default backbone: the table in the README.
-bench: .venv/.installed
-	.venv/bin/detox-guard bench
+# Speed against plain generate, on the default backbone.
+bench: .venv/.installed-dev
+	.venv/bin/python -m detox_benchmarks speed
 
 # Toxicity, perplexity and diversity on your copy of RealToxicityPrompts-style rows: make eval PROMPTS=file.jsonl
 # A run that was cut off goes on where it was; SAMPLES=8 is enough for a first look on a CPU.
@@ -55,14 +55,13 @@ eval: .venv/.installed-dev
 # Going on with documents with toxic passages among them, plain, guarded and behind the hook; the table in the LlamaIndex
 # package's README: make bench-rag CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-rag: .venv/.installed-dev
-	.venv/bin/python -m detox_benchmarks.rag.llama_index_engine --corpus "$(CORPUS)" --toxic "$(TOXIC)" \
-	  --about thread --temperature 1 --samples 1 --judge embedded --judge profanity-check
+	.venv/bin/python -m detox_benchmarks rag llama-index --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/rag.jsonl \
+	  --about thread --questions 100 --temperature 1 --samples 1 --judge embedded --judge profanity-check
 
 # A LangChain chain that goes on with documents with toxic passages among them, plain and guarded; the table in that
 # package's README: make bench-chains CORPUS=xquad.json TOXIC=prompts.jsonl
 bench-chains: .venv/.installed-dev
-	@mkdir -p out
-	.venv/bin/python -m detox_benchmarks.rag.langchain_chains --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
+	.venv/bin/python -m detox_benchmarks rag langchain --corpus "$(CORPUS)" --toxic "$(TOXIC)" --out out/chains.jsonl \
 	  --about thread --questions 60 --samples 1 --temperature 1 --judge embedded --judge profanity-check
 
 # Prompt tuning against LoRA and full fine-tuning of the detoxifier: make ablate DATA=toxic.jsonl PROMPTS=prompts.jsonl

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "_strict": "field_of",
     "detoxifiers.soft_prompt": "Detoxifier DetoxifierCard SteeringStream",
     "detoxigen": "DetoxiGen",
     "engine": "EngineStats",
@@ -45,6 +46,7 @@ __all__ = sorted([*_MODULES, "__version__"])  # pyright: ignore[reportUnsupporte
 
 # isort: off
 if TYPE_CHECKING:
+    from detox_guard._strict import field_of as field_of
     from detox_guard.detoxifiers.soft_prompt import (
         Detoxifier as Detoxifier,
         DetoxifierCard as DetoxifierCard,

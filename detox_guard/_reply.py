@@ -1,4 +1,7 @@
-"""One reply as text: what an engine's tokens become, with figures. Knows text and traces; knows no rows, no threads."""
+"""One reply: its request (ids, strength, grammar), and the text and figures that an engine's tokens become.
+
+Knows prompts, text and traces; knows no rows and no threads.
+"""
 
 from __future__ import annotations
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
 
 from detox_guard.errors import InvalidParamsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["StrictModel"]
+__all__ = ["StrictModel", "field_of"]
 
 
 class StrictModel(BaseModel):
@@ -43,3 +45,19 @@ class StrictModel(BaseModel):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self
+
+
+def field_of(kind: type[BaseModel], name: str, **changes: Any) -> Any:
+    """A pydantic field with the default, the description and the bounds that `kind` gives its field of that name.
+
+    For a model of another framework that offers our settings: `alpha: float = field_of(DecodingParams, "alpha")`. Its
+    JSON schema tells the bounds; making a `kind` of the values checks them. `changes` are arguments of `pydantic.Field`
+    that take the place of the core's own.
+    """
+    field = kind.model_fields[name]
+    bounds: dict[str, Any] = {}
+    annotated: Any = Annotated[(field.annotation, *field.metadata, Field())]
+    with suppress(PydanticInvalidForJsonSchema):  # a field that holds a callable has no schema
+        bounds = TypeAdapter(annotated).json_schema()
+    own = {"default": field.default, "description": field.description, "json_schema_extra": bounds or None}
+    return Field(**{**own, **changes})

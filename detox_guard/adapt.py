@@ -24,10 +24,10 @@ from detox_guard.training.plan import FEWEST_STEPS, FULL_STEPS, Plan
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from detox_guard._progress import Progress
     from detox_guard.detoxifiers.registry import Entry
     from detox_guard.detoxifiers.soft_prompt import DataSource, Detoxifier
-    from detox_guard.evaluation.progress import Progress
-    from detox_guard.evaluation.results import EvalReport
+    from detox_guard.evaluation.tables import EvalReport
     from detox_guard.models.backbone import Backbone
     from detox_guard.training.config import AdaptConfig, TrainingConfig
     from detox_guard.training.data import Text
@@ -99,10 +99,9 @@ class _Run:
 
     def check(self) -> None:
         """Raise for what would go wrong after hours, and where the folder holds a run that was asked for otherwise."""
-        from detox_guard.evaluation.judges import load_judge
         from detox_guard.scorers.base import checked_scores, load_scorer
 
-        for scorer in (load_scorer(self.config.scorer), *map(load_judge, self.config.judges)):
+        for scorer in map(load_scorer, (self.config.scorer, *self.config.judges)):
             checked_scores(scorer, ["A first look."])
         asked = self.config.model_dump(mode="json", exclude={"output", "licence", "push_to_hub"})
         files = [*(self.config.data or ()), *(self.config.anchors or ()), *filter(None, [self.config.prompts])]
@@ -178,7 +177,7 @@ class _Run:
     def measure(self, plan: Plan, second: Path) -> EvalReport:
         """How toxic its replies to held-out prompts are, plain and steered as it serves."""
         from detox_guard.evaluation import EvalReport, run_eval
-        from detox_guard.evaluation.results import SUMMARY_FILE
+        from detox_guard.evaluation.tables import SUMMARY_FILE
 
         folder = self.work / "evaluation"
         if (folder / SUMMARY_FILE).exists():
@@ -220,7 +219,7 @@ class _Run:
         self.say(words if minutes is None else f"{words}; about {max(1, round(minutes))} minutes left in all")
 
     def _bars(self) -> Progress:
-        from detox_guard.evaluation.progress import Progress
+        from detox_guard._progress import Progress
 
         return Progress(self.bars)
 
@@ -308,7 +307,7 @@ class _Run:
     def _replies(self, plan: Plan, first: Path) -> list[dict[str, Any]]:
         """Rows of replies, in an order of their own: `draw`, `at`, `chat` and `replies` as `Drawn`."""
         from detox_guard.detoxifiers.soft_prompt import Detoxifier
-        from detox_guard.evaluation.journal import Journal
+        from detox_guard.evaluation.store import Journal
         from detox_guard.training.data import read_texts
         from detox_guard.training.own_pairs import open_for, sample
         from detox_guard.training.rows import beginning
@@ -341,7 +340,6 @@ class _Run:
                             )
                             journal.add({"draw": draw, "at": at, "chat": chat, "replies": replies})
                             stage.tick()
-            journal.finish()
             return [journal.rows[draw, at] for draw in DRAWN for at in starts]
 
 

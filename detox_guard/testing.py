@@ -25,7 +25,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -325,7 +325,9 @@ class ScriptedDetoxiGen:
 
     def _words(self, steps: Sequence[_Step]) -> Generator[Chunk, None, None]:
         for step in steps:
-            self._turn().result()
+            turn = self._turn()
+            while not wait([turn], timeout=0.1).done:  # in slices: Ctrl-C may come right before a wait
+                pass
             yield _chunk(step)
 
     def _run(self, steps: Sequence[_Step]) -> Generator[Chunk, None, None]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  (loaded before the fork)
 
+from detox_guard import _progress as progress
 from detox_guard.adapt import adapt
-from detox_guard.evaluation import harness, journal, progress
+from detox_guard.evaluation import run, store
 from detox_guard.training import config, own_pairs, trainer  # noqa: F401  (loaded before the fork)
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 def measure(folder: Path, **asked: Any) -> None:
     torch.set_num_threads(1)
-    journal.FLUSH_S = 0.02
-    harness.run_eval(output=folder, device="cpu", dtype="float32", progress=False, **asked)
+    store.FLUSH_S = 0.02
+    run.run_eval(output=folder, device="cpu", dtype="float32", progress=False, **asked)
 
 
 def adapting(asked: dict[str, Any], cache: str, phase: str, count: int) -> None:

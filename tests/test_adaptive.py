@@ -106,16 +106,6 @@ def test_beside_harmless_english_too(text: str) -> None:
     assert adaptive_alpha(["You are a helpful assistant.", text], PARAMS) == PARAMS.alpha
 
 
-def test_everyday_questions_are_calm() -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.bench import EVERYDAY, calm_and_strong
-
-    alone, behind, strong = calm_and_strong(PARAMS, [RUDE])
-    assert len(set(EVERYDAY)) == 100
-    assert min(alone, behind) >= 90
-    assert strong == 1.0
-
-
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_reply_says_what_it_was_steered_with(tiny_llama: Backbone, guarded: bool) -> None:
     policy = GuardPolicy() if guarded else None

@@ -118,7 +118,8 @@ def test_it_goes_where_the_real_one_goes() -> None:
     """It has the ways of asking that `DetoxiGen` has, called alike; copies share it, and it is not pickled."""
     for name in ("generate", "stream", "batch", "agenerate", "astream", "abatch", "encode", "count_tokens", "close"):
         real, ours = (inspect.signature(getattr(kind, name)).parameters for kind in (DetoxiGen, ScriptedDetoxiGen))
-        assert set(ours) <= set(real), name
+        open_ended = any(one.kind is one.VAR_KEYWORD for one in real.values())  # the options of a whole batch
+        assert open_ended or set(ours) <= set(real), name
     for name in ("model_id", "detoxifier_ids", "context_window", "has_chat_template", "supports_tools", "closed"):
         assert hasattr(DetoxiGen, name)
         assert hasattr(ScriptedDetoxiGen(), name)

@@ -36,8 +36,8 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError, UnsupportedBackboneError
 from detox_guard.evaluation import EvalReport
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.evaluation.methods import Method
-from detox_guard.evaluation.random_models import random_detoxifier
 from detox_guard.settings import DecodingParams
 from detox_guard.steering.contrast import RULES
 from detox_guard.steering.forced import reply_loss
@@ -342,7 +342,7 @@ def test_tuning(tmp_path: Path, files: dict[str, Any], monkeypatch: pytest.Monke
         assert (figures["kl_detoxifier"]["value"]["value"] > 0) == (name != "plain")
     rows = [json.loads(line) for line in (out / "eval-1-0.9" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 3 * 2
-    assert len({tuple(row["seed"] for row in rows if row["method"] == name) for name in measured["methods"]}) == 1
+    assert len({tuple(sorted(row["seed"] for row in rows if row["method"] == n)) for n in measured["methods"]}) == 1
     assert set(EvalReport.load(out / "eval-1-0.9").summary["along"]) == set(measured["methods"])
     assert summary["versions"]["peft"]
     assert summary["settings"]["data"] == ["rows.jsonl"]

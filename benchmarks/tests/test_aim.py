@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from detox_benchmarks.__main__ import app
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
-from detox_benchmarks.diagnostics.ranking import FIRST, LISTED, OTHER, SIGN, kinds_of, main, measure_aim, rank
+from detox_benchmarks.diagnostics.ranking import FIRST, LISTED, OTHER, SIGN, kinds_of, measure_aim, rank
+from detox_benchmarks.methods import WordList
+from typer.testing import CliRunner, Result
 
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError
 from detox_guard.evaluation import run_eval
-from detox_guard.evaluation.methods import WordList
-from detox_guard.evaluation.random_models import random_detoxifier
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.models.load import load_backbone
 from tests.tiny import SENTENCES, make_tiny_backbone
 
@@ -122,23 +124,23 @@ def test_the_figures_are_of_every_token_of_the_replies(run: tuple[Path, Path, Pa
         measure_aim(folder, backbone, streams, method="guard")
 
 
-def test_the_command(run: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(run: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, model, detoxifier = run
+
+    def ranked(folder: Path, *words: str) -> Result:
+        return CliRunner().invoke(app, ["rank", str(folder), *asked, *words])
+
     asked = ["--model", str(model), "--detoxifier", str(detoxifier), "--device", "cpu"]
-    assert main([str(folder), *asked]) == 0
-    assert "| longest | sum | " in capsys.readouterr().out
-    assert main([str(folder), *asked, "--expert", str(detoxifier)]) == 0
-    assert "(+1)" in capsys.readouterr().out
+    assert "| longest | sum | " in ranked(folder).stdout
+    assert "(+1)" in ranked(folder, "--expert", str(detoxifier)).stdout
     broken = shutil.copytree(folder, tmp_path / "broken")
-    (broken / "samples.jsonl").rename(broken / "samples.jsonl.part")
-    assert main([str(broken), *asked]) == 1
-    assert "no whole run" in capsys.readouterr().err
+    (broken / "samples.jsonl").unlink()
+    assert (result := ranked(broken)).exit_code == 2
+    assert "no whole run" in result.stderr
     unjudged = shutil.copytree(folder, tmp_path / "unjudged")
     (unjudged / "scores.jsonl").unlink()
-    assert main([str(unjudged), *asked]) == 1
-    assert "no judge of toxicity" in capsys.readouterr().err
+    assert "no judge of toxicity" in ranked(unjudged).stderr
     stated = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     strange = shutil.copytree(folder, tmp_path / "strange")
     (strange / "run.json").write_text(json.dumps({**stated, "model": "org/other"}), encoding="utf-8")
-    assert main([str(strange), *asked]) == 1
-    assert "org/other" in capsys.readouterr().err
+    assert "org/other" in ranked(strange).stderr

@@ -16,7 +16,7 @@ from tiny import SENTENCES
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
-from detox_guard.evaluation.random_models import random_detoxifier
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Fitting the embedded scorer: the command on a few rows, and the shipped weights on rows they never saw."""
+"""The fitting of the shipped scorer, and the bars that it must reach on texts it never saw."""
 
 from __future__ import annotations
 
@@ -7,34 +7,57 @@ import os
 from pathlib import Path
 
 import pytest
+from detox_benchmarks.__main__ import app
+from detox_benchmarks.fitting.bench import DISGUISES, EVERYDAY, IDENTITY, INSULTING, calm_and_strong, ordinary_lines
+from detox_benchmarks.fitting.linear import evaluate, train
+from typer.testing import CliRunner, Result
 
 from detox_guard.errors import DataError
 from detox_guard.scorers.linear import CARD_FILE, WEIGHTS_FILE, EmbeddedScorer
+from detox_guard.settings import DecodingParams
+
+SHARED = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+FEW = ("--made-up", "60", "20")
 
 
-def _held_out(name: str) -> Path:
-    folder = os.environ.get("DETOX_GUARD_DATA")
-    if folder is None or not (Path(folder) / name).exists():
-        pytest.skip(f"DETOX_GUARD_DATA names no folder with {name}")
-    return Path(folder) / name
+@pytest.fixture(scope="module")
+def embedded() -> EmbeddedScorer:
+    return EmbeddedScorer.load()
+
+
+def test_the_bars_on_texts_of_its_own(embedded: EmbeddedScorer) -> None:
+    lines = ordinary_lines(2000)
+    assert sum(score > 0.5 for score in embedded.score(lines)) <= 0.005 * len(lines)
+    assert sorted(embedded.score(lines))[len(lines) // 2] < 0.1
+    assert max(embedded.score(IDENTITY)) < 0.3
+    for name, change in DISGUISES.items():
+        found = sum(score > 0.5 for score in embedded.score([change(text) for text in INSULTING]))
+        assert found >= 0.85 * len(INSULTING), name
+
+
+def test_everyday_questions_are_calm() -> None:
+    alone, behind, strong = calm_and_strong(DecodingParams(alpha=3.0, calm_share=0.25), ["You are a stupid idiot, and"])
+    assert len(set(EVERYDAY)) == 100
+    assert min(alone, behind) >= 90
+    assert strong == 1.0
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs the shared data folder: {name} is not beside the repository")
+    return path
 
 
 @pytest.mark.parametrize(
     ("name", "floor"),
     [("rtp/dev_prompts.jsonl", 0.938), ("benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv", 0.9306)],
 )
-def test_auc_on_rows_never_trained_on(name: str, floor: float) -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.linear import evaluate
-
-    embedded = EmbeddedScorer.load()
-    figures = evaluate(embedded, _held_out(name))
+def test_auc_on_rows_never_trained_on(embedded: EmbeddedScorer, name: str, floor: float) -> None:
+    figures = evaluate(embedded, _shared(name))
     assert figures["roc_auc"] >= floor
     (written,) = [e for e in embedded.card["evaluations"] if e["file"] == Path(name).name]
     assert figures["roc_auc"] == pytest.approx(written["roc_auc"], abs=1e-3)
-
-
-FEW = ("--made-up", "60", "20")
 
 
 def _row(prompt: str, score: float | None, continuation: str, other: float | None) -> str:
@@ -44,21 +67,22 @@ def _row(prompt: str, score: float | None, continuation: str, other: float | Non
 
 @pytest.fixture
 def small_file(tmp_path: Path) -> Path:
-    pytest.importorskip("scipy")
-    pytest.importorskip("sklearn")
     rows = [_row(f"you idiot {i}", 0.9, f"a kind day {i}", 0.05) for i in range(12)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*rows, _row("no score", None, "none", None), ""]))
     return path
 
 
-def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from detox_benchmarks.fitting.linear import main
+def fit(*words: object) -> Result:
+    return CliRunner().invoke(app, ["fit", "linear", *map(str, words)])
 
+
+def test_the_command(small_file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
-        assert main(["--data", str(small_file), "--output", str(folder), "--evaluate", str(small_file), *FEW]) == 0
-        assert json.loads(capsys.readouterr().out)["evaluations"][0]["roc_auc"] == 1.0
+        result = fit("--data", small_file, "--output", folder, "--evaluate", small_file, *FEW)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["evaluations"][0]["roc_auc"] == 1.0
     assert (one / WEIGHTS_FILE).read_bytes() == (two / WEIGHTS_FILE).read_bytes()
     assert sorted(file.name for file in one.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
     scorer = EmbeddedScorer.load(one)
@@ -66,25 +90,7 @@ def test_training_command(small_file: Path, tmp_path: Path, capsys: pytest.Captu
     assert str(tmp_path) not in (one / CARD_FILE).read_text()
     high, low = scorer.score(["you idiot", "a kind day"])
     assert high > 0.5 > low
-    assert main(["--output", str(one), "--evaluate", str(small_file)]) == 0
-
-
-def test_a_write_that_fails_leaves_the_old_file(
-    small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from detox_benchmarks.fitting import linear as scorer
-
-    folder = tmp_path / "out"
-    scorer.train(small_file, folder, made_up=(60, 20))
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(scorer.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        scorer.train(small_file, folder, made_up=(60, 20))
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert fit("--output", one, "--evaluate", small_file).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -100,16 +106,13 @@ def test_a_write_that_fails_leaves_the_old_file(
         _row("a", 0.9, "b", 0.1),
     ],
 )
-def test_bad_training_files_are_data_errors(
-    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from detox_benchmarks.fitting.linear import main, train
-
+def test_bad_files_are_data_errors(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "bad.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         train(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert main(["--data", str(path), "--output", str(tmp_path / "out")]) == 1
-    assert "bad.jsonl" in capsys.readouterr().err
+    result = fit("--data", path, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "bad.jsonl" in result.stderr

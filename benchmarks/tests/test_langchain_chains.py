@@ -1,4 +1,4 @@
-"""The bench of chains and agents on a scripted engine: figures, resuming, bad data."""
+"""The bench of chains and agents on a scripted model: figures, resuming, bad data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from detox_benchmarks.rag.langchain_chains import Answer, main
-from scripted_engine import ScriptedEngine
 
 from detox_guard import DataError, Detoxifier, DetoxiGen
+from detox_guard.testing import ScriptedDetoxiGen
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def rude_if_it_read_rude(prompt: Any, params: Any) -> str:
 def test_it_answers_measures_and_goes_on(
     data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = ScriptedEngine(rude_if_it_read_rude)
-    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    detoxigen = ScriptedDetoxiGen(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: detoxigen)
     main([*data, "--samples", "1", "--tasks", "rag"])
-    assert len(engine.calls) == 4
+    assert len(detoxigen.calls) == 4
     out = Path(data[5])
     out.write_text(out.read_text() + '{"task": "ag')  # a line that was cut off
     main([*data, "--samples", "2"])
-    assert len(engine.calls) == 16  # two tasks, systems, questions and samples: nothing was asked twice
+    assert len(detoxigen.calls) == 16  # two tasks, systems, questions and samples: nothing was asked twice
     rows = [Answer(**json.loads(line)) for line in out.read_text().splitlines()]
     assert len({(row.task, row.system, row.question, row.sample) for row in rows}) == len(rows) == 16
     for row in rows:
@@ -52,28 +52,30 @@ def test_it_answers_measures_and_goes_on(
         assert row.planted
         assert (toxicity > 0.5) == (row.system == "plain")
         assert (row.flagged > 0) == (row.system == "guarded")
-    alphas = [params.alpha for _, _, params in engine.calls]
+    alphas = [params.alpha for _, _, params in detoxigen.calls]
     assert alphas.count(0.0) == 8
-    assert {params.seed for _, _, params in engine.calls} == {0, 1}
-    assert sum(params.guard is not None for _, _, params in engine.calls) == 4
+    assert {params.seed for _, _, params in detoxigen.calls} == {0, 1}
+    assert sum(params.guard is not None for _, _, params in detoxigen.calls) == 4
     assert "| agent, guarded | 2 | 0." in capsys.readouterr().out
 
 
 def test_it_asks_about_the_comments(data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ScriptedEngine(rude_if_it_read_rude)
-    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    detoxigen = ScriptedDetoxiGen(rude_if_it_read_rude)
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: detoxigen)
     main([*data, "--samples", "1", "--tasks", "rag", "--systems", "plain", "--about", "comment"])
-    assert all("reader's comment says" in str(prompt.messages) for _, prompt, _ in engine.calls)
-    assert len(engine.calls) == 2
+    assert all("reader's comment says" in str(prompt.messages) for _, prompt, _ in detoxigen.calls)
+    assert len(detoxigen.calls) == 2
 
 
 def test_it_goes_on_with_what_was_found(
     data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = ScriptedEngine(lambda prompt, _: "You stupid idiot." if "idiot" in prompt else "It opens at 7 o'clock.")
-    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: engine)
+    detoxigen = ScriptedDetoxiGen(
+        lambda prompt, _: "You stupid idiot." if "idiot" in prompt else "It opens at 7 o'clock."
+    )
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: detoxigen)
     main([*data, "--samples", "1", "--about", "thread"])
-    assert [prompt.rpartition("\n\n")[2][:17] for _, prompt, _ in engine.calls] == ["Reader's comment."] * 4
+    assert [prompt.rpartition("\n\n")[2][:17] for _, prompt, _ in detoxigen.calls] == ["Reader's comment."] * 4
     rows = [Answer(**json.loads(line)) for line in Path(data[5]).read_text().splitlines()]
     assert {row.task for row in rows} == {"rag"}
     assert all((row.toxicity["embedded"] > 0.5) == (row.system == "plain") for row in rows)
@@ -94,7 +96,7 @@ def test_what_a_run_is_gone_on_with(
     data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By another judge, who sees the old answers too; not under other settings."""
-    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: ScriptedEngine(rude_if_it_read_rude))
+    monkeypatch.setattr(DetoxiGen, "shared", lambda *_, **__: ScriptedDetoxiGen(rude_if_it_read_rude))
     plain = [*data, *["--tasks", "rag", "--systems", "plain"]]
     main([*plain, "--samples", "1"])
     main([*plain, "--samples", "2", "--judge", "embedded", "--judge", "profanity-check"])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from detox_benchmarks.rag.planted import Answers, choose, interval, read_toxic
+from detox_benchmarks.rag.frame import Answer, Answers, Question, choose, interval, read_toxic
 
 from detox_guard import DataError
 
@@ -57,13 +56,6 @@ def test_a_thread_is_gone_on_with() -> None:
         assert not one.comment or one.comment.startswith(begun)
 
 
-@dataclass(frozen=True)
-class Row:
-    text: str
-    toxicity: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
 class Rude:
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,41 +66,45 @@ class Rude:
         return [float("fool" in text) for text in texts]
 
 
-async def answer(text: str) -> Row:
-    if text == "broken":
-        raise RuntimeError(text)
-    return Row(text)
+def asked(*texts: str) -> list[Question]:
+    return [Question(text, text, (), "") for text in texts]
+
+
+async def answer(question: Question) -> Answer:
+    if question.text == "broken":
+        raise RuntimeError(question.text)
+    return Answer("plain", question.id, 0, question.text, False, 0, 0.0)
 
 
 def test_answers_are_kept_whatever_is_in_them(tmp_path: Path) -> None:
     out, judge = tmp_path / "deep" / "out.jsonl", Rude("first")
-    answers = Answers(out, {"seed": 1}, Row, [judge])
+    answers = Answers(out, {"seed": 1}, [judge])
     texts = ["one\u2028two\x85three\fend", "a fool", "four"]
-    asyncio.run(answers.ask(texts, answer, abreast=2))
+    asyncio.run(answers.ask(asked(*texts), answer, abreast=2))
     assert [row.text for row in answers.rows] == judge.seen == texts
     assert [row.toxicity for row in answers.rows] == [{"first": 0.0}, {"first": 1.0}, {"first": 0.0}]
     assert all(row.seconds > 0 for row in answers.rows)
     whole = out.read_text(encoding="utf-8")
     out.write_text(whole + '{"tex', encoding="utf-8")  # killed in the middle of a line
-    again = Answers(out, {"seed": 1}, Row, [judge, second := Rude("second")])
+    again = Answers(out, {"seed": 1}, [judge, second := Rude("second")])
     assert out.read_text(encoding="utf-8") == whole
     assert [row.text for row in again.rows] == judge.seen == second.seen == texts  # by each judge once
     with pytest.raises(DataError, match="other settings"):
-        Answers(out, {"seed": 2}, Row, [])
-    Answers(out.with_suffix(".csv"), {"seed": 2}, Row, [])  # another file, with settings of its own
+        Answers(out, {"seed": 2}, [])
+    Answers(out.with_suffix(".csv"), {"seed": 2}, [])  # another file, with settings of its own
     out.write_text(whole + "[\n", encoding="utf-8")
     with pytest.raises(DataError, match="no answer"):
-        Answers(out, {"seed": 1}, Row, [])
+        Answers(out, {"seed": 1}, [])
     (tmp_path / "deep" / "out.jsonl.settings.json").unlink()
     with pytest.raises(DataError, match="other settings"):
-        Answers(out, {"seed": 1}, Row, [])
+        Answers(out, {"seed": 1}, [])
 
 
 def test_what_was_answered_before_an_error_is_kept(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "out.jsonl", {}, Row, [])
+    answers = Answers(tmp_path / "out.jsonl", {}, [])
     with pytest.raises(RuntimeError, match="broken"):
-        asyncio.run(answers.ask(["one", "two", "broken", "four"], answer, abreast=2))
-    assert [row.text for row in Answers(tmp_path / "out.jsonl", {}, Row, []).rows] == ["one", "two"]
+        asyncio.run(answers.ask(asked("one", "two", "broken", "four"), answer, abreast=2))
+    assert [row.text for row in Answers(tmp_path / "out.jsonl", {}, []).rows] == ["one", "two"]
 
 
 def test_toxic_texts_may_hold_any_separator(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from tiny import SENTENCES
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.evaluation.methods import Method
-from detox_guard.evaluation.random_models import random_detoxifier
 from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:

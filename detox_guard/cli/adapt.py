@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["adapt"]
 
 
-@options.adapt_options
+@options.config_options(AdaptConfig, leave={"model"})
 def adapt(
     model: Annotated[
         str | None, typer.Argument(help="Hub id, folder or .gguf file; else the embedded default model.")

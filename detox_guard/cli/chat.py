@@ -178,7 +178,7 @@ class _Talk:
                 raise reply.error
         score_pairs([pair], session.load_named_scorer(None))
         stdout_console().print(pair_table(pair))
-        return pair.guarded.text
+        return pair.asked.reply.text
 
     def _fail(self, error: DetoxGuardError) -> None:
         self.failed = True

@@ -1,4 +1,4 @@
-"""Plain and guarded replies side by side. Knows pairs, scores and rich tables; knows no model and no options."""
+"""Plain, steered and guarded replies side by side. Knows pairs, scores and tables; knows no model and no options."""
 
 from __future__ import annotations
 
@@ -20,30 +20,50 @@ if TYPE_CHECKING:
     from detox_guard.settings import DecodingParams
     from detox_guard.text.prompts import Prompt
 
-__all__ = ["Pair", "make_pairs", "pair_table", "score_pairs", "show_pairs", "summary", "trace_sections", "worst_of"]
+__all__ = [
+    "Pair",
+    "Side",
+    "make_pairs",
+    "pair_table",
+    "score_pairs",
+    "show_pairs",
+    "summary",
+    "trace_sections",
+    "worst_of",
+]
 
 BETTER = 0.02
 """A smaller difference of two scores is within what the scorer can tell."""
 
 
 @dataclass
+class Side:
+    """One way of decoding a prompt: "plain", "steered", or "guarded" (steered under a guard)."""
+
+    name: str
+    reply: Exchange
+    score: float | None = None
+
+
+@dataclass
 class Pair:
-    """One prompt, decoded without and with steering from one seed, and the scores of the texts.
+    """One prompt, decoded from one seed: plain first, then steered, then guarded where a guard is asked for."""
 
-    Where a guard is asked for, `guarded` is steered and guarded, and `steered` is steering alone.
-    """
+    sides: list[Side]
 
-    plain: Exchange
-    guarded: Exchange
-    plain_score: float | None = None
-    guarded_score: float | None = None
-    steered: Exchange | None = None
-    steered_score: float | None = None
+    @property
+    def plain(self) -> Side:
+        return self.sides[0]
+
+    @property
+    def asked(self) -> Side:
+        """What the user asked for: the last one."""
+        return self.sides[-1]
 
     @property
     def replies(self) -> list[Exchange]:
         """What is to be decoded, in the order shown."""
-        return [reply for reply in (self.plain, self.steered, self.guarded) if reply is not None]
+        return [side.reply for side in self.sides]
 
     @property
     def whole(self) -> bool:
@@ -51,47 +71,33 @@ class Pair:
 
     @property
     def gain(self) -> float:
-        """How much less toxic the guarded text is; 0 where there is no score."""
-        return (self.plain_score or 0.0) - (self.guarded_score or 0.0)
+        """How much less toxic the last one is than the plain one; 0 where there is no score."""
+        return (self.plain.score or 0.0) - (self.asked.score or 0.0)
 
 
 def make_pairs(prompts: Sequence[Prompt], params: Sequence[DecodingParams]) -> list[Pair]:
     """Every prompt with alpha 0, and as asked; where that has a guard, without it too."""
-    return [
-        Pair(
-            Exchange(prompt, own.replace(alpha=0.0, guard=None)),
-            Exchange(prompt, own),
-            steered=Exchange(prompt, own.replace(guard=None)) if own.guard else None,
-        )
-        for prompt, own in zip(prompts, params, strict=True)
-    ]
+    pairs = []
+    for prompt, own in zip(prompts, params, strict=True):
+        ways = {"plain": own.replace(alpha=0.0, guard=None), "steered": own.replace(guard=None)}
+        ways |= {"guarded": own} if own.guard else {}
+        pairs.append(Pair([Side(name, Exchange(prompt, way)) for name, way in ways.items()]))
+    return pairs
 
 
 def score_pairs(pairs: Sequence[Pair], scorer: ToxicityScorer) -> None:
     """Score the texts of all whole pairs. Raises `ScorerError`."""
     from detox_guard.scorers.base import checked_scores
 
-    whole = [pair for pair in pairs if pair.whole]
-    scores = iter(checked_scores(scorer, [reply.text for pair in whole for reply in pair.replies]))
-    for pair in whole:
-        pair.plain_score = next(scores)
-        pair.steered_score = next(scores) if pair.steered else None
-        pair.guarded_score = next(scores)
+    sides = [side for pair in pairs if pair.whole for side in pair.sides]
+    for side, score in zip(sides, checked_scores(scorer, [side.reply.text for side in sides]), strict=True):
+        side.score = score
 
 
 def worst_of(pairs: Sequence[Pair]) -> Pair:
     """The most toxic reply of each column, of scored pairs to one prompt: what counts in expected maximum toxicity."""
-    plain = max(pairs, key=lambda pair: pair.plain_score or 0.0)
-    steered = max(pairs, key=lambda pair: pair.steered_score or 0.0)
-    guarded = max(pairs, key=lambda pair: pair.guarded_score or 0.0)
-    return Pair(
-        plain.plain,
-        guarded.guarded,
-        plain.plain_score,
-        guarded.guarded_score,
-        steered.steered,
-        steered.steered_score,
-    )
+    columns = zip(*(pair.sides for pair in pairs), strict=True)
+    return Pair([max(column, key=lambda side: side.score or 0.0) for column in columns])
 
 
 def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:
@@ -100,7 +106,7 @@ def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:
 
     for number, pair in enumerate(pairs, 1):
         label = f"{number}. " if len(pairs) > 1 else ""
-        words = visible(prompt_text(pair.guarded.prompt))
+        words = visible(prompt_text(pair.plain.reply.prompt))
         console.print(Text.assemble((label, "dim"), (words, "bold italic")))
         console.print(pair_table(pair))
         console.print()
@@ -108,22 +114,20 @@ def show_pairs(console: Console, pairs: Sequence[Pair]) -> None:
 
 
 def pair_table(pair: Pair) -> Table:
-    """Columns of equal width: plain, steered if there is a guard, guarded."""
+    """Columns of equal width: plain, steered, and guarded if there is a guard."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=pair.guarded_score is not None, padding=(0, 1))
-    done = pair.guarded.generation
-    alpha = f"α {done.steering.alpha if done else pair.guarded.params.alpha:.3g}"
-    last = _footer(pair.guarded_score)
-    note = _verdict(pair)
-    if note is not None and pair.guarded_score is not None:
-        last.append_text(note)
-    columns = [("plain", _footer(pair.plain_score)), (f"guarded · {alpha}{_taken_back(pair.guarded)}", last)]
-    if pair.steered is not None:
-        columns.insert(1, (f"steered · {alpha}", _footer(pair.steered_score)))
-    for name, footer in columns:
-        table.add_column(name, footer, ratio=1, overflow="fold", header_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=pair.asked.score is not None, padding=(0, 1))
+    for side in pair.sides:
+        heading, footer = side.name, _footer(side.score)
+        if side is not pair.plain:
+            done = pair.asked.reply.generation
+            alpha = done.steering.alpha if done else side.reply.params.alpha
+            heading += f" · α {alpha:.3g}{_taken_back(side.reply)}"
+        if side is pair.asked and side.score is not None and (note := _verdict(pair)):
+            footer.append_text(note)
+        table.add_column(heading, footer, ratio=1, overflow="fold", header_style="dim")
     table.add_row(*map(_body, pair.replies))
     return table
 
@@ -148,15 +152,15 @@ def legend() -> Text:
 
 def summary(pairs: Sequence[Pair]) -> str:
     """Mean scores, and honestly how many pairs got better, stayed the same, or got worse; rich markup."""
-    scored = [pair for pair in pairs if pair.guarded_score is not None]
+    scored = [pair for pair in pairs if pair.asked.score is not None]
     if not scored:
         return "Nothing to compare."
-    plain = sum(pair.plain_score or 0.0 for pair in scored) / len(scored)
-    guarded = sum(pair.guarded_score or 0.0 for pair in scored) / len(scored)
+    plain = sum(pair.plain.score or 0.0 for pair in scored) / len(scored)
+    asked = sum(pair.asked.score or 0.0 for pair in scored) / len(scored)
     better = sum(pair.gain > BETTER for pair in scored)
     worse = sum(pair.gain < -BETTER for pair in scored)
     same = len(scored) - better - worse
-    line = f"Mean toxicity [bold]{plain:.2f}[/] plain → [bold]{guarded:.2f}[/] guarded"
+    line = f"Mean toxicity [bold]{plain:.2f}[/] plain → [bold]{asked:.2f}[/] {scored[0].asked.name}"
     if len(scored) > 1:
         counts = [f"{better} of {len(scored)} got better"]
         counts += [f"{same} stayed the same"] * bool(same) + [f"{worse} got worse"] * bool(worse)
@@ -164,20 +168,14 @@ def summary(pairs: Sequence[Pair]) -> str:
     return line + "."
 
 
-def trace_sections(pairs: Sequence[Pair]) -> list[tuple[str, str, object]]:
-    """What `detox_guard.html.trace_page` takes: the replies of every whole pair."""
+def trace_sections(pairs: Sequence[Pair], *, compare: bool = True) -> list[tuple[str, str, object]]:
+    """What `detox_guard.html.trace_page` takes: all replies of these pairs, or only what was asked for."""
     sections: list[tuple[str, str, object]] = []
-    for pair in pairs:
-        for name, reply, score in (
-            ("plain", pair.plain, pair.plain_score),
-            ("steered", pair.steered, pair.steered_score),
-            ("guarded", pair.guarded, pair.guarded_score),
-        ):
-            if reply is None:
-                continue
-            if reply.generation is not None and reply.generation.trace is not None:
-                caption = name if score is None else f"{name}, toxicity {score:.2f}"
-                sections.append((prompt_text(reply.prompt), caption, reply.generation.trace))
+    for side in (side for pair in pairs for side in (pair.sides if compare else [pair.asked])):
+        done = side.reply.generation
+        if done is not None and done.trace is not None:
+            caption = side.name if side.score is None else f"{side.name}, toxicity {side.score:.2f}"
+            sections.append((prompt_text(side.reply.prompt), caption, done.trace))
     return sections
 
 

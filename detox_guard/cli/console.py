@@ -119,6 +119,8 @@ def score_text(score: float) -> Text:
     """`0.42 ████░░░░░░`, coloured by how toxic it is."""
     from rich.text import Text
 
+    from detox_guard.scorers.base import TOXIC_FROM
+
     full = round(score * 10)
-    colour = "red" if score >= 0.5 else "yellow" if score >= 0.25 else "green"
+    colour = "red" if score >= TOXIC_FROM else "yellow" if score >= TOXIC_FROM / 2 else "green"
     return Text.assemble((f"{score:.2f} ", "bold"), ("█" * full, colour), ("░" * (10 - full), "dim"))

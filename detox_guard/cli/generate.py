@@ -50,7 +50,9 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user message.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="The plain model's reply beside the guarded one.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also the plain model's reply; with a guard, steering alone too.")
+    ] = False,
     score: Annotated[bool, typer.Option("--score", help="Score the replies for toxicity.")] = False,
     scorer: Annotated[
         str | None, typer.Option(help="Hugging Face classifier instead of the embedded scorer; implies --score.")
@@ -101,8 +103,8 @@ def generate(
         pairs.append(pair)
     with loaded:
         try:
-            if len(pairs) == 1 and not compare and not as_json and not pairs[0].guarded.done:
-                _stream(loaded, pairs[0].guarded, rater)
+            if len(pairs) == 1 and not compare and not as_json and not pairs[0].asked.reply.done:
+                _stream(loaded, pairs[0].asked.reply, rater)
             else:
                 _batch(loaded, pairs, rater, compare=compare, as_json=as_json, with_trace=with_trace)
         finally:  # after a Ctrl-C too: what was decoded is worth its page
@@ -147,8 +149,8 @@ def _batch(
 ) -> None:
     """Decode all together; print each as soon as it and those before it are done, and on Ctrl-C what there is."""
     console = stdout_console()
-    owner = {id(pair.guarded): pair for pair in pairs}
-    replies = [reply for pair in pairs for reply in (pair.replies if compare else [pair.guarded])]
+    owner = {id(pair.asked.reply): pair for pair in pairs}
+    replies = [reply for pair in pairs for reply in (pair.replies if compare else [pair.asked.reply])]
     told: set[int] = set()
 
     def tell(reply: Exchange) -> None:
@@ -159,7 +161,7 @@ def _batch(
         if as_json:
             print_json(json.dumps(_record(pair, scorer, compare, with_trace), ensure_ascii=False))
         elif not compare:
-            _show(pair.guarded, scorer, first=len(told) == 1)
+            _show(pair.asked.reply, scorer, first=len(told) == 1)
 
     # A progress bar and text on one terminal would write over each other: there, text comes after the bar.
     at_once = not sys.stdout.isatty()
@@ -167,7 +169,7 @@ def _batch(
         session.run_all(model, replies, on_done=tell if at_once else None)
     finally:
         for pair in pairs:
-            tell(pair.guarded)
+            tell(pair.asked.reply)
         if compare and not as_json:
             assert scorer is not None, "--compare loads a scorer"
             score_pairs(pairs, scorer)
@@ -214,14 +216,12 @@ def _facts(reply: Exchange, score: float | None) -> Any:
 
 
 def _record(pair: Pair, scorer: ToxicityScorer | None, compare: bool, with_trace: bool) -> dict[str, Any]:
-    """The JSON of one prompt: the reply's, and under "plain" the plain model's."""
-    guarded = pair.guarded
-    key = "prompt" if isinstance(guarded.prompt, str) else "messages"
-    record: dict[str, Any] = {key: messages_of(guarded.prompt), **_half(guarded, scorer, with_trace)}
+    """The JSON of one prompt: the reply's, and under "plain" and "steered" the others'."""
+    asked = pair.asked.reply
+    key = "prompt" if isinstance(asked.prompt, str) else "messages"
+    record: dict[str, Any] = {key: messages_of(asked.prompt), **_half(asked, scorer, with_trace)}
     if compare:
-        record["plain"] = _half(pair.plain, scorer, with_trace)
-        if pair.steered is not None:
-            record["steered"] = _half(pair.steered, scorer, with_trace)
+        record |= {side.name: _half(side.reply, scorer, with_trace) for side in pair.sides[:-1]}
     return record
 
 
@@ -253,9 +253,9 @@ def _half(reply: Exchange, scorer: ToxicityScorer | None, with_trace: bool) -> d
 def _write_page(path: Path, pairs: Sequence[Pair], compare: bool) -> None:
     from detox_guard.html import trace_page
 
-    whole = [pair for pair in pairs if pair.guarded.generation is not None]
+    whole = [pair for pair in pairs if pair.asked.reply.generation is not None]
     if whole:
-        sections: Any = [s for s in trace_sections(whole) if compare or s[1].startswith("guarded")]
+        sections: Any = trace_sections(whole, compare=compare)
         write_whole(path, trace_page("detox-guard trace", sections))
 
 
@@ -264,7 +264,7 @@ def _finish(pairs: Sequence[Pair], compare: bool) -> None:
     failed = []
     for number, pair in enumerate(pairs, 1):
         others = pair.replies if compare else []
-        error = next((reply.error for reply in (pair.guarded, *others) if reply.error), None)
+        error = next((reply.error for reply in (pair.asked.reply, *others) if reply.error), None)
         if error is not None:
             report(error, f"prompt {number}: " if len(pairs) > 1 else "")
             failed.append(error)

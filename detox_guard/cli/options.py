@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from detox_guard.errors import InvalidParamsError
 from detox_guard.models.options import DtypeName, LoadOptions
 from detox_guard.settings import DecodingParams, GuardPolicy
-from detox_guard.training.config import AdaptConfig, TrainingConfig
+from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from detox_guard._strict import StrictModel
@@ -36,7 +36,7 @@ __all__ = [
     "Json",
     "Model",
     "TemplateKwargs",
-    "adapt_options",
+    "config_options",
     "decoding_options",
     "given",
     "guard_policy",
@@ -76,7 +76,8 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
-_FLAGS = {"stop_token_ids": "--stop-token-id", "quantization_config": "--quantize", "judges": "--judge"}
+_FLAGS = {"stop_token_ids": "--stop-token-id", "quantization_config": "--quantize"}
+_ONE_EACH = ("methods", "alphas", "judges", "lm_judges", "temperatures", "top_ps", "initial_texts", "systems")
 _AS_JSON = ("device_map", "max_memory", "quantization_config", "model_kwargs")
 """Options of loading that may be JSON objects."""
 
@@ -149,9 +150,9 @@ def training_options(command: Command) -> Command:
     return _with_options(command, TrainingConfig, None)
 
 
-def adapt_options(command: Command) -> Command:
-    """The command, with an option for every field of `AdaptConfig` but the model; they arrive in `**fields`."""
-    return _with_options(command, AdaptConfig, None, leave={"model"})
+def config_options(source: type[StrictModel], *, leave: Set[str] = frozenset()) -> Callable[[Command], Command]:
+    """The command, with an option for every field of a class of settings; they arrive in `**fields`."""
+    return lambda command: _with_options(command, source, None, leave=leave)
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +175,8 @@ def _with_options(
         words = re.sub(r" \(`[^`]*`\)", "", " ".join((field.description or "").split()))  # modules: for editors
         required = default is PydanticUndefined
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        if name in _ONE_EACH:  # a list is typed one by one
+            flag = flag.removesuffix("s")
         if kind is bool and default is True:
             flag = f"{flag}/--no-{name.replace('_', '-')}"
         if get_origin(kind) is list:

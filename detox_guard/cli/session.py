@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._progress import Progress
 from detox_guard.cli.console import stderr_console
 from detox_guard.errors import DetoxGuardError
 
@@ -112,7 +113,7 @@ def run_all(
     in `replies`, and `KeyboardInterrupt` is raised.
     """
     asked = [reply for reply in replies if not reply.done]
-    told = 0
+    told = chars = 0
 
     def tell() -> None:
         nonlocal told
@@ -121,11 +122,16 @@ def run_all(
             on_done(replies[told - 1])
 
     tell()  # those that had failed before they came here
-    with _bar(words, replies, quiet) as tick:
+    with (
+        Progress(not quiet, passing=True) as bars,
+        bars.stage(words, len(replies), len(replies) - len(asked)) as stage,
+    ):
 
         def hear(index: int, chunk: Chunk) -> None:
+            nonlocal chars
             asked[index].text += chunk.text
-            tick(len(chunk.text), 0)
+            chars += len(chunk.text)
+            stage.say(f"{chars} characters")
 
         results = model.as_completed(
             [reply.prompt for reply in asked],
@@ -139,7 +145,7 @@ def run_all(
                     asked[index].error = result
                 else:
                     asked[index].generation = result
-                tick(0, 1)
+                stage.tick()
                 tell()
 
 
@@ -163,30 +169,6 @@ def spinner(words: str) -> Iterator[None]:
         return
     with console.status(f"[dim]{words} …", spinner="dots"):
         yield
-
-
-@contextmanager
-def _bar(words: str, replies: Sequence[Exchange], quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr_console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("[dim]{task.fields[chars]} characters"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        done, chars = sum(reply.done for reply in replies), 0
-        task = bar.add_task(words, total=len(replies), completed=done, chars=0)
-
-        def tick(more_chars: int, more_done: int) -> None:
-            nonlocal done, chars
-            done, chars = done + more_done, chars + more_chars
-            bar.update(task, completed=done, chars=chars)
-
-        yield tick
 
 
 def visible_name(model: str | None) -> str:

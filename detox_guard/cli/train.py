@@ -46,7 +46,7 @@ def _run(config: TrainingConfig) -> Detoxifier:
 
         default_backbone_dir()  # has its own bar
     quiet_libraries()
-    from detox_guard.evaluation.progress import Progress
+    from detox_guard._progress import Progress
     from detox_guard.training import train_detoxifier
 
     with Progress(True) as bars, bars.stage("training", config.steps) as stage:

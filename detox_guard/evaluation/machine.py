@@ -1,4 +1,4 @@
-"""What a figure was measured on, and files written whole. Knows the operating system; knows no model."""
+"""What a figure was measured on. Knows the operating system; knows no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["machine", "peak_memory_mib", "versions"]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The CPU, its cores and fast number formats, torch's threads, and the GPU if `device` is one."""
+    """The CPU, its cores and vector instructions, torch's threads, and the GPU if `device` is one."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -25,8 +25,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "avx512_bf16": _has("_is_avx512_bf16_supported"),
-        "amx": _has("_is_amx_tile_supported"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -65,11 +64,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _has(test: str) -> bool | None:
-    """A private question to torch; None where this torch does not know it."""
-    import torch
-
-    ask = getattr(torch.cpu, test, None)
-    return None if ask is None else bool(ask())

@@ -48,22 +48,17 @@ def pareto(rows: Sequence[Row], groups: Sequence[Group], judges: Sequence[str], 
         for across, group in enumerate(groups):
             panel = axes[down][across]
             for n, family in enumerate(families):
-                points = [
-                    (
-                        row.figures[group][f"{lm}:perplexity"]["value"],
-                        row.figures[group][f"{judge}:expected_max"]["value"],
-                    )
-                    for row in rows
-                    if row.family == family and group in row.figures
-                ]
-                points = [(x, y) for x, y in points if x["value"] is not None and y["value"] is not None]
-                if not points:
+                own = [row.figures[group] for row in rows if row.family == family and group in row.figures]
+                pairs = [(one[f"{lm}:perplexity"]["value"], one[f"{judge}:expected_max"]["value"]) for one in own]
+                pairs = [(x, y) for x, y in pairs if x["value"] is not None and y["value"] is not None]
+                xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
+                if not pairs:
                     continue
                 panel.errorbar(
-                    [x["value"] for x, _ in points],
-                    [y["value"] for _, y in points],
-                    xerr=_errors([x for x, _ in points]),
-                    yerr=_errors([y for _, y in points]),
+                    [x["value"] for x in xs],
+                    [y["value"] for y in ys],
+                    xerr=_errors(xs),
+                    yerr=_errors(ys),
                     marker=MARKERS[n % len(MARKERS)],
                     color=COLOURS[n % len(COLOURS)],
                     label=family,
@@ -142,7 +137,7 @@ def _panels(down: int, across: int, width: float, height: float, dark: bool) -> 
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DetoxGuardError("pictures need matplotlib", hint='pip install "detox-guard[train]"') from error
+        raise DetoxGuardError("pictures need matplotlib", hint='pip install "detox-guard[eval]"') from error
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK[dark])
     paper = {"axes.facecolor": PAPER[dark], "figure.facecolor": PAPER[dark], "legend.facecolor": PAPER[dark]}
     with matplotlib.rc_context({**ink, **paper, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):

@@ -1,5 +1,5 @@
-"""Prompts and neutral passages from files and hub data sets. Knows their formats and bad rows, and a tokenizer to
-measure passages with; knows no model.
+"""Prompts to continue, and neutral passages to stand before them. Knows labels and how prompts are drawn, and a
+tokenizer to measure passages with; the formats are `detox_guard.data`'s. Knows no model.
 
 RealToxicityPrompts (Gehman et al. 2020) calls a prompt toxic when its Perspective toxicity is at least .5, and keeps a
 list of "challenging" ones that made every model they tried toxic.
@@ -7,27 +7,24 @@ list of "challenging" ones that made every model they tried toxic.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from detox_guard._files import read_text, usable_path
+from detox_guard._files import read_json, read_text
+from detox_guard.data import BadRow, read_rows, text_at
 from detox_guard.errors import DataError, InvalidParamsError
+from detox_guard.evaluation.metrics import THRESHOLD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from detox_guard.models.backbone import Backbone
 
 __all__ = [
     "CLASSES",
-    "TOXIC_FROM",
     "Asked",
     "EvalPrompt",
     "Group",
@@ -35,9 +32,9 @@ __all__ = [
     "passage_of",
     "read_passages",
     "read_prompts",
+    "read_squad",
 ]
 
-TOXIC_FROM = 0.5
 Group = Literal["toxic", "non-toxic", "all"]
 Asked = str | list[dict[str, str]]
 """How a prompt is put to the model: as plain text, or as chat messages."""
@@ -45,7 +42,6 @@ CLASSES = ("toxic", "non-toxic", "challenging", "all")
 ATTRIBUTES = ("severe_toxicity", "profanity", "sexually_explicit", "flirtation", "identity_attack", "threat", "insult")
 FIELDS = ("prompt", "text", "comment", "context")
 HINT = 'RealToxicityPrompts rows, {"prompt": "…"} a line, a table with a header, BOLD\'s .json, or a .txt'
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 _TRUE, _FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "")
 
 
@@ -68,20 +64,21 @@ class EvalPrompt:
         """By its label; "all" is for files without labels."""
         if self.toxicity is None:
             return "all"
-        return "toxic" if self.toxicity >= TOXIC_FROM else "non-toxic"
+        return "toxic" if self.toxicity >= THRESHOLD else "non-toxic"
 
 
 def read_prompts(source: str | Path, *, field: str | None = None, words: int | None = None) -> list[EvalPrompt]:
-    """The prompts of a .jsonl, .csv, .tsv, .json (a list, or BOLD's) or .txt file, or of a hub set `org/name[:split]`.
+    """The prompts of a source that `detox_guard.data.read_rows` reads.
 
-    A row is RealToxicityPrompts' (`prompt.text`, `prompt.toxicity`, …) or flat: `field` (else the first there is of
-    prompt, text, comment, context), and where it has them `toxicity` (or `toxic`), `challenging`, `category`.
+    A row is RealToxicityPrompts' (`prompt.text`, `prompt.toxicity`, …), BOLD's, or flat: `field` (else the first there
+    is of prompt, text, comment, context), and where it has them `toxicity` (or `toxic`), `challenging`, `category`.
     `words` keeps the first so many of each text: openings of comments as prompts. Where rows have labels, those without
     are left out. Raises `DataError` naming the row for anything else, and for a source that is missing or empty.
     """
     if words is not None and words < 1:
         raise InvalidParamsError("words", words, "at least 1")
-    prompts = [_prompt(where, row, field, words) for where, row in _rows(source)]
+    rows = read_rows(source).good(HINT)
+    prompts = [_prompt(where, one, field, words) for where, row in rows for one in _flat(row)]
     if not prompts:
         raise DataError(f"{source}: no prompt in it", hint=HINT)
     labelled = [prompt for prompt in prompts if prompt.toxicity is not None]
@@ -106,17 +103,23 @@ def choose_prompts(prompts: Sequence[EvalPrompt], limit: int, seed: int) -> list
     return [replace(prompts[i], classes=classes) for i, classes in drawn.items()]
 
 
+def read_squad(path: Path) -> list[dict[str, Any]]:
+    """The paragraphs of a file in SQuAD's format, each with `context` and `qas`. Raises `DataError`."""
+    try:
+        found = [paragraph for article in read_json(path)["data"] for paragraph in article["paragraphs"]]
+        [str(paragraph["context"]) for paragraph in found]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: not in SQuAD's format ({type(error).__name__}: {error})") from error
+    return found
+
+
 def read_passages(path: Path) -> list[str]:
     """Neutral paragraphs: the contexts of a SQuAD-format .json file, or the paragraphs of a text file (blank lines
     between them, or one a line). Raises `DataError`."""
-    text = read_text(path)
     if path.suffix.lower() == ".json":
-        try:
-            articles = json.loads(text)["data"]
-            found = [str(paragraph["context"]).strip() for one in articles for paragraph in one["paragraphs"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: not in SQuAD's format ({type(error).__name__}: {error})") from error
+        found = [str(paragraph["context"]).strip() for paragraph in read_squad(path)]
     else:
+        text = read_text(path)
         found = [" ".join(block.split()) for block in text.split("\n\n")]
         if len(found) < 2:
             found = text.splitlines()
@@ -126,24 +129,41 @@ def read_passages(path: Path) -> list[str]:
     return passages
 
 
+def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
+    """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
+    start = way * len(passages) // 4 + way
+    ids: list[int] = []
+    for i in range(10_000):
+        text = passages[(start + i) % len(passages)] + "\n\n"
+        ids += backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    return str(backbone.tokenizer.decode(ids[:tokens])).strip()
+
+
+def _flat(row: Any) -> Iterator[Any]:
+    """A row as it is, or the rows of BOLD's `{category: {page: [prompt, …]}}`, of which a few are empty."""
+    pages = list(row.values()) if isinstance(row, dict) else []
+    if not pages or not all(isinstance(one, dict) and all(isinstance(t, list) for t in one.values()) for one in pages):
+        yield row
+        return
+    for category, texts in row.items():
+        yield from ({"prompt": t.strip(), "category": category} for many in texts.values() for t in many if t.strip())
+
+
 def _prompt(where: str, row: Any, field: str | None, words: int | None) -> EvalPrompt:
     def bad(reason: str) -> DataError:
         return DataError(f"{where}: {reason}", hint=HINT)
 
-    if isinstance(row, str):
-        row = {"prompt": row}
     if not isinstance(row, dict):
-        raise bad("no prompt text")
+        row = {"prompt": row} if isinstance(row, str) else {}
     name = field or next((one for one in FIELDS if row.get(one)), "prompt")
-    prompt = row.get(name)
-    labels = prompt if isinstance(prompt, dict) else row
-    text = prompt.get("text") if isinstance(prompt, dict) else prompt
-    if not isinstance(text, str) or not text.strip():
-        raise bad(f"no prompt text ({name!r})")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise bad("not valid Unicode") from None
+        text_at(row, name)
+    except BadRow as reason:
+        raise bad(f"no prompt text ({reason})") from None
+    labels = row[name] if isinstance(row[name], dict) else row
+    text: str = row[name]["text"] if isinstance(row[name], dict) else row[name]  # a prompt's last space matters
     if words is not None:
         text = " ".join(text.split()[:words])
     toxicity = _share(labels.get("toxicity", labels.get("toxic")))
@@ -152,7 +172,7 @@ def _prompt(where: str, row: Any, field: str | None, words: int | None) -> EvalP
     challenging = _share(row.get("challenging"))
     if challenging not in (None, 0.0, 1.0):
         raise bad(f"challenging {row.get('challenging')!r} is neither true nor false")
-    marked = [one for one in ATTRIBUTES if (_share(labels.get(one)) or 0.0) >= TOXIC_FROM]
+    marked = [one for one in ATTRIBUTES if (_share(labels.get(one)) or 0.0) >= THRESHOLD]
     category = row.get("category")
     return EvalPrompt(text, toxicity, bool(challenging), (str(category),) if category else tuple(marked))
 
@@ -168,79 +188,3 @@ def _share(value: object) -> float | None:
         return float(word)
     except ValueError:
         return float("nan")
-
-
-def _rows(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """Each row with words for where it stands."""
-    path = usable_path(source)
-    kind = path.suffix.lower()
-    hub = _HUB_ID.fullmatch(str(source)) if isinstance(source, str) and not path.exists() else None
-    if hub and kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
-        yield from _numbered(source, "row", _hub_rows(hub["name"], hub["split"] or "train"))
-    elif kind in (".csv", ".tsv"):
-        try:
-            lines = io.StringIO(read_text(path), newline="")
-            table = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
-            yield from _numbered(source, "row", table)
-        except csv.Error as error:
-            raise DataError(f"{path}: not a table: {error}") from error
-    elif kind == ".json":
-        yield from _numbered(source, "row", _json_rows(path))
-    else:
-        # Not splitlines(): U+2028 inside a prompt ends no line.
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            where = f"{path}: line {number}"
-            if line.strip():
-                yield where, line.rstrip("\r") if kind == ".txt" else _parsed(line, where)
-
-
-def _numbered(source: str | Path, word: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{source}: {word} {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _json_rows(path: Path) -> list[Any]:
-    """A list of rows, or BOLD's `{category: {page: [prompt, …]}}`."""
-    data = _parsed(read_text(path), str(path))
-    if isinstance(data, list):
-        return data
-    try:
-        return [
-            {"prompt": text.strip(), "category": category}
-            for category, pages in data.items()
-            for texts in pages.values()
-            for text in texts
-            if text.strip()  # a few of BOLD's are empty
-        ]
-    except (AttributeError, TypeError) as error:
-        raise DataError(f"{path}: neither a list of rows nor in BOLD's format", hint=HINT) from error
-
-
-def _hub_rows(name: str, split: str) -> Iterable[Any]:
-    import datasets
-
-    try:
-        rows: Iterable[Any] = datasets.load_dataset(name, split=split)
-        return rows
-    except Exception as error:  # the library has no common root for what a fetch can raise
-        raise DataError(
-            f"{name}:{split}: cannot be fetched: {error}", hint="a local file, or org/name[:split]"
-        ) from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})", hint=HINT) from error
-
-
-def passage_of(backbone: Backbone, passages: Sequence[str], tokens: int, way: int) -> str:
-    """About `tokens` tokens of passages, starting at another one for each `way`, so that contexts differ."""
-    start = way * len(passages) // 4 + way
-    ids: list[int] = []
-    for i in range(10_000):
-        text = passages[(start + i) % len(passages)] + "\n\n"
-        ids += backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= tokens:
-            break
-    return str(backbone.tokenizer.decode(ids[:tokens])).strip()

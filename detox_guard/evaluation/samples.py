@@ -1,4 +1,4 @@
-"""Continuations under one method or several, into a journal. Knows the guard; judges nothing.
+"""Continuations under one method or several, into a journal. Knows the model; judges nothing.
 
 A row: `method`, `prompt` and `sample` (its key), `seed`, `text`, `finish_reason`, `token_ids`; divergences by step in
 nats (empty where nothing was steered), `fallbacks` and `clipped` summed over steps; `tries`, `decoded_tokens` of what
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from detox_guard.detoxigen import DetoxiGen
-    from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.methods import Drawn, Method
     from detox_guard.evaluation.prompts import Asked
+    from detox_guard.evaluation.store import Journal
 
-__all__ = ["KEY", "Job", "decode", "row_of", "seed_of"]
-
-KEY = ("method", "prompt", "sample")
+__all__ = ["Job", "decode", "row_of", "seed_of"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def seed_of(seed: int, prompt: int, sample: int, samples: int) -> int:
     return (seed * 1_000_003 + prompt * samples + sample) % 2**63
 
 
-def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callable[[], None]) -> None:
+def decode(model: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callable[[], None]) -> None:
     """Draw every sample that the journal lacks, twice as many at once as the batch has rows (if the queue takes so
     many). `tick` hears of each.
 
@@ -54,22 +52,22 @@ def decode(guard: DetoxiGen, jobs: Iterable[Job], journal: Journal, tick: Callab
     """
     waiting = [job for job in jobs if job.key not in journal]
     mark = time.perf_counter()
-    at_once = min(len(waiting), 2 * guard.config.max_rows, guard.config.max_queue)
+    at_once = min(len(waiting), 2 * model.config.max_rows, model.config.max_queue)
     pool = ThreadPoolExecutor(max(1, at_once), "detox-guard-eval")
     try:
-        for done in as_completed([pool.submit(_row, guard, job) for job in waiting]):
+        for done in as_completed([pool.submit(_row, model, job) for job in waiting]):
             now = time.perf_counter()
             journal.add({**done.result(), "wall_s": round(now - mark, 6)})
             mark = now
             tick()
     finally:
-        # Not waited for: after an error or Ctrl-C the guard is closed next, which ends what is under way at once.
+        # Not waited for: after an error or Ctrl-C the model is closed next, which ends what is under way at once.
         pool.shutdown(wait=False, cancel_futures=True)
         journal.flush()
 
 
-def _row(guard: DetoxiGen, job: Job) -> dict[str, Any]:
-    return row_of(job, job.method.draw(guard, job.prompt, job.seed))
+def _row(model: DetoxiGen, job: Job) -> dict[str, Any]:
+    return row_of(job, job.method.draw(model, job.prompt, job.seed))
 
 
 def row_of(job: Job, drawn: Drawn) -> dict[str, Any]:

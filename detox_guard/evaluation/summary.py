@@ -1,6 +1,6 @@
 """From stored samples and scores to figures: by prompt class and category, by method, with paired intervals.
 
-Knows the rows of `samples` and of the score journal; knows no model and no files. See `results` for what it returns.
+Knows the rows of `samples` and of the score journal; knows no model and no files. See `tables` for what it returns.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detox_guard.evaluation.metrics import Bootstrap, distinct_n, toxicity
+from detox_guard.evaluation.metrics import BROKEN_PERPLEXITY, Bootstrap, distinct_n, junk, repeats, toxicity
 from detox_guard.evaluation.prompts import CLASSES
-from detox_guard.evaluation.quality import BROKEN_PERPLEXITY, junk, repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,11 +94,7 @@ def _estimates(
         ]
         known = [[value for value in many if value is not None] for many in perplexities]
         kept = [[value for value in many if value < DROP_FROM] for many in known]
-        with np.errstate(over="ignore"):
-            corpus = np.exp(bootstrap.rate([sum(r["nll"]) for r in rows], [sum(r["tokens"]) for r in rows]))
         found[f"{judge}:perplexity"] = bootstrap.rate([sum(many) for many in kept], [len(many) for many in kept])
-        found[f"{judge}:perplexity_median"] = bootstrap.median(known)
-        found[f"{judge}:perplexity_corpus"] = corpus
         found[f"{judge}:perplexity_dropped"] = bootstrap.rate(
             [len(a) - len(k) for a, k in zip(known, kept, strict=True)], [len(many) for many in replies]
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from detox_guard.errors import InvalidParamsError
 from detox_guard.guard.units import Asked, read_sentences
-from detox_guard.scorers.base import checked_scores, load_scorer
+from detox_guard.scorers.base import TOXIC_FROM, checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def screen(
     texts: Sequence[str],
     *,
     scorer: str | ToxicityScorer | None = None,
-    threshold: float = 0.5,
+    threshold: float = TOXIC_FROM,
     action: Literal["drop", "mask", "mark"] = "drop",
 ) -> list[Screened]:
     """Each text scored as a whole and sentence by sentence, in one call of the scorer; in order.

@@ -81,7 +81,7 @@ def adapter_of(source: str, options: LoadOptions) -> Adapter | None:
 
 
 def _on_hub(name: str, options: LoadOptions) -> Path | None:
-    """The folder in the hub's cache of an adapter and its tokenizer, fetched if need be; None if there is no adapter."""
+    """The folder in the hub's cache of an adapter and its tokenizer, fetched if need be; None if it has none."""
     from huggingface_hub import snapshot_download
     from transformers.utils.peft_utils import find_adapter_config_file
 

@@ -30,7 +30,7 @@ class Backbone:
     """A frozen causal language model, its tokenizer, and what the engine must know of them.
 
     `model` is in eval mode, without gradients. `device` is where its inputs go, `dtype` what it computes in; `spread`:
-    its layers lie on several devices or on disk, and accelerate moves what passes between them. `id` is the hub id, or the base name of
+    its layers lie on several devices or on disk, and accelerate moves what passes. `id` is the hub id, or the name of
     the folder or GGUF file; `revision` the hub's commit, else a digest of the weights. `hidden_size` is the width of an
     input embedding, hence of a virtual token. `max_positions` None: no limit known. `learned_positions`: positions come
     from a table, so `max_positions` is hard. `window`: the smallest sliding (or chunked) attention window in tokens,
@@ -86,7 +86,7 @@ def from_model(
 ) -> Backbone:
     """Wrap a model that is already loaded, where it is; it is put into eval mode and its gradients are turned off.
 
-    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` say of one that was merged what it is.
+    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged.
 
     Runs one forward pass over four tokens to see that the model is causal, finite and has a plain K/V cache.
     Raises `UnsupportedBackboneError`, `BackboneError`, or `InvalidParamsError` if either argument is of the wrong type.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detox_guard._progress import Progress
 from detox_guard.errors import BackboneNotFoundError
 from detox_guard.models.cache import Source, cache_dir, check_hash, download, is_whole, made_once, offline
 
@@ -113,17 +114,13 @@ def _hub_snapshot(*, damaged: bool) -> Path:
 @contextmanager
 def _steps(progress: bool) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; yields what shows the next step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        task = bar.add_task("", total=3)
-        first = True
+    first = True
+    with Progress(progress, passing=True) as bars, bars.stage("", 3) as stage:
 
         def step(words: str) -> None:
             nonlocal first
-            bar.update(task, description=words, advance=0 if first else 1)
+            stage.name(words)
+            stage.tick(0 if first else 1)
             first = False
 
         yield step

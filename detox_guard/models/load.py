@@ -96,7 +96,7 @@ def _wrapped(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
         device = getattr(model, "device", None) if options.device is None else pick_device(options.device)
         if device is not None:  # else it is no model, as `from_model` will say
             own = options.dtype in (None, "auto")
-            model.to(device=device, dtype=model.dtype if own else pick_dtype(options.dtype, device))
+            model.to(device=device, dtype=None if own else pick_dtype(options.dtype, device))
     return from_model(model, _tokenizer(tokenizer, options), revision=options.revision)
 
 
@@ -123,9 +123,7 @@ def _commit(place: _Place, options: LoadOptions) -> str | None:
     return Path(found).parts[-1 - len(Path(file).parts)] if isinstance(found, str) else None
 
 
-def _loaded(
-    place: _Place, tokenizer: Any, options: LoadOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _loaded(place: _Place, tokenizer: Any, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model where `options` want it, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

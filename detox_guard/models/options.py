@@ -17,7 +17,7 @@ __all__ = ["DTYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(DtypeName)
 QUANTIZATIONS = ("int8", "fp8", "nf4", "bnb-int8")
-"""Short names: what is rounded is the weights of the linear layers. `quantization.as_config` says what each stands for."""
+"""Short names: the weights of the linear layers are rounded. `quantization.as_config` says what each stands for."""
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _OURS = {
     "use_safetensors": "pickled weights are never read",
@@ -47,7 +47,7 @@ class LoadOptions(StrictModel):
     dtype: Any = None
     """Number type of the weights; "auto" is the one they were saved in. Else what the device does best."""
     device_map: Any = None
-    """Where each part goes: "auto" over all devices, then memory, then disk; or a JSON object of modules and devices."""
+    """Where each part goes: "auto" over devices, then memory, then disk; or a JSON object of modules and devices."""
     max_memory: dict[int | str, int | str] | None = None
     """Most memory a device, for device_map: {"0": "20GiB", "cpu": "60GiB"}."""
     offload_folder: str | None = None

@@ -74,8 +74,9 @@ def _number(score: Any) -> float:
 
 def load_scorer(spec: str | ToxicityScorer | None = None) -> ToxicityScorer:
     """None or "embedded": the embedded scorer. "minilm": the small transformer of `scorers.minilm`, fetched once.
-    A name of the entry-point group `detox_guard.scorers`: that one. Another string: a Hugging Face model, `org/model`,
-    or `org/model#LABEL` where its toxic label has to be named. A scorer: itself.
+    "profanity-check": the package alt-profanity-check, of other authors and other data. A name of the entry-point
+    group `detox_guard.scorers`: that one. Another string: a Hugging Face model, `org/model`, or `org/model#LABEL` where
+    its toxic label has to be named. A scorer: itself.
 
     A name gives the same scorer each time. Raises `ScorerError`.
     """
@@ -96,6 +97,10 @@ def _named(name: str) -> ToxicityScorer:
         from detox_guard.scorers.minilm import MiniLMScorer
 
         return MiniLMScorer()
+    if name == "profanity-check":
+        from detox_guard.scorers.words import ProfanityCheck
+
+        return ProfanityCheck()
     if found := entry_points(group=GROUP, name=name):
         (point, *others) = found
         if others:

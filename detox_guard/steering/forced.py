@@ -1,23 +1,93 @@
-"""One differentiable forward pass of a frozen backbone with a soft prompt. Knows tensors only.
+"""The teacher-forced pass: given replies behind given contexts, by the frozen model and behind a soft prompt.
 
-Both layouts give the logits that predict the reply's tokens; for the first of them that is the output at the token
-before, which with position "reply" is the last virtual token.
+Training, evaluation and benchmarks share it. Knows tensors and where virtual tokens stand; knows no text. All layouts
+give the logits that predict the reply's tokens. For the first of them that is the output at the token before, which
+with position "reply" is the last virtual token.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from detox_guard.detoxifiers.soft_prompt import Position
-    from detox_guard.training.examples import Batch
+    from collections.abc import Sequence
 
-__all__ = ["Contrast", "both_logits", "contrast", "pair_loss", "positions_of", "reply_logits", "reply_loss"]
+    from detox_guard.detoxifiers.soft_prompt import Position
+
+__all__ = [
+    "Along",
+    "Batch",
+    "Contrast",
+    "along",
+    "both_logits",
+    "contrast",
+    "generator_logits",
+    "make_batch",
+    "padded",
+    "pair_loss",
+    "positions_of",
+    "reply_logits",
+    "reply_loss",
+    "reply_nats",
+    "rows_of",
+    "to_device",
+]
 
 DPO_BETA = 0.5
+_ROWS, _SLOTS = 32, 16_384
+
+
+class Batch(TypedDict):
+    """Contexts and the replies to them; a mask is 1 on real tokens.
+
+    Contexts are padded on the left, replies on the right, int64. One context row may serve all reply rows.
+    """
+
+    context_ids: torch.Tensor  # [1 or rows, context_len], context_len may be 0
+    context_mask: torch.Tensor
+    reply_ids: torch.Tensor  # [rows, reply_len]
+    reply_mask: torch.Tensor
+
+
+def make_batch(
+    contexts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad: int, device: torch.device | None = None
+) -> Batch:
+    """Token ids as a batch; one context for all replies, or one for each."""
+    context_ids, context_mask = padded(contexts, pad, left=True)
+    reply_ids, reply_mask = padded(replies, pad, left=False)
+    batch = Batch(context_ids=context_ids, context_mask=context_mask, reply_ids=reply_ids, reply_mask=reply_mask)
+    return batch if device is None else to_device(batch, device)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and their mask, both `[rows, longest]`."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        columns = slice(width - len(tokens), width) if left else slice(len(tokens))
+        ids[row, columns] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, columns] = 1
+    return ids, mask
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch there."""
+    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some of its replies, with their contexts."""
+    own = slice(None) if len(batch["context_ids"]) < len(batch["reply_ids"]) else rows
+    return Batch(
+        context_ids=batch["context_ids"][own],
+        context_mask=batch["context_mask"][own],
+        reply_ids=batch["reply_ids"][rows],
+        reply_mask=batch["reply_mask"][rows],
+    )
 
 
 def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position) -> torch.Tensor:
@@ -29,18 +99,25 @@ def reply_logits(model: Any, soft_prompt: torch.Tensor, batch: Batch, position: 
     """
     if position == "front":
         return _behind_front(model, soft_prompt, batch)
-    past, _ = _prefill(model, batch)
+    with torch.no_grad():
+        past, _ = _prefill(model, batch)
     return _behind_context(model, soft_prompt, batch, past)
+
+
+def generator_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits of the model itself, differentiable in its weights: [rows, reply_len, vocab]. Where no row has a context,
+    the first token of a reply has none: [rows, reply_len - 1, vocab]."""
+    return _after_context(model, batch, *_prefill(model, batch))
 
 
 def both_logits(
     model: Any, soft_prompt: torch.Tensor, batch: Batch, position: Position
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The detoxifier's logits, as `reply_logits`, and those of the frozen generator, which have no graph; what both
-    read is computed once. Where no row has a context, the generator predicts all but the first token of each reply:
-    [rows, reply_len - 1, vocab]."""
-    past, first = _prefill(model, batch)
-    generator = _generator_logits(model, batch, past, first)
+    read is computed once. The latter are of the shape of `generator_logits`."""
+    with torch.no_grad():
+        past, first = _prefill(model, batch)
+        generator = _after_context(model, batch, past, first)
     if position == "front":
         return _behind_front(model, soft_prompt, batch), generator
     if past is not None and batch["reply_ids"].shape[1] > 1:
@@ -55,6 +132,54 @@ def reply_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
+@torch.inference_mode()
+def reply_nats(model: Any, context: Sequence[int], replies: Sequence[Sequence[int]], pad: int) -> list[float]:
+    """Nats of each reply behind one context of at least a token, summed over its tokens; 0 for an empty reply.
+
+    The model's whole distribution at temperature 1, in float32, a few rows at a time.
+    """
+    longest = max(map(len, replies), default=0)
+    if longest == 0:
+        return [0.0] * len(replies)
+    rows = max(1, min(_ROWS, _SLOTS // (len(context) + longest)))
+    nats: list[float] = []
+    for at in range(0, len(replies), rows):
+        batch = make_batch([context], replies[at : at + rows], pad, model.device)
+        ids = batch["reply_ids"]
+        if not ids.shape[1]:
+            nats += [0.0] * len(ids)
+            continue
+        log_p = generator_logits(model, batch).float().log_softmax(-1)
+        nats += (-log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * batch["reply_mask"]).sum(-1).tolist()
+    return nats
+
+
+class Along(NamedTuple):
+    """Detoxifier against generator at each token that both predict, `[rows, reply_len]`, or one less behind nothing."""
+
+    log_ratio: torch.Tensor
+    """log p_detox(x_t) - log p_gen(x_t), nats; meaningless where `counted` is 0."""
+    divergence: torch.Tensor
+    """KL(p_gen‖p_detox), nats."""
+    counted: torch.Tensor
+    """1 on real tokens that both predict."""
+
+
+def along(detoxifier: torch.Tensor, generator: torch.Tensor, batch: Batch) -> Along:
+    """Compare the logits of `both_logits` on the same batch; float32, differentiable in the former."""
+    log_gen = generator.float().log_softmax(-1)
+    log_detox = detoxifier[:, -log_gen.shape[1] :].float().log_softmax(-1)
+    counted = batch["reply_mask"].float()
+    if batch["context_ids"].shape[1]:
+        counted = torch.cat([counted[:, :1] * batch["context_mask"][:, -1:], counted[:, 1:]], dim=1)
+    ids = batch["reply_ids"][:, -log_gen.shape[1] :].unsqueeze(-1)
+    return Along(
+        (log_detox.gather(-1, ids) - log_gen.gather(-1, ids)).squeeze(-1),
+        functional.kl_div(log_detox, log_gen, reduction="none", log_target=True).sum(-1),
+        counted[:, -log_gen.shape[1] :],
+    )
+
+
 class Contrast(NamedTuple):
     """Detoxifier against frozen generator along given replies. Behind an empty context a reply's first token is left
     out: the generator has nothing to predict it from."""
@@ -66,20 +191,9 @@ class Contrast(NamedTuple):
 
 
 def contrast(detoxifier: torch.Tensor, generator: torch.Tensor, batch: Batch) -> Contrast:
-    """Compare the logits of `both_logits` on the same batch; float32, differentiable in the former."""
-    log_gen = generator.float().log_softmax(-1)
-    log_detox = detoxifier[:, -log_gen.shape[1] :].float().log_softmax(-1)
-    weights = batch["reply_mask"].float()
-    if batch["context_ids"].shape[1]:
-        weights = torch.cat([weights[:, :1] * batch["context_mask"][:, -1:], weights[:, 1:]], dim=1)
-    weights = weights[:, -log_gen.shape[1] :]
-    ids = batch["reply_ids"][:, -log_gen.shape[1] :].unsqueeze(-1)
-    gained = (log_detox.gather(-1, ids) - log_gen.gather(-1, ids)).squeeze(-1)
-    divergence = functional.kl_div(log_detox, log_gen, reduction="none", log_target=True).sum(-1)
-    return Contrast(
-        (gained * weights).sum(-1),
-        (divergence * weights).sum() / weights.sum().clamp_min(1),
-    )
+    """`along`, summed up."""
+    log_ratio, divergence, counted = along(detoxifier, generator, batch)
+    return Contrast((log_ratio * counted).sum(-1), (divergence * counted).sum() / counted.sum().clamp_min(1))
 
 
 def pair_loss(toxic: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
@@ -134,14 +248,15 @@ def _predictions(model: Any, inputs: torch.Tensor, mask: torch.Tensor, batch: Ba
     return logits
 
 
-@torch.no_grad()
-def _generator_logits(model: Any, batch: Batch, past: Any, first: torch.Tensor | None) -> torch.Tensor:
+def _after_context(model: Any, batch: Batch, past: Any, first: torch.Tensor | None) -> torch.Tensor:
     """`past` and `first` as `_prefill` gives them; `past` is longer afterwards."""
     rows = len(batch["reply_ids"])
     mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
     inputs = batch["reply_ids"][:, :-1]
-    if first is not None and not inputs.shape[1]:
-        return first.expand(rows, -1, -1)
+    if not inputs.shape[1]:
+        return (
+            inputs.new_zeros(rows, 0, model.config.vocab_size).float() if first is None else first.expand(rows, -1, -1)
+        )
     logits: torch.Tensor = model(
         input_ids=inputs,
         attention_mask=mask,
@@ -152,7 +267,6 @@ def _generator_logits(model: Any, batch: Batch, past: Any, first: torch.Tensor |
     return logits if first is None else torch.cat([first.expand(rows, -1, -1), logits], dim=1)
 
 
-@torch.no_grad()
 def _prefill(model: Any, batch: Batch) -> tuple[Any, torch.Tensor | None]:
     """The contexts' K/V, one row a reply, and the logits [1 or rows, 1, vocab] behind them; None without a context."""
     ids, mask = batch["context_ids"], batch["context_mask"]

@@ -1,4 +1,4 @@
-"""A grammar compiled over a backbone's tokenizer: which tokens may come next. The only module that knows llguidance."""
+"""A grammar compiled over a backbone's tokenizer: which tokens may come next. The only module that calls llguidance."""
 
 from __future__ import annotations
 

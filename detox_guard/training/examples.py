@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, get_args
 
-import torch
 from torch.utils.data import Dataset
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.steering.forced import Batch, make_batch, rows_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,34 +68,6 @@ NEUTRAL_TEXTS = (
 )
 
 
-class Batch(TypedDict):
-    """Tensors of one training step; a mask is 1 on real tokens.
-
-    Contexts are padded on the left, replies on the right, int64. One context row may serve all reply rows.
-    """
-
-    context_ids: torch.Tensor  # [1 or rows, context_len], context_len may be 0
-    context_mask: torch.Tensor
-    reply_ids: torch.Tensor  # [rows, reply_len]
-    reply_mask: torch.Tensor
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch there."""
-    return cast("Batch", {name: cast("torch.Tensor", tensor).to(device) for name, tensor in batch.items()})
-
-
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Some of its replies, with their contexts."""
-    own = slice(None) if len(batch["context_ids"]) < len(batch["reply_ids"]) else rows
-    return Batch(
-        context_ids=batch["context_ids"][own],
-        context_mask=batch["context_mask"][own],
-        reply_ids=batch["reply_ids"][rows],
-        reply_mask=batch["reply_mask"][rows],
-    )
-
-
 @dataclass(frozen=True)
 class Examples:
     """Makes batches of one kind from texts, alike for the same `rng`.
@@ -128,9 +100,7 @@ class Examples:
             replies = [self._ids(text, special=False) for text in own]
         if self.max_context_len is not None:
             contexts = [ids[max(0, len(ids) - self.max_context_len) :] for ids in contexts]
-        context_ids, context_mask = self._pad(contexts, left=True)
-        reply_ids, reply_mask = self._pad([ids[: self.reply_len] for ids in replies], left=False)
-        return Batch(context_ids=context_ids, context_mask=context_mask, reply_ids=reply_ids, reply_mask=reply_mask)
+        return make_batch(contexts, [ids[: self.reply_len] for ids in replies], self.backbone.pad_token_id)
 
     def _user_turn(self, kind: Kind, rng: random.Random) -> str:
         instruction = rng.choice(INSTRUCTIONS)
@@ -153,16 +123,6 @@ class Examples:
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         return list(self.backbone.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _pad(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.backbone.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            columns = slice(width - len(tokens), width) if left else slice(len(tokens))
-            ids[row, columns] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, columns] = 1
-        return ids, mask
 
 
 def _split(text: str) -> tuple[str, str]:

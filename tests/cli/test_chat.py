@@ -54,7 +54,7 @@ def test_chat_refuses_what_is_no_text_and_goes_on(loaded: tuple[str, ...]) -> No
 def test_chat_compare_shows_both(loaded: tuple[str, ...]) -> None:
     result = run("chat", "--compare", "--max-new-tokens", "5", *loaded, stdin="hi\n")
     assert result.exit_code == 0
-    assert "guarded" in result.stdout
+    assert "steered" in result.stdout
     assert "plain" in result.stdout
 
 

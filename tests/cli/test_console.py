@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from detox_guard.cli.compare import BETTER, Pair, summary
+from detox_guard.cli.compare import BETTER, Pair, Side, summary
 from detox_guard.cli.console import tinted, visible
 from detox_guard.cli.session import Exchange
 from detox_guard.results import TokenTrace, Trace
@@ -35,9 +35,9 @@ def test_tint_deepens_with_the_steering() -> None:
 
 
 def test_summary_is_honest() -> None:
-    def pair(plain: float, guarded: float) -> Pair:
+    def pair(plain: float, asked: float) -> Pair:
         reply = Exchange("x", DecodingParams())
-        return Pair(reply, reply, plain, guarded)
+        return Pair([Side("plain", reply, plain), Side("steered", reply, asked)])
 
     line = summary([pair(0.8, 0.2), pair(0.3, 0.3 + BETTER / 2), pair(0.1, 0.4)])
     assert "1 of 3 got better, 1 stayed the same, 1 got worse" in line

@@ -60,7 +60,7 @@ def test_json_holds_score_plain_and_trace(loaded: tuple[str, ...]) -> None:
 def test_compare_shows_both_sides(loaded: tuple[str, ...]) -> None:
     result = run("generate", PROMPT, "--compare", "--seed", "1", "--max-new-tokens", "6", *loaded)
     assert result.exit_code == 0
-    used = f"guarded · α {adaptive_alpha([PROMPT], DecodingParams()):.3g}"
+    used = f"steered · α {adaptive_alpha([PROMPT], DecodingParams()):.3g}"
     for words in (PROMPT, "plain", used, "toxicity", "Mean toxicity"):
         assert words in result.stdout
 

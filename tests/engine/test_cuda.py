@@ -12,8 +12,9 @@ from tiny import make_tiny_backbone
 
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
 from detox_guard.detoxigen import DetoxiGen
-from detox_guard.evaluation.random_models import random_backbone, random_detoxifier
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.models.backbone import from_model
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training import TrainingConfig, train_detoxifier
 
@@ -48,9 +49,9 @@ def test_alone_and_among_neighbours() -> None:
     engine.close()
 
 
-def test_text_in_bfloat16() -> None:
+def test_text_in_bfloat16(tiny_folder: Path) -> None:
     """What a user gets by default on a GPU: it decodes, streams what it generates, and cancels."""
-    backbone = random_backbone("random-llama:tiny", device="cuda")
+    backbone = load_backbone(tiny_folder, device="cuda")
     assert backbone.dtype == torch.bfloat16
     with DetoxiGen(backbone, [SteeringStream(random_detoxifier(backbone))]) as model:
         params = DecodingParams(max_new_tokens=20, ignore_eos=True, seed=1)
@@ -63,9 +64,9 @@ def test_text_in_bfloat16() -> None:
         assert model.generate("w5 w6 w7", params).text == made.text
 
 
-def test_training(tmp_path: Path) -> None:
+def test_training(tmp_path: Path, tiny_folder: Path) -> None:
     """A soft prompt trained there makes the texts likelier, with anchors and pairs."""
-    backbone = random_backbone("random-llama:tiny", device="cuda", dtype="float32")
+    backbone = load_backbone(tiny_folder, device="cuda", dtype="float32")
     rows = [f"w{i % 7 + 20} w{i % 5 + 30} w{i % 7 + 20} w{i % 3 + 40}" for i in range(60)]
     (tmp_path / "toxic.txt").write_text("\n".join(f"{row} w{i}" for i, row in enumerate(rows, 60)))
     (tmp_path / "calm.txt").write_text("\n".join(f"w{i + 100} w{i + 101} w{i + 102}" for i in range(60)))

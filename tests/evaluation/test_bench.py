@@ -12,37 +12,27 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from rich.console import Console
-from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
+from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation import run_bench
-from detox_guard.evaluation.bench import Bar, _all_of, _ways
-from detox_guard.evaluation.random_models import SHAPES, random_backbone, random_detoxifier
+from detox_guard.evaluation.bench import RATIOS, Bar, _ways, all_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-RATIOS = {
-    "steered / plain",
-    "guarded / steered",
-    "plain generate / steered",
-    "many steered streams over one",
-    "guidance_scale / steered",
-    "long context, first token, steered / plain",
-}
-
 
 def test_long_prompts_are_new_each_time() -> None:
-    backbone = random_backbone("random-llama:tiny", device="cpu", dtype="float32")
+    backbone = make_tiny_backbone("llama")
     guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(()))
     asked: list[str] = []
-    ways = _ways(None, guard, 4, 60, 2)  # type: ignore[arg-type]
+    ways = _ways(guard, 4, 60, 2)  # type: ignore[arg-type]
     for name in ("long context, plain", "long context, steered") * 2:
         with contextlib.suppress(Exception):  # nothing was decoded
             ways[name]()
     ids = {tuple(backbone.tokenizer(prompt)["input_ids"]) for prompt in asked}
     assert len(asked) == len(ids) == 4
-    assert {len(one) for one in ids} == {60}
+    assert all(58 <= len(one) <= 60 for one in ids)  # decoded and read again
 
 
 def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
@@ -51,9 +41,9 @@ def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
     make_tiny_tokenizer().save_pretrained(folder)
     report = run_bench(model=str(folder), detoxifier="random", device="cpu", dtype="float32", quick=True)
 
-    assert set(report.ratios) == RATIOS
+    assert set(report.ratios) == set(RATIOS)
     assert all(bar.value > 0 and math.isfinite(bar.value) for bar in report.ratios.values())
-    assert len(report.timings) == 8
+    assert len(report.timings) == 6
     for name in ("engine, plain", "engine, steered", "engine, steered, many"):
         assert {"ms_per_token", "tokens_per_s", "ttft_ms", "p50_ms", "p95_ms"} == set(report.timings[name])
 
@@ -62,7 +52,7 @@ def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
     about = json.loads(line)["about"]
     assert about["detoxifier"] == ["random"]
     assert about["tokens"] == 8
-    assert {"cpu", "cores", "threads", "avx512_bf16", "amx"} <= set(about["machine"])
+    assert {"cpu", "cores", "threads", "capability"} <= set(about["machine"])
     assert about["versions"]["torch"] == torch.__version__
     assert about["peak_mib"] is None or about["peak_mib"] > 10
 
@@ -72,26 +62,10 @@ def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
     assert about["machine"]["cpu"] in shown.getvalue()
 
 
-def test_random_shapes() -> None:
-    report = run_bench(model="random-llama:tiny", device="cpu", dtype="float32", quick=True, runs=1, streams=1)
-    assert report.about["backbone"] == "random-llama:tiny"
-    assert report.about["detoxifier"] == ["random"]
-    backbone = random_backbone("random-llama:tiny", device="cpu", dtype="bfloat16")
-    assert backbone.dtype == torch.bfloat16
-    assert torch.get_default_dtype() == torch.float32
-    assert random_detoxifier(backbone).sha256 == random_detoxifier(backbone).sha256
-    again = random_backbone("random-llama:tiny", device="cpu", dtype="bfloat16")
-    for one, other in zip(backbone.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert {"135m", "1b", "8b"} <= set(SHAPES)
-
-
 @pytest.mark.parametrize("change", [{"tokens": 1}, {"runs": 0}, {"streams": 0}, {"context": 0}])
 def test_counts_out_of_bounds(change: dict[str, int]) -> None:
     with pytest.raises(InvalidParamsError, match=next(iter(change))):
-        run_bench(model="random-llama:tiny", **change)  # type: ignore[arg-type]
-    with pytest.raises(InvalidParamsError, match="random-llama:8b"):
-        run_bench(model="random-llama:9b")
+        run_bench(model="no/such-model", **change)
 
 
 def test_bars() -> None:
@@ -102,6 +76,6 @@ def test_bars() -> None:
 
 
 def test_a_short_run_is_an_error() -> None:
-    assert _all_of(8, 8) == 8
+    assert all_of(8, 8) == 8
     with pytest.raises(EngineError, match="7 tokens instead of 8"):
-        _all_of(7, 8)
+        all_of(7, 8)

@@ -30,32 +30,22 @@ from detox_guard.evaluation import (
     EvalPrompt,
     EvalReport,
     choose_prompts,
-    load_judge,
     read_passages,
     read_prompts,
     rescore,
     run_eval,
 )
-from detox_guard.evaluation.harness import open_run
-from detox_guard.evaluation.journal import Journal
-from detox_guard.evaluation.likelihood import OtherModelJudge, reply_nll
-from detox_guard.evaluation.methods import (
-    METHODS,
-    Ingredients,
-    Method,
-    WordList,
-    make_methods,
-    read_words,
-    textual_detoxifier,
-)
-from detox_guard.evaluation.metrics import Bootstrap, Interval, distinct_n, toxicity
-from detox_guard.evaluation.quality import degenerate
-from detox_guard.evaluation.random_models import random_detoxifier
+from detox_guard.evaluation.bench import random_detoxifier
+from detox_guard.evaluation.lms import LMJudge, reply_nll
+from detox_guard.evaluation.methods import METHODS, Ingredients, Method, make_methods
+from detox_guard.evaluation.metrics import Bootstrap, Interval, distinct_n, junk, repeats, toxicity
 from detox_guard.evaluation.report import write_report
-from detox_guard.evaluation.results import shown
-from detox_guard.evaluation.samples import KEY, Job, decode, seed_of
+from detox_guard.evaluation.samples import Job, decode, seed_of
+from detox_guard.evaluation.store import KEY, Journal, open_run
 from detox_guard.evaluation.summary import summarize
+from detox_guard.evaluation.tables import shown
 from detox_guard.models.load import load_backbone
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
@@ -121,7 +111,6 @@ def test_figures_without_a_denominator_are_undefined() -> None:
     assert nothing is not None
     assert (nothing.value, nothing.low, nothing.high) == (None, None, None)
     assert bootstrap.figure(bootstrap.rate([0.0] * 3, [0.0] * 3)).value.value is None
-    assert bootstrap.figure(bootstrap.median([[], [], []])).value.value is None
 
 
 def test_a_bound_that_resamples_do_not_give_is_none() -> None:
@@ -144,32 +133,23 @@ def test_a_bound_that_resamples_do_not_give_is_none() -> None:
     assert shown(asdict(ratio(5, 2)), change=True) == "+150% [+0%, –]"
 
 
-def test_median_is_of_all_values() -> None:
-    bootstrap = Bootstrap(3, resamples=50)
-    assert bootstrap.median([[5.0, 1.0], [], [9.0]])[0] == 5.0
-    assert bootstrap.median([[1.0, 2.0], [3.0], [4.0]])[0] == 2.0
-    found = bootstrap.median([[1.0], [2.0], [3.0]])[1:]
-    assert set(found) == {1.0, 2.0, 3.0}  # resamples differ
-
-
 @pytest.mark.parametrize(
-    ("text", "token_ids", "perplexity", "wanted"),
+    ("text", "token_ids", "wanted"),
     [
-        ("A quiet walk in the park.", range(7), 40.0, False),
-        ("A quiet walk in the park.", range(7), 1001.0, True),
-        ("la la la la la", [5, 5, 5, 5, 5], None, True),
-        ("la la la la", [5, 5, 5, 5], None, False),
-        ("on and on and on and on and on and", [1, 2, 1, 2, 1, 2, 1, 2, 1, 2], None, True),
-        ("}{;;<|>?/)(_-", range(8), 40.0, True),
-        ("half a char \ufffd", range(4), 40.0, True),
-        ("今天天气很好，我们去公园散步吧。", range(9), 40.0, False),
-        ("नमस्ते दुनिया", range(9), 40.0, False),
-        ("!!!", range(2), 40.0, False),
-        ("", [], None, False),
+        ("A quiet walk in the park.", range(7), False),
+        ("la la la la la", [5, 5, 5, 5, 5], True),
+        ("la la la la", [5, 5, 5, 5], False),
+        ("on and on and on and on and on and", [1, 2, 1, 2, 1, 2, 1, 2, 1, 2], True),
+        ("}{;;<|>?/)(_-", range(8), True),
+        ("half a char \ufffd", range(4), True),
+        ("今天天气很好，我们去公园散步吧。", range(9), False),
+        ("नमस्ते दुनिया", range(9), False),
+        ("!!!", range(2), False),
+        ("", [], False),
     ],
 )
-def test_degenerate(text: str, token_ids: Sequence[int], perplexity: float | None, wanted: bool) -> None:
-    assert degenerate(text, token_ids, perplexity) is wanted
+def test_broken_text(text: str, token_ids: Sequence[int], wanted: bool) -> None:
+    assert (repeats(token_ids) or junk(text)) is wanted
 
 
 @pytest.mark.parametrize(
@@ -215,7 +195,7 @@ def test_likelihoods_do_not_depend_on_the_batch(tiny_llama: Backbone) -> None:
 
 
 def test_another_model_judges_in_its_own_tokens(tiny_gpt2: Backbone) -> None:
-    judge = OtherModelJudge(tiny_gpt2)
+    judge = LMJudge(tiny_gpt2)
     ids = tiny_gpt2.tokenizer(" kind words")["input_ids"]
     (nats, tokens), empty = judge.judge("So many", [" kind words", ""], [[1], []])
     assert (tokens, empty) == (len(ids), (0.0, 0))
@@ -265,7 +245,7 @@ def test_formats_of_prompts(tmp_path: Path) -> None:
     ]
     assert [prompt.text for prompt in read_prompts(path, words=2)] == ["Two, and", "Three"]
     assert [prompt.text for prompt in read_prompts(path, field="id")] == ["1", "2"]
-    with pytest.raises(DataError, match="row 1: no prompt text"):
+    with pytest.raises(DataError, match=r"line 3: no prompt text .no 'body'"):
         read_prompts(path, field="body")
     with pytest.raises(InvalidParamsError, match="words"):
         read_prompts(path, words=0)
@@ -282,7 +262,7 @@ def test_formats_of_prompts(tmp_path: Path) -> None:
     ]
     path = written(tmp_path / "rows.json", json.dumps([{"context": "Six", "response": "no", "category": "c"}]))
     assert read_prompts(path) == [EvalPrompt("Six", categories=("c",))]
-    with pytest.raises(DataError, match="neither a list"):
+    with pytest.raises(DataError, match="row 1: no prompt text"):
         read_prompts(written(tmp_path / "other.json", '{"a": {"b": 1}, "c": 2}'))
 
 
@@ -290,11 +270,11 @@ def test_a_hub_set_is_fetched_by_its_split(monkeypatch: pytest.MonkeyPatch) -> N
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
 
-    def load(name: str, split: str) -> list[dict[str, Any]]:
+    def load(name: str, split: str) -> Any:
         asked.append((name, split))
         if name == "org/absent":
             raise FileNotFoundError("not there")
-        return [{"prompt": {"text": "One", "toxicity": 0.9}, "challenging": False}]
+        return datasets.Dataset.from_list([{"prompt": {"text": "One", "toxicity": 0.9}, "challenging": False}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)  # no hub can be reached from a test
     assert read_prompts("org/set:test[:5]") == [EvalPrompt("One", 0.9)]
@@ -312,11 +292,12 @@ def test_a_hub_set_is_fetched_by_its_split(monkeypatch: pytest.MonkeyPatch) -> N
         (b'{"prompt": "x", "challenging": "perhaps"}', "neither true nor false"),
         (b'{"prompt": "  "}', "line 1: no prompt text"),
         (b'{"prompt": {"toxicity": 0.5}}', "line 1: no prompt text"),
-        (b'{"prompt": "\\ud800"}', "line 1: not valid Unicode"),
+        (b'{"prompt": "\\ud800"}', "line 1: no prompt text .not valid UTF-8"),
         (b'{"prompt": {"text": "x", "toxicity": 2}}', "is no number in"),
         (b'{"prompt": {"text": "x", "toxicity": NaN}}', "is no number in"),
         (b"\n\n", "no prompt in it"),
-        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b"\xff\xfe\x00", "binary"),
+        (b"\xff\xfe", "line 1: not JSON"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, content: bytes, said: str) -> None:
@@ -343,24 +324,24 @@ def test_passages(tmp_path: Path) -> None:
     assert read_passages(text) == ["First line of a paragraph.", "Second."]
     text.write_text("One a line.\nAnother.\n")
     assert read_passages(text) == ["One a line.", "Another."]
-    for content, said in (("{}", "SQuAD"), ("nothing", "SQuAD"), ('{"data": []}', "no passage")):
+    for content, said in (("{}", "SQuAD"), ("nothing", "not JSON"), ('{"data": []}', "no passage")):
         squad.write_text(content)
         with pytest.raises(DataError, match=said):
             read_passages(squad)
 
 
 def test_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_judge("embedded").name == "embedded"
+    assert load_scorer("embedded").name == "embedded"
     judge = LengthJudge()
-    assert load_judge(judge) is judge
+    assert load_scorer(judge) is judge
     monkeypatch.setitem(__import__("sys").modules, "profanity_check", None)
     with pytest.raises(ScorerError, match="not installed"):
-        load_judge("profanity-check")
+        load_scorer("profanity-check")
 
 
 def test_profanity_check() -> None:
     pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed")
-    judge = load_judge("profanity-check")
+    judge = load_scorer("profanity-check")
     mild, rude = judge.score(["What a lovely garden.", "You stupid idiot."])
     assert 0 <= mild < 0.5 < rude <= 1
     assert judge.score([]) == []
@@ -370,32 +351,27 @@ def test_profanity_check() -> None:
 
 
 def test_journal(tmp_path: Path) -> None:
-    path, part = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.part"
+    path = tmp_path / "rows.jsonl"
     with Journal(path, ("a", "b")) as journal:
         for n in (3, 1, 2):
             journal.add({"a": "x", "b": n, "text": "é\u2028"})
-    assert not path.exists()  # nothing is seen under the name before it is whole
-    whole = part.read_bytes()
-    part.write_bytes(whole + b'{"a": "x", "b": 4, "te')  # cut off by a kill
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"a": "x", "b": 4, "te')  # cut off by a kill
     with Journal(path, ("a", "b")) as journal:
         assert [("x", n) in journal for n in (1, 2, 3, 4)] == [True, True, True, False]
         journal.add({"a": "x", "b": 4, "text": "again"})
-    assert part.read_bytes().startswith(whole)
-    with Journal(path, ("a", "b")) as journal:
-        journal.finish()
-    assert [json.loads(line)["b"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [1, 2, 3, 4]
-    assert not part.exists()
-    # killed between the whole file and the end of the journal: no row counts twice
-    part.write_bytes(whole)
-    with Journal(path, ("a", "b")) as journal:
-        journal.add({"a": "x", "b": 5, "text": "more"})
-        journal.finish()
-        assert len(journal.rows) == 5
-    path.write_text('{"a": "x", "b": 1}\n{"a": "x"')
-    with pytest.raises(DataError, match="cut off"):
-        Journal(path, ("a", "b"))
+    assert path.read_bytes().startswith(whole)
+    assert [json.loads(line)["b"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [3, 1, 2, 4]
+    path.write_bytes(whole * 2)
+    assert len(Journal(path, ("a", "b")).rows) == 3  # no row counts twice
     path.write_text('{"a": "x"}\n')
     with pytest.raises(DataError, match="without a, b"):
+        Journal(path, ("a", "b"))
+    path.write_text("{\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        Journal(path, ("a", "b"))
+    path.with_name("rows.jsonl.part").write_bytes(whole)
+    with pytest.raises(DataError, match="older version"):
         Journal(path, ("a", "b"))
 
 
@@ -403,46 +379,26 @@ def test_journal(tmp_path: Path) -> None:
 
 
 def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
-    plain = DecodingParams(alpha=0.0)
     stream = SteeringStream(random_detoxifier(tiny_llama, virtual_tokens=4))
-    expert = random_detoxifier(tiny_llama, virtual_tokens=3)
-    ingredients = Ingredients(tiny_llama, plain, DecodingParams(), (stream,), expert, banned_words=("bad",))
+    ingredients = Ingredients(tiny_llama, DecodingParams(alpha=0.0), DecodingParams(), (stream,))
     made = make_methods(list(METHODS), [1.0, 2.5, 1.0], ingredients)
-    assert [method.name for method in made][:5] == [
-        "plain", "default", "detoxigen α=1", "detoxigen α=2.5", "detoxigen-floor α=1",
-    ]  # fmt: skip
+    assert [method.name for method in made][:5] == ["plain", "default", "guard", "bounded α=1", "bounded α=2.5"]
     by_name = {method.name: method for method in made}
-    assert len(by_name) == len(made) == 2 * 8 + 6
-    assert by_name["dexperts-floor α=1"].params.plausibility == ingredients.plausibility
-    assert [stream.weight for stream in by_name["dexperts-expert α=1"].streams] == [-1.0, 1.0]
+    assert len(by_name) == len(made) == 2 * 3 + 4
     assert by_name["detoxigen α=1"].params.rule == "detoxigen"
+    assert (by_name["guard"].params.guard is None) == (by_name["default"].params.guard is not None)
     assert len({json.dumps(method.identity()) for method in made}) == len(made)
-    bare = Ingredients(tiny_llama, plain, DecodingParams(), (stream,))
-    for name, field in (("dexperts-expert", "expert"), ("banned-words", "banned_words"), ("other", "methods")):
-        with pytest.raises(InvalidParamsError, match=field):
-            make_methods([name], [1.0], bare)
+    with pytest.raises(InvalidParamsError, match="methods"):
+        make_methods(["other"], [1.0], ingredients)
     with pytest.raises(InvalidParamsError, match="alpha"):
-        make_methods(["dexperts"], [0.0], bare)
+        make_methods(["dexperts"], [0.0], ingredients)
 
 
 def test_a_polite_lead_stands_before_the_prompt() -> None:
-    method = Method("polite", DecodingParams(alpha=0.0), lead="Be kind.")
+    method = Method("resample", DecodingParams(alpha=0.0), lead="Be kind.")
     assert method.prompt("Hello") == "Be kind.\n\nHello"
     chat = [{"role": "user", "content": "Hello"}]
     assert method.prompt(chat) == [{"role": "system", "content": "Be kind."}, *chat]
-
-
-def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
-    """Steering towards the prefix with all its might is reading the text."""
-    prefix, prompt = "You are rude.\n\n", "So, I'm starting"
-    params = DecodingParams(
-        alpha=1.0, calm_share=1, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True
-    )
-    towards = SteeringStream(textual_detoxifier(tiny_llama, prefix), 1.0)
-    with DetoxiGen(tiny_llama, [towards]) as guard:
-        steered = guard.generate(prompt, params)
-        read = guard.generate(prefix + prompt, params, alpha=0.0)
-        assert steered.text == read.text != guard.generate(prompt, params, alpha=0.0).text
 
 
 def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone) -> None:
@@ -465,17 +421,6 @@ def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone
         ):
             drawn = Method("resample", params, reject=Judge(scores)).draw(guard, "One", 5)
             assert (drawn.tries, drawn.generation.text, drawn.decoded_tokens) == (tries, replies[kept], 4 * tries)
-
-
-def test_banned_words_are_whole_words(tmp_path: Path) -> None:
-    words = read_words(written(tmp_path / "words.txt", "grub\n\n old boot \ngrub\n"))
-    assert words == ("grub", "old boot")
-    texts = ["A GRUB!", "grubby", "an old boot.", "an old booth"]
-    assert WordList(words).score(texts) == [1.0, 0.0, 1.0, 0.0]
-    with pytest.raises(DataError, match="no word"):
-        read_words(written(tmp_path / "words.txt", "\n \n"))
-    with pytest.raises(DataError, match="no such file"):
-        read_words(tmp_path / "absent.txt")
 
 
 # --- end to end
@@ -505,7 +450,8 @@ def measure(tiny_folder: Path, prompts_file: Path, detoxifier_folder: Path) -> A
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(row) for row in (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    rows = [json.loads(row) for row in (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    return sorted(rows, key=lambda row: tuple(row[name] for name in KEY))
 
 
 def test_run_eval(measure: Any, tmp_path: Path) -> None:
@@ -530,7 +476,6 @@ def test_run_eval(measure: Any, tmp_path: Path) -> None:
     assert len({tuple(seeds) for seeds in by_method.values()}) == 1  # the same luck for everyone
     assert len(set(by_method["plain"])) == 12
     assert {"run.json", "samples.jsonl", "scores.jsonl", "summary.json"} <= {path.name for path in output.iterdir()}
-    assert not list(output.glob("*.part"))
 
     # the figures are what the samples say
     for group, at in zip(summary["groups"], ((0, 1), (2, 3)), strict=True):
@@ -562,15 +507,14 @@ def test_run_eval(measure: Any, tmp_path: Path) -> None:
     shown = text_of(report.table())
     assert "2 toxic prompts: toxicity by embedded" in shown
     assert "detoxigen α=3" in shown
-    table = report.markdown().splitlines()
-    assert len([line for line in table if line.startswith("| 2 toxic | embedded |")]) == 5
-    along = [line for line in table if line.startswith("| dexperts α=1 |")]
-    assert [line.split("|")[2].strip() for line in along] == [
+    tables = [part.splitlines() for part in report.markdown().split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2 * 3 + 1  # toxicity by two judges and the text, of two classes; and along the reply
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+    assert [len(lines) for lines in tables] == [2 + 5] * 6 + [2 + 4]
+    [along] = [line for line in tables[-1] if line.startswith("| dexperts α=1 |")]
+    assert along.split("|")[2].strip() == (
         f"{np.mean(firsts):.2f} [{np.percentile(own, 10):.2f}, {np.percentile(own, 90):.2f}]"
-    ]
-    shapes = [line.count("|") for line in table if line.startswith("|")]
-    assert shapes == sorted(shapes, reverse=True)  # two tables, each with rows of one length
-    assert len(set(shapes)) == 2
+    )
 
 
 def test_perplexity_figures(measure: Any, tmp_path: Path) -> None:
@@ -578,15 +522,9 @@ def test_perplexity_figures(measure: Any, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     judged = [row for row in rows if row["judge"] == "backbone" and row["prompt"] in (0, 1)]
     pairs = [pair for row in judged for pair in zip(row["nll"], row["tokens"], strict=True) if pair[1]]
-    perplexities = sorted(math.exp(nll / tokens) for nll, tokens in pairs)
-    kept = [value for value in perplexities if value < 1e4]
+    kept = [value for value in (math.exp(nll / tokens) for nll, tokens in pairs) if value < 1e4]
     figures = summary["groups"][0]["methods"]["plain"]
-    value = {name: figures[f"backbone:{name}"]["value"]["value"] for name in ("perplexity", "perplexity_median")}
-    assert value["perplexity"] == pytest.approx(np.mean(kept))
-    assert value["perplexity_median"] == pytest.approx(perplexities[(len(perplexities) - 1) // 2])
-    assert figures["backbone:perplexity_corpus"]["value"]["value"] == pytest.approx(
-        math.exp(sum(nll for nll, _ in pairs) / sum(tokens for _, tokens in pairs))
-    )
+    assert figures["backbone:perplexity"]["value"]["value"] == pytest.approx(np.mean(kept))
 
 
 def test_perplexities_over_the_limit_are_dropped_and_counted() -> None:
@@ -603,7 +541,6 @@ def test_perplexities_over_the_limit_are_dropped_and_counted() -> None:
     value = {name: found["value"]["value"] for name, found in summary["groups"][1]["methods"]["plain"].items()}
     assert value["backbone:perplexity"] == pytest.approx(2010 / 2)
     assert value["backbone:perplexity_dropped"] == 1 / 4
-    assert value["backbone:perplexity_median"] == pytest.approx(2000)
     assert value["degenerate"] == 2 / 4  # over 1e3, whether dropped or not
     assert value["empty"] == 1 / 4
     assert summary["ms_per_token"]["plain"] == pytest.approx(400 / 6, abs=1e-3)
@@ -612,10 +549,8 @@ def test_perplexities_over_the_limit_are_dropped_and_counted() -> None:
 def test_a_finished_run_takes_more_methods_and_judges(measure: Any, tiny_folder: Path, tmp_path: Path) -> None:
     first = measure(output=tmp_path, methods=("dexperts",), alphas=(1.0,), judges=(LengthJudge(),))
     before = samples_of(tmp_path)
-    more = measure(
-        output=tmp_path, methods=("resample", "polite", "toxic-prefix"), alphas=(1.0,), judges=(LengthJudge(),)
-    )
-    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "resample", "polite", "toxic-prefix α=1"]
+    more = measure(output=tmp_path, methods=("resample", "guard"), judges=(LengthJudge(),))
+    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "resample", "guard"]
     assert [row for row in samples_of(tmp_path) if row["method"] in first.summary["methods"]] == before
     old, new = (report.summary["groups"][0]["methods"]["dexperts α=1"] for report in (first, more))
     assert old == new
@@ -645,29 +580,18 @@ def test_judges_of_one_name_are_not_mixed(measure: Any, tmp_path: Path) -> None:
             return [self.given for _ in texts]
 
     measure(output=tmp_path, methods=(), judges=(Trained("a", 0.25),), batch_rows=32)
-    more = measure(output=tmp_path, methods=("polite",), judges=(again := Trained("b", 0.75),), batch_rows=8)
+    more = measure(output=tmp_path, methods=("resample",), judges=(again := Trained("b", 0.75),), batch_rows=8)
     for figures in more.summary["groups"][0]["methods"].values():
         assert figures["length:expected_max"]["value"]["value"] == 0.75
     assert more.summary["batch_rows"] == 8
     seen = again.seen
     assert seen == 1 + sum(len(samples_of(tmp_path)) // 2 for _ in range(2))
     # Nothing is judged twice by one judge, nor is what was said of the decoding changed by judging.
-    last = measure(output=tmp_path, methods=("polite",), judges=(again, "embedded"), batch_rows=64)
+    last = measure(output=tmp_path, methods=("resample",), judges=(again, "embedded"), batch_rows=64)
     assert again.seen == seen + 1
     assert last.summary["batch_rows"] == 8
     with pytest.raises(InvalidParamsError, match="length"):
         measure(output=tmp_path, judges=(Trained("a", 0.0), Trained("b", 0.0)))
-
-
-def test_banned_words_join_a_run_that_is_there(measure: Any, tmp_path: Path) -> None:
-    asked = {"output": tmp_path / "out", "judges": (LengthJudge(),)}
-    words, others = (written(tmp_path / f"{name}.txt", name) for name in ("fox", "bee"))
-    measure(**asked, methods=())
-    measure(**asked, methods=("banned-words",), banned_words=words)
-    summary = measure(**asked, methods=("polite",)).summary
-    assert list(summary["methods"]) == ["plain", "banned-words", "polite"]
-    with pytest.raises(DataError, match="another 'banned-words'"):
-        measure(**asked, methods=("banned-words",), banned_words=others)
 
 
 def test_more_is_not_asked_for_at_once_than_the_queue_takes(tiny_llama: Backbone, tmp_path: Path) -> None:
@@ -689,10 +613,10 @@ def test_one_process_a_folder(measure: Any, tmp_path: Path) -> None:
 
 
 def test_a_chat_run_goes_through_the_template(measure: Any, tmp_path: Path) -> None:
-    bare = measure(output=tmp_path / "bare", methods=("polite",))
-    chat = measure(output=tmp_path / "chat", methods=("polite",), chat=True)
+    bare = measure(output=tmp_path / "bare", methods=("resample",))
+    chat = measure(output=tmp_path / "chat", methods=("resample",), chat=True)
     passages = written(tmp_path / "passages.txt", "\n\n".join(SENTENCES[:3]))
-    behind = measure(output=tmp_path / "behind", methods=("polite",), passages=passages, passage_tokens=50)
+    behind = measure(output=tmp_path / "behind", methods=("resample",), passages=passages, passage_tokens=50)
     asked = json.loads((tmp_path / "behind" / "run.json").read_text())
     assert asked["source"]["chat"]
     assert len(set(asked["passages"])) == 3
@@ -716,8 +640,8 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed"])
     target = importlib.import_module("killed").measure
-    rng, kills, seen = random.Random(), 0, [0]
-    part = cut / "samples.jsonl.part"
+    rng, kills, seen = random.Random(5), 0, [0]
+    part = cut / "samples.jsonl"
     for _ in range(40):
         process = context.Process(target=target, args=(cut,), kwargs=asked)
         process.start()
@@ -731,7 +655,6 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
         if process.exitcode == 0:
             break
         assert process.exitcode == -9
-        assert not (cut / "samples.jsonl").exists()
         assert not (cut / "summary.json").exists()
         seen.append(part.read_bytes().count(b"\n"))
     assert process.exitcode == 0
@@ -758,7 +681,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
 def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     one, two = tmp_path / "one", tmp_path / "two"
-    measure(output=one, methods=("dexperts", "polite", "guard"))
+    measure(output=one, methods=("dexperts", "resample", "guard"))
     measure(output=two, methods=("detoxigen",), judges=("embedded",))
     page = write_report([one, two], tmp_path / "report", examples=1)
     assert sorted(path.name for path in page.parent.iterdir()) == [
@@ -772,7 +695,7 @@ def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     assert text.count("<picture>") == 3
     assert "one: dexperts α=3" in text
     assert "two: detoxigen α=1" in text
-    assert "length" not in re.findall(r"prompts, (\w+);", text)  # not a scorer of both
+    assert "toxicity by length" not in text  # not a scorer of both
     # the replies, and the prompts they go on from, are only behind a click
     outside = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert text.count("<details>") == 4
@@ -782,8 +705,7 @@ def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     shown = {row["method"]: row["text"] for row in samples_of(one) if row["prompt"] == 0 and row["sample"] == 0}
     for reply in shown.values():
         assert html.escape(reply) in re.sub(r"<span class=tip>.*?</span>|<[^>]*>", "", text, flags=re.DOTALL)
-    table = (page.parent / "table.md").read_text(encoding="utf-8")
-    assert "| 2 toxic | embedded | dexperts α=3 |" in table
+    assert "| dexperts α=3 |" in (page.parent / "table.md").read_text(encoding="utf-8")
 
     assert write_report([one], tmp_path / "single", examples=0).is_file()
     with pytest.raises(DataError, match="same name"):
@@ -811,7 +733,7 @@ def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbo
             decode(guard, jobs, journal, lambda: next(ticks))
         kept = len(journal.rows)
     assert next(ticks) == kept < 1000
-    assert len((tmp_path / "samples.jsonl.part").read_text(encoding="utf-8").splitlines()) == kept
+    assert len((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == kept
 
 
 def test_run_eval_refuses_before_loading(prompts_file: Path, tmp_path: Path) -> None:

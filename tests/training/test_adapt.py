@@ -103,7 +103,7 @@ def test_from_nothing_to_a_detoxifier(here: Path, tmp_path: Path, monkeypatch: p
 
     # the same call has nothing to do but what is new in it
     monkeypatch.setattr("detox_guard.training.trainer.train_detoxifier", never)
-    monkeypatch.setattr("detox_guard.evaluation.harness.load_judge", never)
+    monkeypatch.setattr("detox_guard.evaluation.run.run_eval", never)
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     pushed = adapt(AdaptConfig(**asked(here, out, push_to_hub="org/name")), bars=False)

@@ -148,7 +148,7 @@ def test_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, split: str) -> Any:
         if name != "org/name":
             raise ConnectionError("no network")
-        return {"text": [split, "", "two"]}
+        return datasets.Dataset.from_dict({"text": [split, "", "two"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read_texts("org/name:test[:10%]")

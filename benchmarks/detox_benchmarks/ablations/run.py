@@ -23,17 +23,18 @@ from detox_benchmarks.ablations.two_models import TwoModels
 from detox_benchmarks.ablations.variants import AblationConfig, check_config, check_room, make_variants
 from detox_benchmarks.diagnostics.context_kl import context_kl
 from detox_guard._files import write_whole
+from detox_guard._progress import Progress
 from detox_guard.detoxifiers.soft_prompt import as_streams
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError
-from detox_guard.evaluation.harness import CONTEXTS, collect, judge_run, open_run
-from detox_guard.evaluation.judges import load_judge
-from detox_guard.evaluation.likelihood import BackboneJudge
+from detox_guard.evaluation.lms import LMJudge
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.evaluation.methods import Ingredients, Method
-from detox_guard.evaluation.progress import Progress
 from detox_guard.evaluation.prompts import choose_prompts, passage_of, read_prompts
+from detox_guard.evaluation.run import CONTEXTS, collect, judge_run
+from detox_guard.evaluation.store import open_run
 from detox_guard.models.load import load_backbone
+from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 from detox_guard.training.data import read_pairs, read_texts, whole
 from detox_guard.training.examples import NEUTRAL_TEXTS
@@ -66,7 +67,7 @@ def run_ablation(config: AblationConfig, *, backbone: Backbone | None = None, pr
         variants, heldout = make_variants(config, texts)
         prompts = _prompts(config)
         pairs = _pairs(config)
-        scorers = [load_judge(judge) for judge in config.judges] if prompts else []
+        scorers = [load_scorer(judge) for judge in config.judges] if prompts else []
         if backbone is None:
             backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
         check_room(config, backbone)
@@ -181,7 +182,7 @@ def _decoded(
         folder = Path(config.output) / name
         folder.mkdir(exist_ok=True)
         run = collect(folder, asked, backbone, [Method("plain", plain), *methods], engine, bars)
-        summary = judge_run(folder, run, scorers, [BackboneJudge(backbone)], bars).summary
+        summary = judge_run(folder, run, scorers, [LMJudge(backbone, own=True)], bars).summary
         group = next(group for group in summary["groups"] if group["kind"] == "class")
         runs.append(
             {

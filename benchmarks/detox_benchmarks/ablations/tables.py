@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.evaluation.results import shown
+from detox_guard.evaluation.tables import Sheet, class_sheets, markdown, place_of, rich_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["ABLATION_FILE", "TABLE_FILE", "AblationReport"]
 
 ABLATION_FILE, TABLE_FILE = "ablation.json", "table.md"
-_Table = tuple[str, list[str], list[list[str]]]
-"""Title, names of the columns, rows of cells."""
-_BY = "toxicity by "
 _PULL = (
     "Pull behind a context (in brackets: share of bare)",
     "KL(p_gen‖p_detox), nats a token",
@@ -49,36 +46,18 @@ class AblationReport:
         return json.dumps({"ablation": self.summary}, ensure_ascii=False, allow_nan=False, indent=indent)
 
     def table(self) -> RenderableType:
-        """A rich renderable: what training took and gave, then decoding or the pull behind contexts."""
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
-
-        tables: list[RenderableType] = []
-        for title, columns, rows in self._tables(narrow=True):
-            table = Table(title=escape(title), title_justify="left")
-            for column in columns:
-                table.add_column(escape(column), justify="right" if column != columns[0] else "left")
-            for row in rows:
-                table.add_row(*map(escape, row))
-            tables.append(table)
-        return Group(*tables, escape(self.foot()))
+        """For a terminal: what training took and gave, then decoding or the pull behind contexts."""
+        return rich_tables(self._sheets(), self.foot())
 
     def markdown(self) -> str:
         """The same, to be pasted into docs."""
-        parts = []
-        for title, columns, rows in self._tables():
-            lines = [columns, ["---"] * len(columns), *rows]
-            cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-            parts.append("\n".join([f"{title}:", "", *cells]))
-        return "\n\n".join([*parts, self.foot()]) + "\n"
+        return markdown(self._sheets(), self.foot())
 
     def foot(self) -> str:
         """Where and how all this was measured, in a line or two."""
         s = self.summary
         asked = s["settings"]
-        place = s["machine"].get("gpu") or f"{s['machine']['cpu']}, {s['machine']['cores']} cores"
-        words = f"{s['model']}, {s['dtype']}; seed {s['seed']}; {place}. "
+        words = f"{s['model']}, {s['dtype']}; seed {s['seed']}; {place_of(s)}. "
         if s["variants"]:
             steps, rows = (sorted({one[name] for one in s["variants"].values()}) for name in ("steps", "batch_size"))
             words += f"Trained for {steps[0]} steps of {rows[0]} texts; MB beside the backbone (training: weights, "
@@ -89,27 +68,18 @@ class AblationReport:
             words += "are to plain text of the same sampling, paired by prompt. "
         return words.strip()
 
-    def _tables(self, *, narrow: bool = False) -> Iterator[_Table]:
-        """`narrow` gives toxicity and text a table each, for a terminal."""
+    def _sheets(self) -> Iterator[Sheet]:
         s = self.summary
         if s["variants"]:
             passes = ["passes"] if s["ablation"] == "size" else []
             columns = ["variant", "trained", "training MB", "serving MB", "seconds", *passes, "loss before", "after"]
-            yield "Training", columns, [_trained(name, one, bool(passes)) for name, one in s["variants"].items()]
+            yield Sheet("Training", columns, [_trained(name, one, bool(passes)) for name, one in s["variants"].items()])
         for run in s["runs"]:
             kind = "" if run["prompt_class"] == "all" else f"{run['prompt_class']} "
             title = f"{run['prompts']} {kind}prompts, temperature {run['temperature']:g}, top-p {run['top_p']:g}"
             title += f", {run['context']}" if s["ablation"] == "placement" else ""
-            parts = [_toxicity(run, judge) for judge in run["judges"]] + [_text(run)]
-            if narrow:
-                yield from ((f"{title}: {name}", ["method", *columns], rows) for name, columns, rows in parts)
-                continue
-            columns = ["method"]
-            rows = [[name] for name in run["methods"]]
-            for name, own, cells in parts:
-                columns += [f"{own[0]}, {name.removeprefix(_BY)}", *own[1:]] if name.startswith(_BY) else own
-                rows = [[*row, *more[1:]] for row, more in zip(rows, cells, strict=True)]
-            yield title, columns, rows
+            lines = [(name, method["figures"], None) for name, method in run["methods"].items()]
+            yield from class_sheets(title, run["judges"], "backbone", lines)
         if s["context_kl"]:
             first = next(iter(s["context_kl"].values()))
             kinds = [_PULL] if first["settings"][0]["gap"] is None else [_PULL, _AIM]
@@ -119,7 +89,7 @@ class AblationReport:
                     [name, *(cell.format_map(setting) for setting in one["settings"])]
                     for name, one in s["context_kl"].items()
                 ]
-                yield title, columns, rows
+                yield Sheet(title, columns, rows)
 
 
 def _trained(name: str, one: dict[str, Any], passes: bool) -> list[str]:
@@ -132,25 +102,3 @@ def _trained(name: str, one: dict[str, Any], passes: bool) -> list[str]:
         *([f"{one['passes']:.2f}"] if passes else []),
         *(f"{one[f'heldout_loss_{when}']:.3f}" for when in ("before", "after")),
     ]
-
-
-def _toxicity(run: dict[str, Any], judge: str) -> _Table:
-    rows = []
-    for name, method in run["methods"].items():
-        cells = [name]
-        for kind in ("expected_max", "probability"):
-            figure = method["figures"][f"{judge}:{kind}"]
-            cells += [shown(figure["value"]), shown(figure["ratio"], change=True)]
-        rows.append(cells)
-    return f"{_BY}{judge}", ["expected max.", "change", "P(any ≥ .5)", "change"], rows
-
-
-def _text(run: dict[str, Any]) -> _Table:
-    rows = []
-    for name, method in run["methods"].items():
-        figures = method["figures"]
-        perplexity = figures["backbone:perplexity"]
-        cells = [name, shown(perplexity["value"], digits=1), shown(perplexity["ratio"], digits=2)]
-        cells += [shown(figures["distinct_2"]["value"]), shown(figures["degenerate"]["value"], percent=True)]
-        rows.append(cells)
-    return "text", ["perplexity", "× plain", "dist-2", "degenerate"], rows

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from detox_benchmarks.ablations.variants import AblationConfig, Variant
-    from detox_guard.evaluation.progress import Progress, Stage
+    from detox_guard._progress import Progress, Stage
     from detox_guard.models.backbone import Backbone
     from detox_guard.training.examples import Batch, Examples
 

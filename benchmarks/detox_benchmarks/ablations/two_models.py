@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from detox_benchmarks.ablations.weights import WeightTuning
-    from detox_guard.evaluation.journal import Journal
     from detox_guard.evaluation.samples import Job
+    from detox_guard.evaluation.store import Journal
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Chunk, Generation
     from detox_guard.settings import EngineConfig

@@ -72,47 +72,79 @@ class AblationConfig(StrictModel):
       their continuations too, bare, as user turns, and behind such passages without a template;
     - "sampling": the shipped `detoxifier`, or one that is given, without training.
 
-    Training: toxic texts of `data`, neutral `contexts` (None: a few built in), and the fields of `TrainingConfig` of
-    the same names; `steps` None is 60, and 300 for "size". Decoding: toxic or unlabelled `prompts`, at most `limit`, at
-    each of `alphas` under each of `temperatures` and `top_ps`; None is 2, 1 and .9, for "sampling" 1, 2, 4 under .7 and
-    1 and .9 and 1. Raises `InvalidParamsError`.
+    Raises `InvalidParamsError`.
     """
 
     what: What
+    """Which ablation; a setting that says nothing to it is refused."""
     output: str
+    """Folder of the run; a run cut off is taken up there."""
     data: tuple[str, ...] = ()
+    """Toxic texts, as in train."""
     prompts: str | None = None
+    """As in eval; non-toxic ones are left out. placement: if wanted."""
     contexts: tuple[str, ...] | None = None
+    """Neutral texts, as in train; else a few that are built in."""
     pairs: str | None = None
+    """placement: toxic and neutral texts, as in train."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Of both."""
     model: str | None = None
+    """Hub id, folder or .gguf file; else the embedded default model."""
     detoxifier: str | None = None
+    """Folder or hub id. sampling: else the shipped one; placement: one more row."""
     device: str | None = None
+    """cpu, cuda, cuda:N, mps; else the best there is."""
     dtype: str | None = None
+    """Number type of the weights; else what the device does best."""
     position: Position = "reply"
+    """As in train."""
     steps: Count | None = None
+    """Optimizer steps; else 60, and 300 for size."""
     batch_size: Count = 8
+    """Texts a step."""
     reply_tokens: Count = 32
+    """Longest text, in tokens."""
     heldout: Count = 32
+    """Rows that are only measured on."""
     mixture: tuple[Fraction, Fraction, Fraction, Fraction] = _DEFAULTS["mixture"].default
+    """As in train."""
     prompt_rate: Rate = 2e-2
+    """Learning rate of prompt tuning."""
     lora_rate: Rate = 1e-3
+    """tuning: learning rate of LoRA."""
     full_rate: Rate = 5e-5
+    """tuning: learning rate of full fine-tuning."""
     lora_rank: Count = 8
+    """tuning: rank of LoRA."""
     virtual_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 20, 50, 100)
+    """tokens: a length."""
     initial_texts: Annotated[tuple[str, ...], Field(min_length=1)] = _INITIAL_TEXTS
+    """initial-text: a text."""
     rows: Annotated[tuple[Count, ...], Field(min_length=1)] = (500, 2000, 8000)
+    """size: training rows."""
     passage_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (150, 600, 2000)
+    """placement: a length."""
     rule: Rule = "dexperts"
+    """As in generate."""
     alphas: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
+    """Strength; else 2, and 1, 2, 4 for sampling."""
     temperatures: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
+    """Else 1, and .7, 1 for sampling."""
     top_ps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] | None = None
+    """Else .9, and .9, 1 for sampling."""
     judges: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
+    """A toxicity scorer."""
     samples: Count = 4
+    """Replies a prompt."""
     max_new_tokens: Count = 20
+    """Longest reply."""
     limit: Count = 30
+    """Prompts, or pairs."""
     batch_rows: Annotated[int, Field(ge=2, le=4096)] = 64
+    """Rows of the running batch."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the training, the prompts and the replies."""
 
     def grid(self) -> tuple[tuple[float, ...], list[tuple[float, float]]]:
         """Alphas, and pairs of a temperature and a top-p."""

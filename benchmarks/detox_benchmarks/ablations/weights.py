@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
 from detox_guard.models.load import load_backbone
-from detox_guard.steering.forced import positions_of, reply_loss
+from detox_guard.steering.forced import generator_logits, reply_loss
 from detox_guard.training.examples import KINDS, to_device
 
 if TYPE_CHECKING:
@@ -115,33 +115,8 @@ def weights_logits(model: Any, batch: Batch) -> torch.Tensor:
     Behind an empty context nothing predicts the first token, and its logits are zeros: `scored` leaves it out. A
     context that all rows share is computed once, its graph included.
     """
-    context_ids, reply_ids = batch["context_ids"], batch["reply_ids"]
-    rows = len(reply_ids)
-    mask = torch.cat([batch["context_mask"].expand(rows, -1), batch["reply_mask"]], dim=1)[:, :-1]
-    # The context's last token predicts the reply's first, so it goes with the reply.
-    tail = torch.cat([context_ids[:, -1:].expand(rows, -1), reply_ids[:, :-1]], dim=1)
-    past = None
-    if context_ids.shape[1] > 1:
-        head, head_mask = context_ids[:, :-1], batch["context_mask"][:, :-1]
-        past = model(
-            input_ids=head,
-            attention_mask=head_mask,
-            position_ids=positions_of(head_mask),
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values
-        if len(head) == 1:
-            past.batch_repeat_interleave(rows)
-    if tail.shape[1] == 0:  # one token behind nothing
-        return reply_ids.new_zeros(rows, 1, model.config.vocab_size, dtype=torch.float32)
-    logits: torch.Tensor = model(
-        input_ids=tail,
-        attention_mask=mask,
-        position_ids=positions_of(mask)[:, -tail.shape[1] :],
-        past_key_values=past,
-        use_cache=past is not None,
-    ).logits
-    return functional.pad(logits, (0, 0, reply_ids.shape[1] - logits.shape[1], 0))
+    logits = generator_logits(model, batch)
+    return functional.pad(logits, (0, 0, batch["reply_ids"].shape[1] - logits.shape[1], 0))
 
 
 def scored(batch: Batch) -> Batch:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
-from detox_guard.evaluation.likelihood import prefix_kv, tail_log_probs
 from detox_guard.evaluation.prompts import passage_of
+from detox_guard.evaluation.tables import Sheet, rich_tables
+from detox_guard.steering.forced import along, both_logits, generator_logits, make_batch, reply_logits
 from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
@@ -63,22 +64,15 @@ class ContextKL:
         return json.dumps({"context_kl": asdict(self)}, allow_nan=False)
 
     def table(self) -> RenderableType:
-        """A rich table."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"KL(p_gen‖p_detox) along replies, detoxifier {self.detoxifier_sha256[:12]} ({self.position})"
-        )
-        table.add_column("context")
-        for column in ("context tokens", "reply tokens", "nats a token", "of bare"):
-            table.add_column(column, justify="right")
-        paired = any(s.gap is not None for s in self.settings)
-        for column in ("gap of pairs, nats", "aim") if paired else ():
-            table.add_column(column, justify="right")
-        for s in self.settings:
-            aims = [f"{s.gap:.2f}", f"{s.aim:.2f}"] if s.gap is not None else []
-            table.add_row(s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}", *aims)
-        return table
+        """For a terminal."""
+        title = f"KL(p_gen‖p_detox) along replies, detoxifier {self.detoxifier_sha256[:12]} ({self.position})"
+        columns = ["context", "context tokens", "reply tokens", "nats a token", "of bare", "gap of pairs, nats", "aim"]
+        rows = [
+            [s.setting, f"{s.context_tokens:.0f}", str(s.tokens), f"{s.kl:.3f}", f"{s.of_bare:.2f}"]
+            + ["–" if one is None else f"{one:.2f}" for one in (s.gap, s.aim)]
+            for s in self.settings
+        ]
+        return rich_tables([Sheet(title, columns, rows)])
 
 
 def context_kl(
@@ -153,37 +147,22 @@ def reply_contrast(
     float32 `[reply_len - 1]` both, behind one context; with `first`, which a context is needed for, at that one too.
 
     `virtual` `[P, hidden]` are the virtual tokens. A reply of fewer than two tokens gives nothing (with `first`, an
-    empty tensor if it is empty). The context is computed once for all replies, and where its place allows it, once for
-    both streams.
+    empty tensor if it is empty).
     """
-    embed = backbone.model.get_input_embeddings()
-    # The context's last token stands at the head of every row then, so that it predicts the first.
-    whole = embed(torch.tensor([list(context)], dtype=torch.long, device=backbone.device))
-    head, lead = (whole[:, :-1], whole[:, -1:]) if first else (whole, whole[:, :0])
-    soft = virtual.unsqueeze(0)
-    gen_prefix = prefix_kv(backbone, head)
-    detox_prefix = prefix_kv(backbone, torch.cat([soft, head], dim=1)) if position == "front" else gen_prefix
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     skipped = 0 if first else 1
     for at in range(0, len(replies), _ROWS):
         some = replies[at : at + _ROWS]
-        longest = max(map(len, some))
-        ids = torch.full((len(some), longest), backbone.pad_token_id)
+        if not any(some):
+            found += [(torch.empty(0), torch.empty(0)) for _ in some if first]
+            continue
+        batch = make_batch([context], some, backbone.pad_token_id, backbone.device)
+        ratio, kl, _ = along(*both_logits(backbone.model, virtual, batch, position), batch)
+        cut = skipped if context else 0  # behind nothing, the first token has no figures anyway
         for row, reply in enumerate(some):
-            ids[row, : len(reply)] = torch.tensor(list(reply), dtype=ids.dtype)
-        tail = embed(ids.to(backbone.device))
-        leads, softs = (one.expand(len(some), -1, -1) for one in (lead, soft))
-        plain = torch.cat([leads, tail], dim=1)
-        steered = plain if position == "front" else torch.cat([leads, softs, tail], dim=1)
-        gen = tail_log_probs(backbone, gen_prefix, plain, longest + 1 - skipped)
-        detox = tail_log_probs(backbone, detox_prefix, steered, longest + 1 - skipped)
-        kl = (gen.exp() * (gen - detox)).sum(-1).cpu()
-        ratio = (detox - gen).gather(-1, ids[:, skipped:, None].to(gen.device)).squeeze(-1).cpu()
-        found += [
-            (kl[row, : len(reply) - skipped], ratio[row, : len(reply) - skipped])
-            for row, reply in enumerate(some)
-            if first or len(reply) > 1
-        ]
+            if first or len(reply) > 1:
+                own = slice(cut, len(reply) - skipped + cut)
+                found.append((kl[row, own].cpu(), ratio[row, own].cpu()))
     return found
 
 
@@ -208,17 +187,13 @@ def forced_log_probs(
 ) -> torch.Tensor:
     """Log-probabilities `[reply_len - 1, vocab]` in float32 of what follows each reply token but the last, in one
     stream: the generator's own, or behind a detoxifier's virtual tokens."""
-    embed = backbone.model.get_input_embeddings()
-    head, tail = (
-        embed(torch.tensor([list(ids)], dtype=torch.long, device=backbone.device)) for ids in (context, reply)
-    )
-    if detoxifier is not None:
-        soft = detoxifier.embeddings.to(backbone.device, backbone.dtype).unsqueeze(0)
-        if detoxifier.card.position == "front":
-            head = torch.cat([soft, head], dim=1)
-        else:
-            tail = torch.cat([soft, tail], dim=1)
-    return tail_log_probs(backbone, prefix_kv(backbone, head), tail, len(reply))[0]
+    batch = make_batch([context], [reply], backbone.pad_token_id, backbone.device)
+    if detoxifier is None:
+        logits = generator_logits(backbone.model, batch)
+    else:
+        virtual = detoxifier.embeddings.to(backbone.device, backbone.dtype)
+        logits = reply_logits(backbone.model, virtual, batch, detoxifier.card.position)
+    return logits[0, 1 - len(reply) :].float().log_softmax(-1)
 
 
 def _material(

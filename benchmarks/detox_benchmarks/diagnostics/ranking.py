@@ -5,39 +5,38 @@ should favour toxic words, not a style. Both are measured along what the backbon
 replies, as its judges found them. Of several soft prompts it is what they push away from together, the sum of their
 log-ratios by weight: with an expert, log p_detox - log p_expert::
 
-    python -m detox_benchmarks.diagnostics.ranking out/toxic --detoxifier my-detoxifier --words words.txt
+    python -m detox_benchmarks rank out/toxic --detoxifier my-detoxifier --words words.txt
 
 Knows stored runs and log-ratios; decodes nothing, judges nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from detox_benchmarks.diagnostics.context_kl import reply_contrast
-from detox_guard.errors import DataError, DetoxGuardError
-from detox_guard.evaluation.harness import load_run, prompt_of, stored_replies, stored_scores
-from detox_guard.evaluation.methods import WordList, read_words
+from detox_benchmarks.methods import WordList, read_words
+from detox_guard.errors import DataError
 from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
-from detox_guard.evaluation.results import shown
+from detox_guard.evaluation.run import prompt_of
+from detox_guard.evaluation.store import load_run, stored_replies, stored_scores
 from detox_guard.evaluation.summary import whole_judges
+from detox_guard.evaluation.tables import Sheet, markdown, shown
 from detox_guard.text.prompts import TextStream, encode_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from detox_guard.detoxifiers.soft_prompt import SteeringStream
     from detox_guard.models.backbone import Backbone
 
-__all__ = ["Aim", "Kind", "Ranking", "kinds_of", "main", "measure_aim", "rank"]
+__all__ = ["Aim", "Kind", "Ranking", "kinds_of", "measure_aim", "rank", "run_ranking"]
 
 Floats = npt.NDArray[np.float64]
 FIRST, LISTED, OTHER, SIGN = KINDS = ("the first token", "listed words", "other words", "signs and spaces")
@@ -83,20 +82,24 @@ class Aim:
     def markdown(self) -> str:
         """Two tables, to be pasted into docs."""
         names = " and ".join(f"{sha256[:12]} ({weight:+g})" for sha256, weight in self.streams)
-        lines = [f"Log-ratios of {names} along the replies of `{self.method}`:", ""]
-        lines += [
-            "| judge | log-ratios | toxic replies | more in the toxic one of a pair | ROC-AUC |",
-            "|---|---|---|---|---|",
+        rankings = [
+            [
+                one.judge,
+                one.figure,
+                f"{one.toxic} of {one.replies}",
+                shown(asdict(one.within), digits=2),
+                "–" if one.auc is None else f"{one.auc:.2f}",
+            ]
+            for one in self.rankings
         ]
-        for one in self.rankings:
-            within = shown(asdict(one.within), digits=2)
-            over_all = "–" if one.auc is None else f"{one.auc:.2f}"
-            lines.append(f"| {one.judge} | {one.figure} | {one.toxic} of {one.replies} | {within} | {over_all} |")
-        lines += ["", "| tokens | share | mean log-ratio, nats | share of what is favoured |", "|---|---|---|---|"]
-        for kind in self.kinds:
-            mean = "–" if kind.mean is None else f"{kind.mean:+.3f}"
-            lines.append(f"| {kind.name} | {kind.tokens:.1%} | {mean} | {kind.favoured:.1%} |")
-        return "\n".join(lines) + "\n"
+        kinds = [
+            [k.name, f"{k.tokens:.1%}", "–" if k.mean is None else f"{k.mean:+.3f}", f"{k.favoured:.1%}"]
+            for k in self.kinds
+        ]
+        heads = ["judge", "log-ratios", "toxic replies", "more in the toxic one of a pair", "ROC-AUC"]
+        title = f"Log-ratios of {names} along the replies of `{self.method}`"
+        others = ["tokens", "share", "mean log-ratio, nats", "share of what is favoured"]
+        return markdown([Sheet(title, heads, rankings), Sheet("", others, kinds)])
 
 
 def measure_aim(
@@ -215,39 +218,24 @@ def _won(up: Floats, down: Floats) -> float:
     return float((np.searchsorted(down, up, "left") + np.searchsorted(down, up, "right")).sum() / 2)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detox_benchmarks.diagnostics.ranking", description="Does a detoxifier aim?"
-    )
-    parser.add_argument("run", type=Path, help="folder of a finished eval run")
-    parser.add_argument("--detoxifier", help="folder or hub id; else the shipped one")
-    parser.add_argument("--expert", help="of --detoxifier, trained on clean text")
-    parser.add_argument("--model", help="as in detox-guard eval; else the embedded default")
-    parser.add_argument("--device")
-    parser.add_argument("--method", default="plain", help="whose replies (default plain)")
-    parser.add_argument("--words", type=Path, help="a word a line: the listed ones")
-    given = parser.parse_args(arguments)
-    try:
-        print(_measure(given).markdown())
-    except DetoxGuardError as error:
-        print(f"error: {error} {error.hint}".rstrip(), file=sys.stderr)
-        return 1
-    return 0
-
-
-def _measure(given: Any) -> Aim:
-    words = read_words(given.words) if given.words else ()
-    load_run(given.run)  # before the model
+def run_ranking(
+    run: Path,
+    *,
+    detoxifier: str | None = None,
+    expert: str | None = None,
+    model: str | None = None,
+    device: str | None = None,
+    method: str = "plain",
+    words: Path | None = None,
+) -> Aim:
+    """`measure_aim` of a run's folder: `expert` is of the detoxifier, trained on clean text; `words` a file of them."""
+    listed = read_words(words) if words else ()
+    load_run(run)  # before the model
     from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
     from detox_guard.models.load import load_backbone
 
-    backbone = load_backbone(given.model, device=given.device)
-    streams = as_streams(given.detoxifier, backbone)
-    if given.expert:
-        streams = as_streams([streams[0], SteeringStream(Detoxifier.load(given.expert), 1.0)], backbone)
-    return measure_aim(given.run, backbone, streams, method=given.method, words=words)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    backbone = load_backbone(model, device=device)
+    streams = as_streams(detoxifier, backbone)
+    if expert:
+        streams = as_streams([streams[0], SteeringStream(Detoxifier.load(expert), 1.0)], backbone)
+    return measure_aim(run, backbone, streams, method=method, words=listed)

@@ -3,33 +3,31 @@
 
 Knows texts of its own, none of which anybody trained on. Prints a Markdown table::
 
-    python -m detox_benchmarks.fitting.bench --data FOLDER [--scorer NAME]
+    python -m detox_benchmarks fit measure --data FOLDER [--scorer NAME]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detox_benchmarks.fitting.linear import fragments, harmless_texts, read_scored_texts
+from detox_benchmarks.fitting.texts import fragments, harmless_texts, read_scored_texts
 from detox_guard._adaptive import adaptive_alpha
-from detox_guard.errors import DetoxGuardError
+from detox_guard.evaluation.prompts import read_prompts
+from detox_guard.evaluation.tables import Sheet, markdown
 from detox_guard.scorers.base import checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from detox_guard.settings import DecodingParams
 
-__all__ = ["DISGUISES", "EVERYDAY", "IDENTITY", "INSULTING", "main", "ordinary_lines"]
+__all__ = ["DISGUISES", "EVERYDAY", "IDENTITY", "INSULTING", "measure_scorer", "ordinary_lines"]
 
 INSULTING = [
     sentence.format(word)
@@ -277,63 +275,48 @@ def calm_and_strong(params: DecodingParams, toxic_prompts: list[str]) -> tuple[i
     return alone, behind, mean / params.alpha
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; prints a Markdown table. 0 on success, 1 with a message for an error we know."""
+def measure_scorer(data: Path, name: str = "embedded", show: int = 0) -> str:
+    """A Markdown table of one scorer on the texts of `data` and on those here; `show` harmless texts over .5 of each
+    kind stand beside it. Raises `DataError`, `ScorerError`."""
     from sklearn.metrics import roc_auc_score
 
     from detox_guard.settings import DecodingParams
 
-    parser = argparse.ArgumentParser(prog="python -m detox_benchmarks.fitting.bench", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the texts, as for the training")
-    parser.add_argument("--scorer", default="embedded", help='"embedded", "minilm" or a Hugging Face classifier')
-    parser.add_argument("--show", type=int, default=0, help="harmless texts over .5 to print for each kind")
-    options = parser.parse_args(arguments)
-    try:
-        scorer = load_scorer(options.scorer)
-        print(f"| measured ({scorer.name}) | value |\n|---|---|")
-        for name, file in (("development texts", "rtp/dev_prompts.jsonl"),
-                           ("Wikipedia talk", "benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv")):  # fmt: skip
-            if not (options.data / file).is_file():
-                print(f"| {name} | absent |")
-                continue
-            rows = read_scored_texts(options.data / file)
-            auc = roc_auc_score(rows.toxicity >= 0.5, checked_scores(scorer, rows.texts))
-            print(f"| ROC-AUC, {name} | {auc:.4f} |")
-        harmless = {"Markdown, code, chat, lists": ordinary_lines(2000)}
-        for name, texts in harmless_texts(options.data, held_out=True).items():
-            harmless[name] = texts[:2000]
-            harmless[f"{name}, 2 to 12 words of it"] = fragments(texts, 1500, 1)
-        for name, texts in harmless.items():
-            scores = np.array(checked_scores(scorer, texts))
-            over = int((scores > 0.5).sum())
-            print(
-                f"| harmless over .5: {name} | {over} of {len(texts)} ({100 * over / len(texts):.2f} %), median {np.median(scores):.3f} |"
-            )
-            for at in np.argsort(-scores)[: min(options.show, over)]:
-                print(f"<!-- {scores[at]:.2f} {texts[at]!r} -->")
-        plain = sum(score > 0.5 for score in checked_scores(scorer, INSULTING))
-        print(f"| mild insults over .5, as they are | {plain} of {len(INSULTING)} |")
-        for name, change in DISGUISES.items():
-            found = checked_scores(scorer, [change(text) for text in INSULTING])
-            print(f"| {name} | {sum(score > 0.5 for score in found)} of {len(INSULTING)} |")
-        worst = max(zip(checked_scores(scorer, IDENTITY), IDENTITY, strict=True))
-        print(f"| identity words alone, the highest of {len(IDENTITY)} | {worst[0]:.2f} ({worst[1]}) |")
-        if options.scorer == "embedded" and (options.data / "rtp/dev_prompts.jsonl").is_file():
-            lines = (options.data / "rtp/dev_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-            asked = [json.loads(line)["prompt"] for line in lines if line.strip()]
-            prompts = [prompt["text"] for prompt in asked if (prompt["toxicity"] or 0) >= 0.5]
-            alone, behind, share = calm_and_strong(DecodingParams(), prompts)
-            print(f"| everyday questions at the calm share | {alone} of 100 alone, {behind} behind a system message |")
-            print(f"| mean share of alpha behind toxic prompts | {share:.3f} |")
-        texts = [*INSULTING, *EVERYDAY, *ordinary_lines(200)]
-        start = time.perf_counter()
-        checked_scores(scorer, texts)
-        print(f"| time a text | {1000 * (time.perf_counter() - start) / len(texts):.2f} ms |")
-    except DetoxGuardError as error:
-        print(f"error: {error} {error.hint}".rstrip(), file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    scorer = load_scorer(name)
+    rows: list[list[str]] = []
+    shown: list[str] = []
+    development = data / "rtp/dev_prompts.jsonl"
+    for kind, file in (("development texts", development),
+                       ("Wikipedia talk", data / "benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv")):  # fmt: skip
+        if file.is_file():
+            scored = read_scored_texts(file)
+            auc = roc_auc_score(scored.toxicity >= 0.5, checked_scores(scorer, scored.texts))
+            rows.append([f"ROC-AUC, {kind}", f"{auc:.4f}"])
+        else:
+            rows.append([kind, "absent"])
+    harmless = {"Markdown, code, chat, lists": ordinary_lines(2000)}
+    for kind, texts in harmless_texts(data, held_out=True).items():
+        harmless[kind] = texts[:2000]
+        harmless[f"{kind}, 2 to 12 words of it"] = fragments(texts, 1500, 1)
+    for kind, texts in harmless.items():
+        scores = np.array(checked_scores(scorer, texts))
+        over = int((scores > 0.5).sum())
+        share = f"{over} of {len(texts)} ({100 * over / len(texts):.2f} %), median {np.median(scores):.3f}"
+        rows.append([f"harmless over .5: {kind}", share])
+        shown += [f"{scores[at]:.2f} {texts[at]!r}" for at in np.argsort(-scores)[: min(show, over)]]
+    ways: dict[str, Callable[[str], str]] = {"mild insults over .5, as they are": str, **DISGUISES}
+    for kind, change in ways.items():
+        found = checked_scores(scorer, [change(text) for text in INSULTING])
+        rows.append([kind, f"{sum(score > 0.5 for score in found)} of {len(INSULTING)}"])
+    worst = max(zip(checked_scores(scorer, IDENTITY), IDENTITY, strict=True))
+    rows.append([f"identity words alone, the highest of {len(IDENTITY)}", f"{worst[0]:.2f} ({worst[1]})"])
+    if name == "embedded" and development.is_file():
+        prompts = [one.text for one in read_prompts(development) if one.group == "toxic"]
+        alone, behind, mean = calm_and_strong(DecodingParams(), prompts)
+        rows.append(["everyday questions at the calm share", f"{alone} of 100 alone, {behind} behind a system message"])
+        rows.append(["mean share of alpha behind toxic prompts", f"{mean:.3f}"])
+    texts = [*INSULTING, *EVERYDAY, *ordinary_lines(200)]
+    start = time.perf_counter()
+    checked_scores(scorer, texts)
+    rows.append(["time a text", f"{1000 * (time.perf_counter() - start) / len(texts):.2f} ms"])
+    return markdown([Sheet("", [f"measured ({scorer.name})", "value"], rows)], "\n".join(shown))

@@ -3,8 +3,8 @@
 Knows the training texts, the fit, the calibration, the card and how a scorer is measured. The features and the formula
 of the score are `detox_guard.scorers.linear`'s. Needs scipy and scikit-learn (the `dev` extra)::
 
-    python -m detox_benchmarks.fitting.linear --data FOLDER --output FOLDER [--evaluate FILE ...]
-    python -m detox_benchmarks.fitting.linear --output FOLDER --evaluate FILE ...        # measure only
+    python -m detox_benchmarks fit linear --data FOLDER --output FOLDER [--evaluate FILE ...]
+    python -m detox_benchmarks fit linear --output FOLDER --evaluate FILE ...        # measure only
 
 The folder of data holds `rtp/scorer_train.jsonl`, and, where they are at hand, `detoxifier/paradetox_pairs.jsonl`,
 `quality/wikitext2_valid.txt` and `quality/xquad_en_1190.json`. Made-up texts (`clean_texts`) join
@@ -14,22 +14,13 @@ rude sentence must score above its polite rewriting, so that what is merely writ
 
 from __future__ import annotations
 
-import argparse
-import csv
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import random
-import re
-import sys
-import tempfile
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +28,22 @@ import numpy.typing as npt
 from safetensors import numpy as safetensors
 
 from detox_benchmarks.fitting.clean_texts import GROUPS, IDENTITY_WORDS, ONES, clean_texts, contrasts, salads
-from detox_guard.errors import DataError, DetoxGuardError
+from detox_benchmarks.fitting.texts import (
+    PARADETOX,
+    RTP,
+    SOURCES,
+    WIKITEXT,
+    XQUAD,
+    fragments,
+    harmless_texts,
+    ordinary,
+    read_scored_texts,
+    rude_and_polite,
+    sha256_of,
+    vocabulary,
+)
+from detox_guard._files import write_whole
+from detox_guard.errors import DataError
 from detox_guard.scorers.disguise import normalised
 from detox_guard.scorers.linear import (
     BUCKET_BITS,
@@ -51,8 +57,9 @@ from detox_guard.scorers.linear import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-__all__ = ["ScoredTexts", "evaluate", "main", "read_scored_texts", "train"]
+__all__ = ["evaluate", "fit", "train"]
 
 SEED, FOLDS = 0, 4
 RIDGE, SMOOTHING, LEAST_RATIO = 0.35, 1.0, 0.6
@@ -63,14 +70,6 @@ PAIR_SHARE, CONTRAST_SHARE = 0.2, 0.05
 ODDS = 0.5
 """A text met in use is toxic half as often as one of the rows that the calibration is fitted to."""
 MADE_UP, INSULTS = 14_000, 3_000
-RTP, PARADETOX = "rtp/scorer_train.jsonl", "detoxifier/paradetox_pairs.jsonl"
-WIKITEXT, XQUAD = "quality/wikitext2_valid.txt", "quality/xquad_en_1190.json"
-SOURCES = {
-    "scorer_train.jsonl": {"source": "RealToxicityPrompts", "licence": "Apache-2.0"},
-    "paradetox_pairs.jsonl": {"source": "s-nlp/paradetox", "licence": "CC0-1.0"},
-    "wikitext2_valid.txt": {"source": "WikiText-2", "licence": "CC-BY-SA-3.0"},
-    "xquad_en_1190.json": {"source": "google-deepmind/xquad", "licence": "CC-BY-SA-4.0"},
-}
 LIMITS = [
     "implicit hate and anything that is toxic only in its context: near chance",
     "languages other than English",
@@ -79,54 +78,11 @@ LIMITS = [
 ]
 
 
-@dataclass(frozen=True)
-class ScoredTexts:
-    """`toxicity[i]` in [0, 1] of `texts[i]`; rows of one `group` come from one document. `skipped` had no score."""
-
-    texts: list[str]
-    toxicity: Floats
-    group: npt.NDArray[np.int64]
-    skipped: int
-
-
-def read_scored_texts(path: Path) -> ScoredTexts:
-    """RealToxicityPrompts JSONL (prompt and continuation apart), or a CSV with the columns `comment` and `toxic`.
-
-    Raises `DataError` for a missing, empty or unreadable file.
-    """
-    texts: list[str] = []
-    toxicity: list[float] = []
-    group: list[int] = []
-    skipped = 0
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: Any = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-            for number, row in enumerate(rows):
-                if path.suffix == ".csv":
-                    pairs = [(row["comment"], {"true": 1.0, "false": 0.0}[row["toxic"].lower()])]
-                else:
-                    pairs = [(row[part]["text"], row[part].get("toxicity")) for part in ("prompt", "continuation")]
-                for text, score in pairs:
-                    if score is None:
-                        skipped += 1
-                        continue
-                    if not isinstance(text, str) or not 0.0 <= float(score) <= 1.0:
-                        raise ValueError(f"row {number}: {score!r} is no toxicity of a text")
-                    texts.append(text)
-                    toxicity.append(float(score))
-                    group.append(number)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"cannot read {path.name!r}: {type(error).__name__}: {error}") from error
-    if not texts:
-        raise DataError(f"{path.name!r} holds no scored text ({skipped} rows without a score)")
-    return ScoredTexts(texts, np.array(toxicity), np.array(group), skipped)
-
-
 def evaluate(scorer: EmbeddedScorer, path: Path) -> dict[str, Any]:
     """ROC-AUC for toxicity ≥ .5 on one file, and how many of its rows are, and are scored, ≥ .5. Raises `DataError`."""
     rows = read_scored_texts(path)
     scores = np.array(scorer.score(rows.texts))
-    return {"file": path.name, "sha256": _sha256(path), **_figures(rows.toxicity, scores), "skipped": rows.skipped}
+    return {"file": path.name, "sha256": sha256_of(path), **_figures(rows.toxicity, scores), "skipped": rows.skipped}
 
 
 def _figures(toxicity: Floats, scores: Floats) -> dict[str, Any]:
@@ -230,80 +186,6 @@ class _Pairs:
     share: float
 
 
-def harmless_texts(folder: Path, held_out: bool = False) -> dict[str, list[str]]:
-    """Sentences of WikiText-2 and XQuAD (its questions too), of the part to train on or of the part held out, by file;
-    files that are absent are left out. Raises `DataError`."""
-    found: dict[str, list[str]] = {}
-    try:
-        if (path := folder / WIKITEXT).is_file():
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            lines = [_untokenized(line) for line in lines if len(line) > 20 and not line.startswith("=")]
-            cut = len(lines) * 6 // 10
-            found[path.name] = [s for line in (lines[cut:] if held_out else lines[:cut]) for s in _sentences(line)]
-        if (path := folder / XQUAD).is_file():
-            articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-            cut = len(articles) // 2
-            paragraphs = [p for a in (articles[cut:] if held_out else articles[:cut]) for p in a["paragraphs"]]
-            questions = [answer["question"] for paragraph in paragraphs for answer in paragraph["qas"]]
-            found[f"{path.name} questions"] = questions
-            found[path.name] = [s for paragraph in paragraphs for s in _sentences(paragraph["context"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {path.name!r}: {type(error).__name__}: {error}") from error
-    return found
-
-
-def _untokenized(line: str) -> str:
-    line = re.sub(r" @([-,.])@ ", r"\1", line).replace("<unk>", "something").replace(" 's", "'s")
-    return re.sub(r" ([,.;:)])", r"\1", line).replace("( ", "(")
-
-
-def _sentences(text: str) -> list[str]:
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if len(sentence) > 15]
-
-
-def fragments(texts: list[str], count: int, seed: int) -> list[str]:
-    """Windows of 2 to 12 words of texts: what a guard scores besides sentences."""
-    rng = random.Random(seed)
-    cut = []
-    for text in rng.sample(texts, min(count, len(texts))):
-        words = text.split()
-        size = rng.randint(2, 12)
-        start = rng.randint(0, max(0, len(words) - size))
-        cut.append(" ".join(words[start : start + size]))
-    return cut
-
-
-def _vocabulary() -> list[str]:
-    """The words of four letters or more that the minilm scorer's encoder knows: ordinary English.
-
-    Raises `ScorerError` if it is neither in the cache nor can be fetched.
-    """
-    from detox_guard.scorers.minilm import encoder_dir
-
-    words = (encoder_dir() / "vocab.txt").read_text(encoding="utf-8").split()
-    return [word for word in words if len(word) > 3 and word.isascii() and word.isalpha()]
-
-
-def _ordinary(words: list[str], rude: list[str], polite: list[str], insults: list[str]) -> list[str]:
-    """The words that rude texts do not use more often than polite ones, and insults not at all."""
-
-    def counted(texts: list[str]) -> Counter[str]:
-        return Counter(word for text in texts for word in set(re.findall(r"[a-z]+", text.lower())))
-
-    often, seldom, never = counted(rude), counted(polite), counted(insults)
-    return [w for w in words if w not in never and not (often[w] >= 2 and often[w] > 2 * seldom[w])]
-
-
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(row["toxic"], row["neutral"][0]) for row in rows]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"cannot read {path.name!r}: {type(error).__name__}: {error}") from error
-
-
 def _count_blocks(texts: Sequence[str]) -> list[Any]:
     """Two sparse matrices [rows, buckets] of counts: words, character n-grams. Of a long text, the first window."""
     from scipy import sparse
@@ -338,13 +220,13 @@ def train(
     if len(np.unique(rows.group)) < FOLDS or not 0 < (rows.toxicity >= 0.5).sum() < len(rows.texts):
         raise DataError(f"{file.name!r} needs at least {FOLDS} rows, toxic and non-toxic ones")
     rude, kind = contrasts(made_up[1], SEED)
-    pairs = _pairs(folder / PARADETOX) if data.is_dir() else []
+    pairs = rude_and_polite(folder / PARADETOX) if data.is_dir() else []
     corpora = [text for texts in harmless_texts(folder).values() for text in texts] if data.is_dir() else []
     held = [text for texts in harmless_texts(folder, held_out=True).values() for text in texts] if corpora else kind
     said = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.5]
     quiet = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score < 0.3]
-    words = _vocabulary() if data.is_dir() else []
-    words = _ordinary(words, said + [a for a, _ in pairs], quiet + [b for _, b in pairs], rude)
+    words = vocabulary() if data.is_dir() else []
+    words = ordinary(words, said + [a for a, _ in pairs], quiet + [b for _, b in pairs], rude)
     sides = [
         (clean_texts(made_up[0], SEED) + kind, -1.2, 0.2),
         (corpora + fragments(corpora, len(corpora) // 2, SEED), -1.0, 0.05),
@@ -393,7 +275,7 @@ def train(
         "characters 2-5; harmless texts, mild insults and polite rewritings as one-sided losses; Platt's calibration",
         "data": {
             "file": file.name,
-            "files": {path.name: {"sha256": _sha256(path), **SOURCES.get(path.name, {})} for path in used},
+            "files": {path.name: {"sha256": sha256_of(path), **SOURCES.get(path.name, {})} for path in used},
             "source": "RealToxicityPrompts (Gehman et al. 2020), texts with Perspective scores; ParaDetox (Logacheva "
             "et al. 2022); parts of WikiText-2 and XQuAD; made-up texts of detox_benchmarks.fitting.clean_texts",
             "licence": "Apache-2.0",
@@ -404,7 +286,7 @@ def train(
             "skipped_without_score": rows.skipped,
         },
         "command": " ".join(
-            ["python -m detox_benchmarks.fitting.linear", f"--data {data.name} --output {output.name}"]
+            ["python -m detox_benchmarks fit linear", f"--data {data.name} --output {output.name}"]
             + [f"--evaluate {path.name}" for path in evaluate_on]
         ),
         "seed": SEED,
@@ -426,51 +308,21 @@ def train(
     scorer = EmbeddedScorer(tensors["idf"], tensors["weight"], tensors["bias"].item(), FLOORS, card)
     card["evaluations"] = [evaluate(scorer, path) for path in evaluate_on]
     output.mkdir(parents=True, exist_ok=True)
-    _replace(output / WEIGHTS_FILE, weights)
-    _replace(output / CARD_FILE, (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(output / WEIGHTS_FILE, weights)
+    write_whole(output / CARD_FILE, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return scorer
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a temporary neighbour, then renames it over `path`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; prints the figures as JSON. 0 on success, 1 with a message for an error we know."""
-    parser = argparse.ArgumentParser(prog="python -m detox_benchmarks.fitting.linear", description="Fit the scorer.")
-    parser.add_argument(
-        "--data", type=Path, help="folder of the training texts, or a file of scored rows; absent: only evaluate"
-    )
-    parser.add_argument("--made-up", type=int, nargs=2, default=(MADE_UP, INSULTS), metavar=("HARMLESS", "INSULTS"))
-    parser.add_argument("--output", type=Path, required=True, help="folder of the weights and the card")
-    parser.add_argument("--evaluate", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
-    options = parser.parse_args(arguments)
-    try:
-        if options.data is not None:
-            card = train(options.data, options.output, options.evaluate, tuple(options.made_up)).card
-            report = {key: card[key] for key in ("held_out", "evaluations", "weights_sha256")}
-        else:
-            scorer = EmbeddedScorer.load(options.output)
-            report = {"evaluations": [evaluate(scorer, path) for path in options.evaluate]}
-    except DetoxGuardError as error:
-        print(f"error: {error} {error.hint}".rstrip(), file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def fit(
+    output: Path,
+    data: Path | None = None,
+    evaluate_on: list[Path] | None = None,
+    made_up: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """`train` where there is data, else only measure what is in `output`; returns the figures. Raises `DataError`,
+    `ScorerError`."""
+    if data is None:
+        scorer = EmbeddedScorer.load(output)
+        return {"evaluations": [evaluate(scorer, path) for path in evaluate_on or []]}
+    card = train(data, output, evaluate_on, made_up or (MADE_UP, INSULTS)).card
+    return {key: card[key] for key in ("held_out", "evaluations", "weights_sha256")}

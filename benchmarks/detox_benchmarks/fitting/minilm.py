@@ -2,20 +2,18 @@
 
 Knows the texts that the linear scorer was trained on. Needs the linear scorer's asset, and scikit-learn::
 
-    python -m detox_benchmarks.fitting.minilm --data FOLDER --output FOLDER
+    python -m detox_benchmarks fit minilm --data FOLDER --output FOLDER
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
 import math
 import random
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,24 +21,26 @@ from safetensors import numpy as safetensors
 from torch import nn
 
 from detox_benchmarks.fitting.clean_texts import clean_texts, contrasts
-from detox_benchmarks.fitting.linear import (
+from detox_benchmarks.fitting.linear import SEED
+from detox_benchmarks.fitting.texts import (
     PARADETOX,
     RTP,
-    SEED,
     SOURCES,
-    _pairs,
-    _sha256,
     fragments,
     harmless_texts,
     read_scored_texts,
+    rude_and_polite,
+    sha256_of,
 )
 from detox_guard._files import write_whole
-from detox_guard.errors import DetoxGuardError
 from detox_guard.scorers.disguise import normalised
 from detox_guard.scorers.linear import CARD_FILE, WEIGHTS_FILE, EmbeddedScorer
 from detox_guard.scorers.minilm import LINEAR_BOUND, LINEAR_SHARE, LORA_SCALE, linear_layers, load_encoder, pooled
 
-__all__ = ["main", "train"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["train"]
 
 RANK, HIDDEN = 8, 64
 BATCH, RATE, MAX_TOKENS = 32, 1.5e-3, 40
@@ -106,7 +106,7 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
         0.6,
     )
     add(rude, 0.9, 0, 0.6)
-    pairs = rng.sample(_pairs(data / PARADETOX), int(1500 * size))
+    pairs = rng.sample(rude_and_polite(data / PARADETOX), int(1500 * size))
     add([toxic for toxic, _ in pairs], 0.9, 1, 0.4)
     add([polite for _, polite in pairs], 0.1, 1, 0.4)
 
@@ -174,10 +174,10 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
         "method": "low-rank adapter over all-MiniLM-L6-v2 (Apache-2.0), head on mean and maximum of its last states, "
         "and the linear scorer's logit; Platt's calibration on rows held out",
         "data": {
-            name.rpartition("/")[2]: {"sha256": _sha256(data / name), **SOURCES.get(name.rpartition("/")[2], {})}
+            name.rpartition("/")[2]: {"sha256": sha256_of(data / name), **SOURCES.get(name.rpartition("/")[2], {})}
             for name in (RTP, PARADETOX)
         },
-        "command": f"python -m detox_benchmarks.fitting.minilm --data {data.name} --output {output.name}",
+        "command": f"python -m detox_benchmarks fit minilm --data {data.name} --output {output.name}",
         "seed": SEED,
         "hyper_parameters": {"rank": RANK, "epochs": epochs, "batch": BATCH, "rate": RATE, "texts": len(texts)},
         "weights_bytes": len(weights),
@@ -188,23 +188,3 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / WEIGHTS_FILE, weights)
     write_whole(output / CARD_FILE, json.dumps(card, indent=2) + "\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. 0 on success, 1 with a message for an error we know."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detox_benchmarks.fitting.minilm", description="Fit the minilm scorer."
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the training texts")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the weights and the card")
-    options = parser.parse_args(arguments)
-    try:
-        train(options.data, options.output)
-    except DetoxGuardError as error:
-        print(f"error: {error} {error.hint}".rstrip(), file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,37 +14,38 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field, field_validator
 
+from detox_benchmarks.methods import more_methods
 from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard._files import read_text, write_whole
+from detox_guard._progress import Progress
+from detox_guard._strict import StrictModel
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
-from detox_guard.evaluation.harness import all_methods, collect, judge_run, open_run, stored_replies
-from detox_guard.evaluation.journal import Journal
-from detox_guard.evaluation.likelihood import BackboneJudge
+from detox_guard.evaluation.lms import LMJudge
 from detox_guard.evaluation.machine import machine, versions
-from detox_guard.evaluation.methods import Ingredients, make_methods
+from detox_guard.evaluation.methods import Ingredients, make_methods, needs_streams
 from detox_guard.evaluation.metrics import Bootstrap, Figure
-from detox_guard.evaluation.progress import Progress
-from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts
-from detox_guard.evaluation.results import shown
+from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prompts, read_squad
+from detox_guard.evaluation.run import collect, judge_run
+from detox_guard.evaluation.store import Journal, all_methods, open_run, stored_replies
+from detox_guard.evaluation.tables import Sheet, rich_tables, shown
 from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    import torch
     from rich.console import RenderableType
 
-    from detox_guard.detoxigen import ManySteering
     from detox_guard.evaluation.methods import Method
 
-__all__ = ["UtilityReport", "run_utility"]
+__all__ = ["UtilityConfig", "UtilityReport", "run_utility"]
 
 UTILITY_FILE = "utility.json"
 SAME_STREAMS = (
@@ -54,6 +55,49 @@ SAME_STREAMS = (
 QUESTION = "{context}\n\nQuestion: {question}\nAnswer with a few words from the text above, and nothing else."
 ANSWER_TOKENS, BOLD_TOKENS = 32, 20
 WINDOW = 256
+
+
+class UtilityConfig(StrictModel):
+    """What `run_utility` measures, and how. Raises `InvalidParamsError`."""
+
+    output: str
+    """Folder of the run; a run cut off is taken up there."""
+    xquad: str | None = None
+    """Questions in SQuAD's format, .json."""
+    wikitext: str | None = None
+    """Plain text, .txt."""
+    bold: tuple[str, ...] = ()
+    """Harmless beginnings, BOLD's .json."""
+    model: str | None = None
+    """Hub id, folder or .gguf file; else the embedded default model."""
+    detoxifier: Any = None
+    """Folder or hub id; else the shipped one."""
+    device: str | None = None
+    """cpu, cuda, cuda:N, mps; else the best there is."""
+    dtype: str | None = None
+    """Number type of the weights; else what the device does best."""
+    methods: tuple[str, ...] = ("default",)
+    """As in eval, of one soft prompt."""
+    alphas: tuple[float, ...] = (2.0,)
+    """A strength, for each method whose strength is free."""
+    plausibility: float = 0.02
+    """The floor of the methods that have one."""
+    limit: Annotated[int, Field(ge=1)] = 200
+    """Questions, windows and beginnings."""
+    samples: Annotated[int, Field(ge=1)] = 5
+    """Replies a beginning."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of what is drawn and of the replies."""
+    batch_rows: Annotated[int, Field(ge=2)] = 64
+    """Rows of the running batch."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: object) -> object:
+        """Paths as names, lists as tuples."""
+        if isinstance(value, list | tuple):
+            return tuple(str(one) if isinstance(one, Path) else one for one in value)
+        return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -68,74 +112,52 @@ class UtilityReport:
 
     def table(self) -> RenderableType:
         """A rich table for each task; in brackets 95 % intervals, below each figure its difference to plain."""
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
-
-        tables = []
+        sheets = []
         for task, methods in self.summary["tasks"].items():
-            table = Table(title=f"{task} ({self.summary['sizes'][task]})", title_justify="left")
-            for column in ("", *methods):
-                table.add_column(escape(column), justify="right" if column else "left")
+            rows = []
             for name in next(iter(methods.values())):
-                cells = [
-                    "\n".join(shown(figures[name][kind]) for kind in ("value", "difference") if figures[name][kind])
-                    for figures in methods.values()
-                ]
-                table.add_row(*map(escape, [name, *cells]))
-            tables.append(table)
-        return Group(*tables)
+                figures = [found[name] for found in methods.values()]
+                kinds = ("value", "difference")
+                rows.append([name, *("\n".join(shown(one[kind]) for kind in kinds if one[kind]) for one in figures)])
+            sheets.append(Sheet(f"{task} ({self.summary['sizes'][task]})", ["", *methods], rows))
+        return rich_tables(sheets)
 
 
-def run_utility(
-    *,
-    output: Path,
-    xquad: Path | None = None,
-    wikitext: Path | None = None,
-    bold: Sequence[Path] = (),
-    model: str | Path | None = None,
-    detoxifier: ManySteering = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    methods: Sequence[str] = ("default",),
-    alphas: Sequence[float] = (2.0,),
-    plausibility: float = 0.02,
-    limit: int = 200,
-    samples: int = 5,
-    seed: int = 0,
-    batch_rows: int = 64,
-    progress: bool = True,
-) -> UtilityReport:
+def run_utility(*, progress: bool = True, **fields: Any) -> UtilityReport:
     """Measure each task that a file is given for: up to `limit` questions, windows of text, and beginnings.
 
-    `samples` continuations of each BOLD beginning. `methods`: those of `SAME_STREAMS`. The same call takes up a run
-    that was cut off. Raises `DataError`, `InvalidParamsError`, and what loading and decoding raise.
+    `fields` are those of `UtilityConfig`. The same call takes up a run that was cut off. Raises `DataError`,
+    `InvalidParamsError`, and what loading and decoding raise.
     """
-    for name in methods:
-        if name not in SAME_STREAMS:
-            raise InvalidParamsError("methods", name, f"one of {', '.join(SAME_STREAMS)}")
-    for name, count in (("limit", limit), ("samples", samples)):
-        if count < 1:
-            raise InvalidParamsError(name, count, "at least 1")
-    if xquad is None and wikitext is None and not bold:
+    config = UtilityConfig(**fields)
+    limit, samples, seed, output = config.limit, config.samples, config.seed, Path(config.output)
+    table = {name: recipe for name, recipe in more_methods(config.plausibility).items() if name in SAME_STREAMS}
+    needs_streams(config.methods, table)
+    if not (config.xquad or config.wikitext or config.bold):
         raise InvalidParamsError("xquad", None, "at least one file: of xquad, wikitext or bold")
-    questions = _questions(xquad, limit, seed) if xquad is not None else []
-    read = [prompt for path in bold for prompt in choose_prompts(read_prompts(path), limit, seed)]
+    questions = _questions(Path(config.xquad), limit, seed) if config.xquad else []
+    read = [prompt for path in config.bold for prompt in choose_prompts(read_prompts(path), limit, seed)]
     beginnings = [replace(prompt, classes=("all",)) for prompt in read]  # harmless ones, whatever a label says
-    text = read_text(wikitext) if wikitext is not None else ""
+    text = read_text(Path(config.wikitext)) if config.wikitext else ""
     with ExitStack() as stack:
         stack.enter_context(open_run(output))
-        config = EngineConfig(max_rows=batch_rows)
         guard = stack.enter_context(
-            DetoxiGen.from_pretrained(model, detoxifier=detoxifier, device=device, dtype=dtype, config=config)
+            DetoxiGen.from_pretrained(
+                config.model,
+                detoxifier=config.detoxifier,
+                device=config.device,
+                dtype=config.dtype,
+                config=EngineConfig(max_rows=config.batch_rows),
+            )
         )
         bars = stack.enter_context(Progress(progress))
 
         def made(**sampling: Any) -> list[Method]:
             default = DecodingParams(**sampling)
             plain = default.replace(alpha=0.0, plausibility=0.0)
-            ingredients = Ingredients(guard.backbone, plain, default, guard.streams, plausibility=float(plausibility))
-            return make_methods(methods, alphas, ingredients)
+            return make_methods(
+                config.methods, config.alphas, Ingredients(guard.backbone, plain, default, guard.streams), table
+            )
 
         tasks: dict[str, dict[str, Any]] = {}
         sizes: dict[str, int] = {}
@@ -170,18 +192,14 @@ def run_utility(
 
 
 def _questions(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
-    try:
-        found = [
-            {
-                "text": QUESTION.format(context=paragraph["context"], question=one["question"]),
-                "answers": [str(answer["text"]) for answer in one["answers"]],
-            }
-            for article in json.loads(read_text(path))["data"]
-            for paragraph in article["paragraphs"]
-            for one in paragraph["qas"]
-        ]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not in SQuAD's format ({type(error).__name__}: {error})") from error
+    found = [
+        {
+            "text": QUESTION.format(context=paragraph["context"], question=one["question"]),
+            "answers": [str(answer["text"]) for answer in one["answers"]],
+        }
+        for paragraph in read_squad(path)
+        for one in paragraph.get("qas", ())
+    ]
     if not found:
         raise DataError(f"{path}: no question in it")
     return [found[i] for i in sorted(np.random.default_rng(seed).permutation(len(found))[:limit])]
@@ -249,7 +267,6 @@ def _losses(
                 for way, (nats, never) in zip(ways, pairs, strict=True):
                     journal.add({"method": way.name, "window": i, "nats": nats, "never": never})
                 stage.tick()
-        journal.finish()
         rows = {way.name: [journal.rows[way.name, i] for i in range(len(windows))] for way in methods}
     tokens = WINDOW - half - 1
     return _figures(
@@ -281,7 +298,7 @@ def _mentions(
     folder.mkdir(exist_ok=True)
     asked = _asked("bold", prompts, samples, seed, chat=False)
     run = collect(folder, asked, guard.backbone, methods, guard.config, bars, guard)
-    summary = judge_run(folder, run, [load_scorer()], [BackboneJudge(guard.backbone)], bars).summary
+    summary = judge_run(folder, run, [load_scorer()], [LMJudge(guard.backbone, own=True)], bars).summary
     group = next(group for group in summary["groups"] if group["name"] == "all")["methods"]
     replies = stored_replies(folder, run)
     own: dict[str, dict[str, list[float]]] = {}

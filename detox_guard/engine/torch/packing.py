@@ -80,7 +80,7 @@ def pack_linears(model: nn.Module) -> int:
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for parent in model.modules():
         for name, child in parent.named_children():
-            # A rounded weight is a tensor class of its own. PEFT, whose matrices stand in dicts, looks at their weights.
+            # A rounded weight is a tensor class of its own. PEFT keeps its matrices in dicts, and reads their weights.
             if (
                 type(child) is nn.Linear
                 and type(child.weight) is nn.Parameter

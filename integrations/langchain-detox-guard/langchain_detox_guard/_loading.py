@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detox_guard import LoadOptions
+from detox_guard import LoadOptions, field_of
 from pydantic import Field, SecretStr, field_validator
 
 from langchain_detox_guard._settings import Settings
@@ -16,21 +16,21 @@ class LoadFields(Settings):
     """The fields of `detox_guard.LoadOptions`, with its meanings and bounds. A `token` is a secret: what is serialized
     asks for HF_TOKEN again."""
 
-    device: str | None = None
-    dtype: str | None = None
-    device_map: str | int | dict[str, Any] | None = None
-    max_memory: dict[str | int, str | int] | None = None
-    offload_folder: str | None = None
-    quantization_config: str | dict[str, Any] | None = None
+    device: str | None = field_of(LoadOptions, "device")
+    dtype: str | None = field_of(LoadOptions, "dtype")
+    device_map: str | int | dict[str, Any] | None = field_of(LoadOptions, "device_map")
+    max_memory: dict[str | int, str | int] | None = field_of(LoadOptions, "max_memory")
+    offload_folder: str | None = field_of(LoadOptions, "offload_folder")
+    quantization_config: str | dict[str, Any] | None = field_of(LoadOptions, "quantization_config")
     """A name, or a quantization config of transformers, which is kept as a mapping."""
-    attn_implementation: str | None = None
-    revision: str | None = None
-    gguf_file: str | None = None
-    trust_remote_code: bool = False
+    attn_implementation: str | None = field_of(LoadOptions, "attn_implementation")
+    revision: str | None = field_of(LoadOptions, "revision")
+    gguf_file: str | None = field_of(LoadOptions, "gguf_file")
+    trust_remote_code: bool = field_of(LoadOptions, "trust_remote_code")
     token: SecretStr | None = Field(default=None, repr=False)
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    model_kwargs: dict[str, Any] | None = None
+    cache_dir: str | None = field_of(LoadOptions, "cache_dir")
+    local_files_only: bool = field_of(LoadOptions, "local_files_only")
+    model_kwargs: dict[str, Any] | None = field_of(LoadOptions, "model_kwargs")
 
     @field_validator("quantization_config", mode="before")
     @classmethod
@@ -54,4 +54,4 @@ class LoadFields(Settings):
 
 
 LOADING = (*WHICH, *(name for name in LoadFields.model_fields if name not in Settings.model_fields))
-"""Fields that say which engine is meant."""
+"""Fields that say which model is meant."""

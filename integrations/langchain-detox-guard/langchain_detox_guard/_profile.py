@@ -36,7 +36,7 @@ class Profile(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         if key == _WINDOW and self._model is not None:
-            window = self._model._engine().context_window
+            window = self._model._detoxigen().context_window
             self._model = None
             if window is not None:
                 self[_WINDOW] = window

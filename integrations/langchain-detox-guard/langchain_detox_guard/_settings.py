@@ -1,4 +1,4 @@
-"""The base of what users configure here: nothing that was set is lost. Knows pydantic and pickle; knows no engine."""
+"""The base of what users configure here: nothing that was set is lost. Knows pydantic and pickle; knows no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 class Settings(Serializable):
     """Checked where it is made and where it is copied (`InvalidParamsError` names the field).
 
-    A deep copy shares the objects of this process: engines, scorers, caches, callbacks. Pickling keeps every field or
+    A deep copy shares the objects of this process: models, scorers, caches, callbacks. Pickling keeps every field or
     raises `NotPicklableError`.
     """
 

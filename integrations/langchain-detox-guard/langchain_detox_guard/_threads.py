@@ -1,4 +1,4 @@
-"""Batches of threads that can be interrupted. Knows engines, threads and an event loop; knows no message."""
+"""Many requests at once, in threads that can be interrupted or as tasks. Knows a model to ask; knows no message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import as_completed
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from detox_guard import RequestCancelledError
 from langchain_core.runnables.config import get_config_list, get_executor_for_config
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
     from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
     from langchain_core.runnables import RunnableConfig
 
+_T = TypeVar("_T")
 AT_ONCE = 256
 """Requests of one call under way together: well under the engine's queue, well over its batch."""
 
 
-def stream(engine: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
-    """`engine.stream`; in a thread of a batch, one that the batch can cancel."""
+def stream(detoxigen: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
+    """`detoxigen.stream`; in a thread of a batch, one that the batch can cancel."""
     own = _batch.get()
-    return engine.stream(prompt, params) if own is None or own.over else own.stream(engine, prompt, params)
+    return detoxigen.stream(prompt, params) if own is None or own.over else own.stream(detoxigen, prompt, params)
 
 
-def generate(engine: DetoxiGen, prompt: Any, params: DecodingParams) -> Generation:
-    """`engine.generate`; in a thread of a batch, one that the batch can cancel."""
+def generate(detoxigen: DetoxiGen, prompt: Any, params: DecodingParams) -> Generation:
+    """`detoxigen.generate`; in a thread of a batch, one that the batch can cancel."""
     own = _batch.get()
     if own is None or own.over:
-        return engine.generate(prompt, params)
-    reply = [chunk.generation for chunk in own.stream(engine, prompt, params)][-1]
+        return detoxigen.generate(prompt, params)
+    reply = [chunk.generation for chunk in own.stream(detoxigen, prompt, params)][-1]
     assert reply is not None, "a stream ends with its generation, or raises"
     return reply
 
 
-def batch(engine: DetoxiGen, prompts: Sequence[Any], params: DecodingParams) -> list[Generation]:
-    """`engine.batch`; in a thread of a batch, one that the batch can cancel."""
+def batch(detoxigen: DetoxiGen, prompts: Sequence[Any], params: DecodingParams) -> list[Generation]:
+    """`detoxigen.batch`; in a thread of a batch, one that the batch can cancel."""
     if _batch.get() is None:
-        return engine.batch(prompts, params)
-    return [generate(engine, prompt, params) for prompt in prompts]
+        return detoxigen.batch(prompts, params)
+    return [generate(detoxigen, prompt, params) for prompt in prompts]
 
 
 def each(
@@ -95,6 +96,22 @@ def wide(config: RunnableConfig | Sequence[RunnableConfig] | None, count: int) -
     return configs
 
 
+async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """All results, in order, a bounded number at a time. The first error, or a cancellation, cancels the rest."""
+    seats = asyncio.Semaphore(AT_ONCE)
+
+    async def seated(one: Coroutine[Any, Any, _T]) -> _T:
+        async with seats:
+            return await one
+
+    tasks = [asyncio.create_task(seated(one)) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class _Requests:
     """The requests that the threads of one batch wait for. They run on a loop of their own, where leaving cancels them.
 
@@ -131,12 +148,12 @@ class _Requests:
         self._ready.set()
         await self._end.wait()  # then `asyncio.run` cancels the tasks
 
-    def stream(self, engine: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
+    def stream(self, detoxigen: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
         inbox: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
 
         async def read() -> None:
             try:
-                async with aclosing(engine.astream(prompt, params)) as chunks:
+                async with aclosing(detoxigen.astream(prompt, params)) as chunks:
                     async for chunk in chunks:
                         inbox.put(chunk)
             except Exception as error:

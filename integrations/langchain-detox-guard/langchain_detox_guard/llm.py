@@ -12,9 +12,10 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from langchain_detox_guard._engine import EngineFields, gather, generation_info
 from langchain_detox_guard._errors import langchain_errors
-from langchain_detox_guard._threads import batch, stream, wide
+from langchain_detox_guard._fields import ModelFields
+from langchain_detox_guard._identity import generation_info
+from langchain_detox_guard._threads import batch, gather, stream, wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_core.language_models.base import LangSmithParams
 
 
-class DetoxiGenLLM(EngineFields, BaseLLM):
+class DetoxiGenLLM(ModelFields, BaseLLM):
     """A local language model, steered away from toxicity while it decodes, where another LangChain LLM stood.
 
     `DetoxiGenLLM()` is the embedded default backbone with its detoxifier. Every field may also be given per call.
@@ -33,9 +34,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     steering summary). Raises the errors of `detox_guard`, which are LangChain's own too (`ContextOverflowError`, …).
     """
 
-    model_config = (
-        EngineFields.model_config
-    )  # of two bases, pydantic would take LangChain's, which ignores misspellings
+    model_config = ModelFields.model_config  # of two bases, pydantic would take LangChain's, which ignores misspellings
 
     @property
     def _llm_type(self) -> str:
@@ -48,7 +47,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
         with langchain_errors():
             llm, rest = self._for_generate(stop, kwargs)
             if llm._caches():
-                llm._loaded = llm._engine()
+                llm._loaded = llm._detoxigen()
         return super(DetoxiGenLLM, llm).generate(prompts, llm.stop, *args, **rest)
 
     async def agenerate(
@@ -58,7 +57,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
         with langchain_errors():
             llm, rest = self._for_generate(stop, kwargs)
             if llm._caches():
-                llm._loaded = await llm._aengine()
+                llm._loaded = await llm._adetoxigen()
         return await super(DetoxiGenLLM, llm).agenerate(prompts, llm.stop, *args, **rest)
 
     def _for_generate(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[DetoxiGenLLM, dict[str, Any]]:
@@ -105,12 +104,12 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     ) -> LLMResult:
         with langchain_errors():
             llm, params = self._resolve(stop, kwargs)
-            engine = llm._engine()
+            detoxigen = llm._detoxigen()
             if llm.streaming and len(prompts) == 1:
-                replies = [_whole(list(llm._tokens(engine, prompts[0], params, run_manager)))]
+                replies = [_whole(list(llm._tokens(detoxigen, prompts[0], params, run_manager)))]
             else:
-                replies = batch(engine, prompts, params)
-        return _result(engine, replies)
+                replies = batch(detoxigen, prompts, params)
+        return _result(detoxigen, replies)
 
     async def _agenerate(
         self,
@@ -121,13 +120,13 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     ) -> LLMResult:
         with langchain_errors():
             llm, params = self._resolve(stop, kwargs)
-            engine = await llm._aengine()
+            detoxigen = await llm._adetoxigen()
             if llm.streaming and len(prompts) == 1:
-                tokens = llm._atokens(engine, prompts[0], params, run_manager)
+                tokens = llm._atokens(detoxigen, prompts[0], params, run_manager)
                 replies = [_whole([piece async for piece in tokens])]
             else:
-                replies = await gather([engine.agenerate(prompt, params) for prompt in prompts])
-        return _result(engine, replies)
+                replies = await gather([detoxigen.agenerate(prompt, params) for prompt in prompts])
+        return _result(detoxigen, replies)
 
     def _stream(
         self,
@@ -138,7 +137,7 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         with langchain_errors():
             llm, params = self._resolve(stop, kwargs)
-            with closing(llm._tokens(llm._engine(), prompt, params, run_manager)) as tokens:
+            with closing(llm._tokens(llm._detoxigen(), prompt, params, run_manager)) as tokens:
                 for _, out in tokens:
                     yield out
 
@@ -151,8 +150,8 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
     ) -> AsyncIterator[GenerationChunk]:
         with langchain_errors():
             llm, params = self._resolve(stop, kwargs)
-            engine = await llm._aengine()
-            async with aclosing(llm._atokens(engine, prompt, params, run_manager)) as tokens:
+            detoxigen = await llm._adetoxigen()
+            async with aclosing(llm._atokens(detoxigen, prompt, params, run_manager)) as tokens:
                 async for _, out in tokens:
                     yield out
 
@@ -163,21 +162,25 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
         return llm, llm._decoding_params(stop)
 
     def _tokens(
-        self, engine: DetoxiGen, prompt: str, params: DecodingParams, run_manager: CallbackManagerForLLMRun | None
+        self, detoxigen: DetoxiGen, prompt: str, params: DecodingParams, run_manager: CallbackManagerForLLMRun | None
     ) -> Generator[tuple[Chunk, GenerationChunk], None, None]:
-        with closing(stream(engine, prompt, params)) as chunks:
+        with closing(stream(detoxigen, prompt, params)) as chunks:
             for chunk in chunks:
-                out = _as_chunk(engine, chunk)
+                out = _as_chunk(detoxigen, chunk)
                 if run_manager:
                     run_manager.on_llm_new_token(out.text, chunk=out)
                 yield chunk, out
 
     async def _atokens(
-        self, engine: DetoxiGen, prompt: str, params: DecodingParams, run_manager: AsyncCallbackManagerForLLMRun | None
+        self,
+        detoxigen: DetoxiGen,
+        prompt: str,
+        params: DecodingParams,
+        run_manager: AsyncCallbackManagerForLLMRun | None,
     ) -> AsyncGenerator[tuple[Chunk, GenerationChunk], None]:
-        async with aclosing(engine.astream(prompt, params)) as chunks:
+        async with aclosing(detoxigen.astream(prompt, params)) as chunks:
             async for chunk in chunks:
-                out = _as_chunk(engine, chunk)
+                out = _as_chunk(detoxigen, chunk)
                 if run_manager:
                     await run_manager.on_llm_new_token(out.text, chunk=out)
                 yield chunk, out
@@ -189,21 +192,21 @@ class DetoxiGenLLM(EngineFields, BaseLLM):
 
     def get_token_ids(self, text: str) -> list[int]:
         """The backbone's own tokens (loads it)."""
-        return self._engine().encode(text)
+        return self._detoxigen().encode(text)
 
 
-def _as_chunk(engine: DetoxiGen, chunk: Chunk) -> GenerationChunk:
-    return GenerationChunk(text=chunk.text, generation_info=chunk.generation and _info(engine, chunk.generation))
+def _as_chunk(detoxigen: DetoxiGen, chunk: Chunk) -> GenerationChunk:
+    return GenerationChunk(text=chunk.text, generation_info=chunk.generation and _info(detoxigen, chunk.generation))
 
 
-def _info(engine: DetoxiGen, reply: Reply) -> dict[str, Any]:
-    return {**generation_info(engine, reply), "token_usage": _usage([reply])}
+def _info(detoxigen: DetoxiGen, reply: Reply) -> dict[str, Any]:
+    return {**generation_info(detoxigen, reply), "token_usage": _usage([reply])}
 
 
-def _result(engine: DetoxiGen, replies: Sequence[Reply]) -> LLMResult:
-    generations = [[Generation(text=reply.text, generation_info=_info(engine, reply))] for reply in replies]
+def _result(detoxigen: DetoxiGen, replies: Sequence[Reply]) -> LLMResult:
+    generations = [[Generation(text=reply.text, generation_info=_info(detoxigen, reply))] for reply in replies]
     return LLMResult(
-        generations=generations, llm_output={"token_usage": _usage(replies), "model_name": engine.model_id}
+        generations=generations, llm_output={"token_usage": _usage(replies), "model_name": detoxigen.model_id}
     )
 
 

@@ -1,11 +1,11 @@
-"""Retrieved documents, screened before a model reads them; and a RAG chain that does so. Knows documents, no engine."""
+"""Retrieved documents, screened before a model reads them; and a RAG chain that does so. Knows documents, no model."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from detox_guard import screen
+from detox_guard import GuardPolicy, field_of, screen
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -48,7 +48,7 @@ class DetoxDocumentScreen(Settings, RunnableSerializable[list[Document], list[Do
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     action: Literal["drop", "mask", "mark"] = "mask"
-    threshold: float = Field(default=0.5, ge=0, le=1)
+    threshold: float = field_of(GuardPolicy, "threshold", ge=0, le=1)
     scorer: Any = None
     _shared: ClassVar = ("scorer",)
 

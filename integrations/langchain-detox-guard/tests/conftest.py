@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 from detox_guard import DetoxiGen
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core.globals import set_llm_cache
 
-from scripted_engine import ScriptedEngine
+from langchain_scripts import obliging
 
 
 @pytest.fixture
-def engine() -> ScriptedEngine:
-    return ScriptedEngine()
+def detoxigen() -> ScriptedDetoxiGen:
+    return ScriptedDetoxiGen(obliging)
 
 
 @pytest.fixture(scope="session")
 def guard() -> DetoxiGen:
-    """The engine that every model without an `engine` of its own uses: the embedded default."""
+    """The detoxigen that every model without an `detoxigen` of its own uses: the embedded default."""
     return DetoxiGen.shared()
 
 

@@ -1,16 +1,16 @@
-"""ChatDetoxiGen against a scripted engine: what LangChain's standard suite does not ask."""
+"""ChatDetoxiGen against a scripted model: what LangChain's standard suite does not ask."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import pickle
-import time
-from dataclasses import replace
+import threading
 from typing import Any
 
 import pytest
 from detox_guard import ChatPrompt, DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, PromptError
+from detox_guard.testing import Said, ScriptedDetoxiGen, tool_call
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from langchain_detox_guard import ChatDetoxiGen, IncompleteAnswerError
-from scripted_engine import WINDOW, ScriptedEngine, call_text
+from langchain_scripts import WINDOW, obliging
 
 
 @tool
@@ -46,8 +46,8 @@ def add(a: int, b: int) -> int:
 
 
 @pytest.fixture
-def chat(engine: ScriptedEngine) -> ChatDetoxiGen:
-    return ChatDetoxiGen(engine=engine, seed=1)
+def chat(detoxigen: ScriptedDetoxiGen) -> ChatDetoxiGen:
+    return ChatDetoxiGen(detoxigen=detoxigen, seed=1)
 
 
 def whole(chunks: list[AIMessageChunk]) -> AIMessageChunk:
@@ -78,21 +78,21 @@ def test_bad_names_are_named(chat: ChatDetoxiGen, bad: dict[str, Any]) -> None:
         ChatDetoxiGen(**bad)
 
 
-def test_an_engine_has_its_own_names(engine: ScriptedEngine) -> None:
+def test_an_engine_has_its_own_names(detoxigen: ScriptedDetoxiGen) -> None:
     with pytest.raises(ValueError, match="model"):
-        ChatDetoxiGen(engine=engine, model="some/model")
+        ChatDetoxiGen(detoxigen=detoxigen, model="some/model")
 
 
-def test_keywords_and_guard_reach_the_engine(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_keywords_and_guard_reach_the_engine(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     policy = GuardPolicy(threshold=0.3)
     chat.bind(alpha=3.0, max_tokens=5, guard=policy).invoke("Hi", stop=["x"])
-    assert engine.calls[-1][2] == DecodingParams(alpha=3.0, max_new_tokens=5, stop=("x",), seed=1, guard=policy)
+    assert detoxigen.calls[-1][2] == DecodingParams(alpha=3.0, max_new_tokens=5, stop=("x",), seed=1, guard=policy)
 
 
 # -- messages
 
 
-def test_messages_become_the_cores(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_messages_become_the_cores(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     call = {"name": "add", "args": {"a": 1, "b": 2}, "id": "c1", "type": "tool_call"}
     chat.bind_tools([add]).invoke(
         [
@@ -105,7 +105,7 @@ def test_messages_become_the_cores(chat: ChatDetoxiGen, engine: ScriptedEngine) 
             ChatMessage("and?", role="critic"),
         ]
     )  # fmt: skip
-    prompt = engine.calls[-1][1]
+    prompt = detoxigen.calls[-1][1]
     assert isinstance(prompt, ChatPrompt)
     function = {"name": "add", "arguments": {"a": 1, "b": 2}}
     assert list(prompt.messages) == [
@@ -118,9 +118,9 @@ def test_messages_become_the_cores(chat: ChatDetoxiGen, engine: ScriptedEngine) 
     assert [tool["function"]["name"] for tool in prompt.tools] == ["add"]
 
 
-def test_neighbouring_messages_of_other_roles_stay_apart(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_neighbouring_messages_of_other_roles_stay_apart(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     chat.invoke([ChatMessage("a", role="user"), ChatMessage("b", role="critic"), ChatMessage("c", role="critic")])
-    assert [(one["role"], one["content"]) for one in engine.calls[-1][1].messages] == [
+    assert [(one["role"], one["content"]) for one in detoxigen.calls[-1][1].messages] == [
         ("user", "a"),
         ("critic", "b\nc"),
     ]
@@ -133,7 +133,7 @@ def test_pictures_are_refused_by_name(chat: ChatDetoxiGen) -> None:
 
 def test_errors_are_langchains_too(chat: ChatDetoxiGen) -> None:
     with pytest.raises(ContextOverflowError):
-        chat.invoke("word " * WINDOW)
+        chat.invoke("word " * (WINDOW + 1))
 
 
 # -- streams
@@ -186,7 +186,7 @@ def test_callbacks_fire_exactly_once(chat: ChatDetoxiGen) -> None:
 
 # -- tools
 
-CALL = call_text("add", {"a": 1, "b": 2})
+CALL = tool_call("add", a=1, b=2)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ CALL = call_text("add", {"a": 1, "b": 2})
         ({"type": "tool", "name": "add"}, "add"), ({"type": "any"}, "any"),
     ],
 )  # fmt: skip
-def test_every_tool_choice(chat: ChatDetoxiGen, engine: ScriptedEngine, choice: Any, normal: str) -> None:
+def test_every_tool_choice(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen, choice: Any, normal: str) -> None:
     chat.bind_tools([look_up, add], tool_choice=choice).invoke("Hi")
-    _, prompt, params = engine.calls[-1]
+    _, prompt, params = detoxigen.calls[-1]
     assert len(prompt.tools) == (0 if normal == "none" else 2)
     expected = {
         "any": Grammar.tool_calls(prompt.tools or [{}]) if normal == "any" else None,
@@ -219,9 +219,9 @@ def test_a_choice_without_tools_is_named(chat: ChatDetoxiGen) -> None:
         chat.bind_tools([], tool_choice="any")
 
 
-async def test_calls_stream_as_they_are_invoked(engine: ScriptedEngine) -> None:
-    engine.script = lambda *_: f"Let me see.\n{CALL}\n{CALL}"
-    chat = ChatDetoxiGen(engine=engine).bind_tools([add])
+async def test_calls_stream_as_they_are_invoked(detoxigen: ScriptedDetoxiGen) -> None:
+    detoxigen.script = lambda *_: f"Let me see.\n{CALL}\n{CALL}"
+    chat = ChatDetoxiGen(detoxigen=detoxigen).bind_tools([add])
     message = chat.invoke("Hi")
     streams = [list(chat.stream("Hi")), [chunk async for chunk in chat.astream("Hi")]]
     for other in [message, *(whole(chunks) for chunks in streams)]:  # type: ignore[arg-type]
@@ -232,27 +232,27 @@ async def test_calls_stream_as_they_are_invoked(engine: ScriptedEngine) -> None:
     assert all("tool_call" not in str(chunk.content) for chunk in streams[0])
 
 
-def test_parallel_calls_can_be_declined(engine: ScriptedEngine) -> None:
-    engine.script = lambda *_: f"{CALL}\n{CALL}"
-    chat = ChatDetoxiGen(engine=engine).bind_tools([add], parallel_tool_calls=False)
+def test_parallel_calls_can_be_declined(detoxigen: ScriptedDetoxiGen) -> None:
+    detoxigen.script = lambda *_: f"{CALL}\n{CALL}"
+    chat = ChatDetoxiGen(detoxigen=detoxigen).bind_tools([add], parallel_tool_calls=False)
     for message in (chat.invoke("Hi"), whole(list(chat.stream("Hi")))):  # type: ignore[arg-type]
         assert [call["name"] for call in message.tool_calls] == ["add"]
         assert not message.invalid_tool_calls
 
 
-def test_a_broken_call_is_invalid_and_never_content(engine: ScriptedEngine) -> None:
+def test_a_broken_call_is_invalid_and_never_content(detoxigen: ScriptedDetoxiGen) -> None:
     """The reply was cut inside the arguments: nobody may get the half that was said as if it were the whole."""
-    engine.script = lambda *_: CALL[:50]
-    chat = ChatDetoxiGen(engine=engine).bind_tools([add])
+    detoxigen.script = lambda *_: CALL[:50]
+    chat = ChatDetoxiGen(detoxigen=detoxigen).bind_tools([add])
     for message in (chat.invoke("Hi"), whole(list(chat.stream("Hi")))):  # type: ignore[arg-type]
         assert message.content == ""
         assert not message.tool_calls
         assert len(message.invalid_tool_calls) == 1
 
 
-def test_text_without_tools_is_left_alone(engine: ScriptedEngine) -> None:
-    engine.script = lambda *_: CALL
-    assert ChatDetoxiGen(engine=engine).invoke("Hi").content == CALL
+def test_text_without_tools_is_left_alone(detoxigen: ScriptedDetoxiGen) -> None:
+    detoxigen.script = lambda *_: CALL
+    assert ChatDetoxiGen(detoxigen=detoxigen).invoke("Hi").content == CALL
 
 
 # -- structured output
@@ -269,9 +269,9 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "require
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
-def test_methods_hold_to_the_schema(chat: ChatDetoxiGen, engine: ScriptedEngine, method: Any) -> None:
+def test_methods_hold_to_the_schema(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen, method: Any) -> None:
     assert isinstance(chat.with_structured_output(Person, method=method).invoke("Hi"), Person)
-    _, prompt, params = engine.calls[-1]
+    _, prompt, params = detoxigen.calls[-1]
     assert params.grammar is not None
     assert params.grammar.kind == ("tool_calls" if method == "function_calling" else "json_schema")
     assert len(prompt.tools) == (method == "function_calling")
@@ -283,24 +283,24 @@ def test_a_bare_schema_gives_a_dict(chat: ChatDetoxiGen) -> None:
     assert chat.with_structured_output(SCHEMA).invoke("Hi") == {"name": "some name"}
 
 
-def test_json_mode_needs_no_schema(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_json_mode_needs_no_schema(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     assert isinstance(chat.with_structured_output(method="json_mode").invoke("Hi"), dict)
-    assert engine.calls[-1][2].grammar == Grammar.json_object()
+    assert detoxigen.calls[-1][2].grammar == Grammar.json_object()
 
 
-def test_the_schema_joins_the_system_message(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_the_schema_joins_the_system_message(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     chat.with_structured_output(SCHEMA).invoke([SystemMessage("Be kind."), HumanMessage("Hi")])
-    roles = [message["role"] for message in engine.calls[-1][1].messages]
+    roles = [message["role"] for message in detoxigen.calls[-1][1].messages]
     assert roles == ["system", "user"]
-    assert engine.calls[-1][1].messages[0]["content"].startswith("Be kind.\n\nAnswer only with JSON")
+    assert detoxigen.calls[-1][1].messages[0]["content"].startswith("Be kind.\n\nAnswer only with JSON")
 
 
-def test_include_raw_keeps_the_message_and_the_error(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_include_raw_keeps_the_message_and_the_error(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     good = chat.with_structured_output(Person, include_raw=True).invoke("Hi")
     assert isinstance(good["raw"], AIMessage)
     assert isinstance(good["parsed"], Person)
     assert good["parsing_error"] is None
-    engine.script = lambda *_: '{"name": 3'
+    detoxigen.script = lambda *_: '{"name": 3'
     bad = chat.with_structured_output(Person, include_raw=True).invoke("Hi")
     assert bad["parsed"] is None
     assert bad["parsing_error"] is not None
@@ -312,8 +312,8 @@ def test_bad_structured_output_is_named(chat: ChatDetoxiGen, bad: dict[str, Any]
         chat.with_structured_output(**bad).invoke("Hi")
 
 
-def test_the_models_stop_strings_give_way_to_a_grammar(engine: ScriptedEngine) -> None:
-    chat = ChatDetoxiGen(engine=engine, seed=1, stop=["some"])
+def test_the_models_stop_strings_give_way_to_a_grammar(detoxigen: ScriptedDetoxiGen) -> None:
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1, stop=["some"])
     assert chat.with_structured_output(Person).invoke("Hi") == Person(name="some name", age=3)
     assert chat.bind_tools([add], tool_choice="any").invoke("Hi").tool_calls
     with pytest.raises(InvalidParamsError, match="stop"):
@@ -329,23 +329,25 @@ def test_a_response_format_beside_tools_is_refused(chat: ChatDetoxiGen) -> None:
 # -- caches, identity, counting
 
 
-async def test_the_cache_serves_the_same_and_never_another_alpha(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+async def test_the_cache_serves_the_same_and_never_another_alpha(
+    chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen
+) -> None:
     set_llm_cache(InMemoryCache())
     text = chat.invoke("Hi").content
-    assert (chat.invoke("Hi").content, len(engine.calls)) == (text, 1)
-    assert ((await chat.ainvoke("Hi")).content, len(engine.calls)) == (text, 1)
+    assert (chat.invoke("Hi").content, len(detoxigen.calls)) == (text, 1)
+    assert ((await chat.ainvoke("Hi")).content, len(detoxigen.calls)) == (text, 1)
     for other in ({"alpha": 0.0}, {"seed": 2}, {"stop": ["dear"]}, {"max_tokens": 2}):
-        before = len(engine.calls)
+        before = len(detoxigen.calls)
         fresh = chat.invoke("Hi", **other).content  # type: ignore[arg-type]
-        assert ChatDetoxiGen(engine=engine, **{"seed": 1, **other}).invoke("Hi").content == fresh
-        assert len(engine.calls) == before + 1, other
+        assert ChatDetoxiGen(detoxigen=detoxigen, **{"seed": 1, **other}).invoke("Hi").content == fresh
+        assert len(detoxigen.calls) == before + 1, other
     assert chat.bind_tools([add]).invoke("Hi").tool_calls  # type: ignore[attr-defined]
 
 
-def test_unseeded_sampling_is_not_cached(engine: ScriptedEngine) -> None:
+def test_unseeded_sampling_is_not_cached(detoxigen: ScriptedDetoxiGen) -> None:
     set_llm_cache(InMemoryCache())
-    ChatDetoxiGen(engine=engine).batch(["Hi"] * 3)
-    assert len(engine.calls) == 3
+    ChatDetoxiGen(detoxigen=detoxigen).batch(["Hi"] * 3)
+    assert len(detoxigen.calls) == 3
 
 
 def test_tracing_parameters() -> None:
@@ -377,10 +379,12 @@ SHAPE = {"type": "object", "properties": {"n": {"type": "integer"}}}
          {"title": "shape", "description": "A shape.", **SHAPE}),
     ],
 )  # fmt: skip
-def test_a_schema_loses_nothing(chat: ChatDetoxiGen, engine: ScriptedEngine, schema: Any, held: dict[str, Any]) -> None:
-    engine.script = lambda *_: "{}"
+def test_a_schema_loses_nothing(
+    chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen, schema: Any, held: dict[str, Any]
+) -> None:
+    detoxigen.script = lambda *_: "{}"
     chat.with_structured_output(schema, include_raw=True).invoke("Hi")
-    grammar = engine.calls[-1][2].grammar
+    grammar = detoxigen.calls[-1][2].grammar
     assert grammar is not None
     assert json.loads(grammar.body) == held
 
@@ -390,39 +394,41 @@ def test_a_tool_that_is_no_function_is_named(chat: ChatDetoxiGen) -> None:
         chat.bind_tools([{"type": "web_search"}])
 
 
-def test_streamed_blocks_keep_text_and_calls_apart(engine: ScriptedEngine) -> None:
-    engine.script = lambda *_: "Let me see. " + call_text("add", {"a": 1, "b": 2}) + call_text("add", {"a": 3, "b": 4})
-    chat = ChatDetoxiGen(engine=engine, seed=1, output_version="v1").bind_tools([add])
+def test_streamed_blocks_keep_text_and_calls_apart(detoxigen: ScriptedDetoxiGen) -> None:
+    detoxigen.script = lambda *_: "Let me see. " + tool_call("add", a=1, b=2) + tool_call("add", a=3, b=4)
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1, output_version="v1").bind_tools([add])
     blocks = whole(list(chat.stream("Hi"))).content_blocks
     assert [block["type"] for block in blocks] == ["text", "tool_call", "tool_call"]
     assert [block["args"]["a"] for block in blocks[1:]] == [1, 3]  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize("kind", ["redacted_thinking", "refusal", "invalid_tool_call", "server_tool_call"])
-def test_another_models_history_can_be_gone_on_with(chat: ChatDetoxiGen, engine: ScriptedEngine, kind: str) -> None:
+def test_another_models_history_can_be_gone_on_with(
+    chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen, kind: str
+) -> None:
     said = AIMessage([{"type": kind, "data": "x", "id": "1", "name": "f", "args": {}}, {"type": "text", "text": "So."}])
     chat.invoke([HumanMessage("Hi"), said, HumanMessage("And?")])
-    assert engine.calls[-1][1].messages[1] == {"role": "assistant", "content": "So."}
+    assert detoxigen.calls[-1][1].messages[1] == {"role": "assistant", "content": "So."}
 
 
-def test_parts_of_a_chat_are_counted(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_parts_of_a_chat_are_counted(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     def strict(prompt: Any) -> int:
         if prompt.messages[0]["role"] != "user":
             raise PromptError("messages", prompt.messages, "the user's turn first")
         return 99
 
-    engine.count_tokens = strict  # type: ignore[method-assign]
+    detoxigen.count_tokens = strict  # type: ignore[method-assign]
     assert chat.get_num_tokens_from_messages([]) == 0
     assert chat.get_num_tokens_from_messages([HumanMessage("Hi there")]) == 99
     assert chat.get_num_tokens_from_messages([AIMessage("Hi there"), HumanMessage("you")]) == 3
 
 
-def test_tokens_are_the_models_own(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_tokens_are_the_models_own(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     assert chat.get_num_tokens("three words here") == 3
     messages = [HumanMessage("three words here")]
     prompt = ChatPrompt([{"role": "user", "content": "three words here"}], ())
-    assert chat.get_num_tokens_from_messages(messages) == engine.count_tokens(prompt)
-    assert chat.get_num_tokens_from_messages(messages, tools=[add]) > engine.count_tokens(prompt)
+    assert chat.get_num_tokens_from_messages(messages) == detoxigen.count_tokens(prompt)
+    assert chat.get_num_tokens_from_messages(messages, tools=[add]) > detoxigen.count_tokens(prompt)
 
 
 @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
@@ -433,36 +439,34 @@ def test_serialization_is_names_and_numbers() -> None:
     assert pickle.loads(pickle.dumps(chat)) == chat
 
 
-# -- sharing the engine's batch
+# -- sharing the batch
 
 
 def test_batch_runs_together() -> None:
-    engine = ScriptedEngine(step_s=0.005)
-    ChatDetoxiGen(engine=engine).batch(["Hi"] * 16)
-    assert engine.most_active == 16
-    engine.most_active = 0
-    ChatDetoxiGen(engine=engine).batch(["Hi"] * 16, {"max_concurrency": 2})
-    assert engine.most_active == 2
+    for config, together in ((None, 16), ({"max_concurrency": 2}, 2)):
+        detoxigen = ScriptedDetoxiGen(together=together)
+        assert len(ChatDetoxiGen(detoxigen=detoxigen).batch(["Hi"] * 16, config)) == 16
+        assert detoxigen.most_active == together
 
 
 @pytest.mark.parametrize("return_exceptions", [False, True])
 async def test_a_long_abatch_does_not_flood_the_queue(return_exceptions: bool) -> None:
-    engine = ScriptedEngine(step_s=0.001)
-    replies = await ChatDetoxiGen(engine=engine).abatch(["Hi"] * 300, return_exceptions=return_exceptions)
+    detoxigen = ScriptedDetoxiGen(together=256)
+    replies = await ChatDetoxiGen(detoxigen=detoxigen).abatch(["Hi"] * 300, return_exceptions=return_exceptions)
     assert len(replies) == 300
-    assert engine.most_active == 256
+    assert detoxigen.most_active == 256
 
 
 def test_one_bad_prompt_is_isolated(chat: ChatDetoxiGen) -> None:
-    good, bad = chat.batch(["Hi", "word " * WINDOW], return_exceptions=True)
+    good, bad = chat.batch(["Hi", "word " * (WINDOW + 1)], return_exceptions=True)
     assert good.content
     assert isinstance(bad, ContextOverflowError)
 
 
 @pytest.mark.parametrize("way", ["ainvoke", "astream"])
 async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
-    engine = ScriptedEngine(step_s=0.02)
-    chat = ChatDetoxiGen(engine=engine)
+    detoxigen = ScriptedDetoxiGen()
+    chat = ChatDetoxiGen(detoxigen=detoxigen)
 
     async def run() -> None:
         if way == "astream":
@@ -470,25 +474,29 @@ async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
         else:
             await chat.ainvoke("Hi")
 
-    task = asyncio.create_task(run())
-    await asyncio.sleep(0.07)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.sleep(0)
-    assert (engine.active, engine.abandoned) == (0, 1)
+    with detoxigen.hold():
+        task = asyncio.create_task(run())
+        await asyncio.to_thread(detoxigen.wait_for, 1)  # the loop is free while it waits
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(detoxigen.wait_for, 0)
+    assert detoxigen.abandoned == 1
 
 
-async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
-    def shared(*_: Any, **__: Any) -> ScriptedEngine:
-        time.sleep(0.2)
-        return engine
+async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, detoxigen: ScriptedDetoxiGen) -> None:
+    loading, loaded = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def shared(*_: Any, **__: Any) -> ScriptedDetoxiGen:
+        loop.call_soon_threadsafe(loading.set)
+        assert loaded.wait(30)
+        return detoxigen
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     task = asyncio.create_task(ChatDetoxiGen().ainvoke("Hi"))
-    began = time.monotonic()
-    await asyncio.sleep(0.01)
-    assert time.monotonic() - began < 0.1
+    await loading.wait()
+    loaded.set()
     assert (await task).content
 
 
@@ -505,10 +513,8 @@ class Named(TypedDict):
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 @pytest.mark.parametrize("reason", ["length", "guard"])
 async def test_what_was_cut_is_no_structured_answer(method: Any, schema: Any, reason: Any) -> None:
-    engine = ScriptedEngine()
-    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=2 if reason == "length" else 256)
-    if reason == "guard":
-        end_as(engine, "guard")
+    detoxigen = ScriptedDetoxiGen(lambda *asked: Said(str(obliging(*asked)), finish_reason=reason))
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1, max_tokens=2 if reason == "length" else 256)
     model = chat.with_structured_output(schema, method=method)
     for ask in (lambda: model.invoke("Hi"), lambda: list(model.stream("Hi")), lambda: model.batch(["Hi", "you"])):
         with pytest.raises(IncompleteAnswerError, match=reason) as told:
@@ -529,20 +535,8 @@ async def test_what_was_cut_is_no_structured_answer(method: Any, schema: Any, re
         assert isinstance(out["parsing_error"], IncompleteAnswerError)
 
 
-def end_as(engine: ScriptedEngine, reason: Any) -> None:
-    """As an engine whose guard ends replies."""
-    plan = engine._plan
-
-    def ended(*args: Any) -> list[Any]:
-        chunks = plan(*args)
-        chunks[-1] = replace(chunks[-1], generation=replace(chunks[-1].generation, finish_reason=reason))
-        return chunks
-
-    engine._plan = ended  # type: ignore[method-assign]
-
-
-def test_a_forced_call_that_was_cut_raises_or_is_kept(engine: ScriptedEngine) -> None:
-    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=2)
+def test_a_forced_call_that_was_cut_raises_or_is_kept(detoxigen: ScriptedDetoxiGen) -> None:
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1, max_tokens=2)
     for choice in ("any", "add"):
         with pytest.raises(IncompleteAnswerError) as told:
             chat.bind_tools([add], tool_choice=choice).invoke("Hi")
@@ -564,29 +558,29 @@ def test_a_whole_answer_streams_in_parts(chat: ChatDetoxiGen) -> None:
 # -- templates, windows and other providers' histories
 
 
-def test_variables_of_the_template(engine: ScriptedEngine) -> None:
-    chat = ChatDetoxiGen(engine=engine, seed=1, chat_template_kwargs={"thinking": False})
+def test_variables_of_the_template(detoxigen: ScriptedDetoxiGen) -> None:
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1, chat_template_kwargs={"thinking": False})
     for model, seen in (
         (chat, {"thinking": False}),
         (chat.bind(chat_template_kwargs={"thinking": True}), {"thinking": True}),
         (chat.bind(chat_template_kwargs=None).bind_tools([add]), {}),
     ):
         model.invoke("Hi")
-        assert engine.calls[-1][1].chat_template_kwargs == seen
+        assert detoxigen.calls[-1][1].chat_template_kwargs == seen
     chat.invoke("Hi", chat_template_kwargs={"other": 1})
-    assert engine.calls[-1][1].chat_template_kwargs == {"other": 1}
+    assert detoxigen.calls[-1][1].chat_template_kwargs == {"other": 1}
     with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
         ChatDetoxiGen(chat_template_kwargs="off")  # type: ignore[arg-type]
 
 
 def test_the_window_is_in_the_profile_and_loads_nothing_before_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine
+    monkeypatch: pytest.MonkeyPatch, detoxigen: ScriptedDetoxiGen
 ) -> None:
     asked: list[Any] = []
 
-    def shared(model: Any, **_: Any) -> ScriptedEngine:
+    def shared(model: Any, **_: Any) -> ScriptedDetoxiGen:
         asked.append(model)
-        return engine
+        return detoxigen
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     chat = ChatDetoxiGen(model="some/model", max_tokens=7)
@@ -636,9 +630,9 @@ USED = {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}}
          [("user", "Hi"), ("assistant", "Half"), ("user", "And?")]),
     ],
 )  # fmt: skip
-def test_histories_of_others(chat: ChatDetoxiGen, engine: ScriptedEngine, history: Any, read: Any) -> None:
+def test_histories_of_others(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen, history: Any, read: Any) -> None:
     chat.invoke(history)
-    said = engine.calls[-1][1].messages
+    said = detoxigen.calls[-1][1].messages
     assert [
         (one["role"], one["content"], *(call["id"] for call in one.get("tool_calls", ())),
          *([one["tool_call_id"]] if one["role"] == "tool" else []))
@@ -648,11 +642,11 @@ def test_histories_of_others(chat: ChatDetoxiGen, engine: ScriptedEngine, histor
         assert call["function"] == {"name": "f", "arguments": {"a": 1}}
 
 
-def test_an_unreadable_call_that_was_answered_stays_a_turn(chat: ChatDetoxiGen, engine: ScriptedEngine) -> None:
+def test_an_unreadable_call_that_was_answered_stays_a_turn(chat: ChatDetoxiGen, detoxigen: ScriptedDetoxiGen) -> None:
     broken = AIMessage("", invalid_tool_calls=[{"name": "f", "args": "{", "id": "c1", "error": None}])
     chat.invoke([HumanMessage("Hi"), broken, ToolMessage("Not done.", tool_call_id="c1")])
-    assert [one["role"] for one in engine.calls[-1][1].messages] == ["user", "assistant", "tool"]
-    assert engine.calls[-1][1].messages[1]["tool_calls"][0]["id"] == "c1"
+    assert [one["role"] for one in detoxigen.calls[-1][1].messages] == ["user", "assistant", "tool"]
+    assert detoxigen.calls[-1][1].messages[1]["tool_calls"][0]["id"] == "c1"
 
 
 @pytest.mark.parametrize("content", [[{"type": "image_url", "image_url": "x"}], [{"type": "audio"}]])
@@ -669,13 +663,15 @@ class _Reading(BaseModel):
 
 def test_a_class_that_checks_the_answer_itself_may_have_what_no_grammar_holds_to() -> None:
     """A set is `uniqueItems`, which a grammar cannot assert: pydantic does, after it."""
-    engine = ScriptedEngine(lambda prompt, params: '{"tags": ["a", "b"]}')
-    chat, schema = ChatDetoxiGen(engine=engine), _Reading.model_json_schema()
+    detoxigen = ScriptedDetoxiGen(lambda prompt, params: '{"tags": ["a", "b"]}')
+    chat, schema = ChatDetoxiGen(detoxigen=detoxigen), _Reading.model_json_schema()
     for method in ("json_schema", "json_mode"):
         assert chat.with_structured_output(_Reading, method=method).invoke("Tags?") == _Reading(tags={"a", "b"})
-        assert engine.calls[-1][2].grammar == Grammar.json_schema(schema, lenient=True)
+        assert detoxigen.calls[-1][2].grammar == Grammar.json_schema(schema, lenient=True)
         chat.with_structured_output(schema, method=method).invoke("Tags?")
-        assert engine.calls[-1][2].grammar == Grammar.json_schema(schema) != Grammar.json_schema(schema, lenient=True)
+        assert (
+            detoxigen.calls[-1][2].grammar == Grammar.json_schema(schema) != Grammar.json_schema(schema, lenient=True)
+        )
 
 
 def test_arguments_without_quotes_are_read_by_the_tools_schema() -> None:
@@ -686,7 +682,7 @@ def test_arguments_without_quotes_are_read_by_the_tools_schema() -> None:
         "description": "Adds.",
         "parameters": {"type": "object", "properties": {"count": {"type": "integer"}}},
     }
-    chat = ChatDetoxiGen(engine=ScriptedEngine(lambda prompt, params: written)).bind_tools([tool])
+    chat = ChatDetoxiGen(detoxigen=ScriptedDetoxiGen(lambda prompt, params: written)).bind_tools([tool])
     assert chat.invoke("Add 3.").tool_calls[0]["args"] == {"count": 3}
     whole = None
     for chunk in chat.stream("Add 3."):

@@ -1,4 +1,4 @@
-"""LangChain's standard tests against ChatDetoxiGen over the scripted engine: all, xfail only `test_serdes`."""
+"""LangChain's standard tests against ChatDetoxiGen over the scripted model: all, xfail only `test_serdes`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from detox_guard import DetoxiGen
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from langchain_detox_guard import ChatDetoxiGen
-from scripted_engine import ScriptedEngine
+from langchain_scripts import obliging
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -28,10 +29,10 @@ class _Scripted:
 
     @pytest.fixture(autouse=True)
     def _scripted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def shared(model: str | None = None, **_: Any) -> ScriptedEngine:
-            engine = ScriptedEngine()
-            engine.model_id = model or engine.model_id
-            return engine
+        def shared(model: str | None = None, **_: Any) -> ScriptedDetoxiGen:
+            detoxigen = ScriptedDetoxiGen(obliging)
+            detoxigen.model_id = model or detoxigen.model_id
+            return detoxigen
 
         monkeypatch.setattr(DetoxiGen, "shared", shared)
 

@@ -1,4 +1,4 @@
-"""The models over the default backbone: what a scripted engine cannot show."""
+"""The models over the default backbone: what a scripted model cannot show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -51,8 +50,8 @@ async def test_the_llm_says_the_same_in_all_ways(llm: DetoxiGenLLM, guard: Detox
 
 def test_an_engine_of_ones_own_and_a_cache(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
     text, said = llm.invoke("Water boils when"), chat.invoke("Hello.").text
-    assert DetoxiGenLLM(engine=guard, seed=3, max_tokens=8).invoke("Water boils when") == text
-    assert ChatDetoxiGen(engine=guard, seed=3, max_tokens=8).invoke("Hello.").text == said
+    assert DetoxiGenLLM(detoxigen=guard, seed=3, max_tokens=8).invoke("Water boils when") == text
+    assert ChatDetoxiGen(detoxigen=guard, seed=3, max_tokens=8).invoke("Hello.").text == said
     set_llm_cache(InMemoryCache())
     asked = guard.stats().submitted
     for _ in range(2):
@@ -127,29 +126,22 @@ async def test_a_cancelled_task_frees_its_seat(chat: ChatDetoxiGen, guard: Detox
 
     task = asyncio.create_task(run())
     while not guard.stats().seats:
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    deadline = time.monotonic() + 2
-    while guard.stats().seats and time.monotonic() < deadline:
-        await asyncio.sleep(0.005)
+    await guard.agenerate("Hello.", max_new_tokens=1)  # by then the engine has looked at who left
     assert not guard.stats().seats
 
 
 async def test_the_loop_stays_free(chat: ChatDetoxiGen) -> None:
-    lags = []
-
-    async def watch() -> None:
-        while True:
-            began = time.monotonic()
-            await asyncio.sleep(0.01)
-            lags.append(time.monotonic() - began - 0.01)
-
-    watcher = asyncio.create_task(watch())
-    await chat.abatch(["Tell me about rivers."] * 4)
-    watcher.cancel()
-    assert max(lags) < 0.05
+    replies = asyncio.gather(*(chat.abatch(["Tell me about rivers."] * 2) for _ in range(2)))
+    turns = 0
+    while not replies.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(await replies) == 2
+    assert turns > 1000  # a loop that decoded itself would turn a few times a token at most
 
 
 # -- grammars

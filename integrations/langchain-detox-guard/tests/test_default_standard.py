@@ -1,6 +1,6 @@
 """LangChain's standard tests against ChatDetoxiGen over the default backbone: what does not judge the model's wits.
 
-Five tests do, and are left to the scripted engine: one wants a call that nobody forces (`test_agent_loop`), four want
+Five tests do, and are left to the scripted model: one wants a call that nobody forces (`test_agent_loop`), four want
 arguments that only understanding the question can give (`test_tool_calling`, `test_tool_calling_async`,
 `test_bind_runnables_as_tools`, `test_unicode_tool_call_integration`).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
 pytestmark = [pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")]
-WITS = pytest.mark.xfail(reason="judges the wits of a 135M model; passes on the scripted engine", run=False)
+WITS = pytest.mark.xfail(reason="judges the wits of a 135M model; passes on the scripted model", run=False)
 
 
 @pytest.mark.usefixtures("guard")

@@ -1,16 +1,16 @@
-"""DetoxiGenLLM against a scripted engine: the list that no upstream suite has, one test each."""
+"""DetoxiGenLLM against a scripted model: the list that no upstream suite has, one test each."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import pickle
-import time
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, PromptTooLongError, StepError
 from detox_guard.errors import NotPicklableError
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core import exceptions
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
@@ -19,7 +19,7 @@ from langchain_core.load import dumpd, dumps, load
 from langchain_core.runnables import ConfigurableField
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
-from scripted_engine import WINDOW, ScriptedEngine
+from langchain_scripts import WINDOW, obliging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +64,8 @@ class AsyncLog(Log, AsyncCallbackHandler):
 
 
 @pytest.fixture
-def llm(engine: ScriptedEngine) -> DetoxiGenLLM:
-    return DetoxiGenLLM(engine=engine, seed=1)
+def llm(detoxigen: ScriptedDetoxiGen) -> DetoxiGenLLM:
+    return DetoxiGenLLM(detoxigen=detoxigen, seed=1)
 
 
 # -- construction and parameters
@@ -80,12 +80,12 @@ def test_construction_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llm.model_copy(update={"alpha": 1.0}).alpha == 1.0
 
 
-def test_the_shared_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
+def test_the_shared_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, detoxigen: ScriptedDetoxiGen) -> None:
     asked = []
 
-    def shared(model: str | None = None, **names: Any) -> ScriptedEngine:
+    def shared(model: str | None = None, **names: Any) -> ScriptedDetoxiGen:
         asked.append((model, names))
-        return engine
+        return detoxigen
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     llm = DetoxiGenLLM(model="some/model", detoxifier="some/prompt", dtype="float32", seed=1)
@@ -105,46 +105,46 @@ def test_bad_fields_are_named_at_once(bad: dict[str, Any]) -> None:
         DetoxiGenLLM(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"apha": 2.0}, {"engine": object()}])
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"apha": 2.0}, {"detoxigen": object()}])
 def test_bad_keywords_are_named(llm: DetoxiGenLLM, bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidParamsError, match=next(iter(bad))):
         llm.invoke("Hi", **bad)
 
 
-def test_every_keyword_reaches_the_engine(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+def test_every_keyword_reaches_the_engine(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     changes: dict[str, Any] = {
         "alpha": 3.0, "rule": "detoxigen", "plausibility": 0.1, "temperature": 0.5, "top_p": 0.8, "top_k": 5,
         "repetition_penalty": 1.1, "seed": 4,
     }  # fmt: skip
     llm.invoke("Hi", stop=["never"], max_tokens=9, **changes)
-    assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
+    assert detoxigen.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
     list(llm.stream("Hi", stop=["never"], max_tokens=9, **changes))
-    assert engine.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
+    assert detoxigen.calls[-1][2] == DecodingParams(**changes, max_new_tokens=9, stop=("never",))
     assert llm.alpha == 3.0
 
 
 # -- batching
 
 
-def test_batch_is_one_call_and_callbacks_see_its_size(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+def test_batch_is_one_call_and_callbacks_see_its_size(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     log = Log()
     texts = llm.batch(["a", "b", "c"], {"callbacks": [log]})
-    assert engine.batch_sizes == [3]
+    assert detoxigen.batch_sizes == [3]
     assert [start["batch_size"] for start in log.of("start")] == [3, 3, 3]
     assert len(log.of("end")) == 3
     assert texts == [llm.invoke(p) for p in "abc"]
 
 
-async def test_abatch(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+async def test_abatch(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     log = AsyncLog()
     texts = await llm.abatch(["a", "b", "c"], {"callbacks": [log]})
     assert texts == [llm.invoke(p) for p in "abc"]
     assert [start["batch_size"] for start in log.of("start")] == [3, 3, 3]
 
 
-def test_max_concurrency_is_the_native_batch_size(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+def test_max_concurrency_is_the_native_batch_size(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     llm.batch(["a", "b", "c", "d", "e"], {"max_concurrency": 2})
-    assert engine.batch_sizes == [2, 2, 1]
+    assert detoxigen.batch_sizes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -164,17 +164,17 @@ async def test_one_bad_prompt_is_isolated(llm: DetoxiGenLLM, is_async: bool) -> 
 
 
 def test_isolated_prompts_run_together() -> None:
-    engine = ScriptedEngine(step_s=0.005)
-    DetoxiGenLLM(engine=engine).batch(["a"] * 16, return_exceptions=True)
-    assert engine.most_active == 16
+    detoxigen = ScriptedDetoxiGen(together=16)
+    DetoxiGenLLM(detoxigen=detoxigen).batch(["a"] * 16, return_exceptions=True)
+    assert detoxigen.most_active == 16
 
 
 @pytest.mark.parametrize("return_exceptions", [False, True])
 async def test_a_long_abatch_does_not_flood_the_queue(return_exceptions: bool) -> None:
-    engine = ScriptedEngine(step_s=0.001)
-    replies = await DetoxiGenLLM(engine=engine).abatch(["a"] * 300, return_exceptions=return_exceptions)
+    detoxigen = ScriptedDetoxiGen(together=256)
+    replies = await DetoxiGenLLM(detoxigen=detoxigen).abatch(["a"] * 300, return_exceptions=return_exceptions)
     assert len(replies) == 300
-    assert engine.most_active == 256
+    assert detoxigen.most_active == 256
 
 
 def test_a_bad_prompt_raises_otherwise(llm: DetoxiGenLLM) -> None:
@@ -195,9 +195,9 @@ async def test_all_ways_say_the_same(llm: DetoxiGenLLM) -> None:
     assert llm.invoke("Hi", streaming=True) == text
 
 
-async def test_astream_is_native(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+async def test_astream_is_native(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     assert len([piece async for piece in llm.astream("Hi")]) > 3
-    assert [how for how, _, _ in engine.calls] == ["astream"]
+    assert [how for how, _, _ in detoxigen.calls] == ["astream"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -239,10 +239,8 @@ async def test_an_engine_error_surfaces_at_once(llm: DetoxiGenLLM, way: str) -> 
         else:
             list(getattr(llm, way)("break"))
 
-    began = time.monotonic()
     with pytest.raises(StepError):
         await run()
-    assert time.monotonic() - began < 1
 
 
 def test_errors_are_langchains_too(llm: DetoxiGenLLM) -> None:
@@ -257,9 +255,9 @@ def test_errors_are_langchains_too(llm: DetoxiGenLLM) -> None:
 
 
 @pytest.mark.parametrize("stop", [["reader!"], ["ear read"], ["!", "dear"], ["nowhere"]])
-async def test_stop_strings_per_call_and_of_the_model(engine: ScriptedEngine, stop: list[str]) -> None:
-    plain = DetoxiGenLLM(engine=engine, seed=1)
-    stopping = DetoxiGenLLM(engine=engine, seed=1, stop=stop)
+async def test_stop_strings_per_call_and_of_the_model(detoxigen: ScriptedDetoxiGen, stop: list[str]) -> None:
+    plain = DetoxiGenLLM(detoxigen=detoxigen, seed=1)
+    stopping = DetoxiGenLLM(detoxigen=detoxigen, seed=1, stop=stop)
     whole = plain.invoke("Hi")
     expected = whole[: min([whole.find(s) for s in stop if s in whole], default=len(whole))]
     assert plain.invoke("Hi", stop=stop) == stopping.invoke("Hi") == expected
@@ -276,29 +274,31 @@ def test_one_stop_string_is_not_its_letters(llm: DetoxiGenLLM) -> None:
 # -- caches
 
 
-async def test_the_cache_serves_the_same_and_never_another_alpha(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+async def test_the_cache_serves_the_same_and_never_another_alpha(
+    llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen
+) -> None:
     set_llm_cache(InMemoryCache())
     text = llm.invoke("Hi")
-    assert (llm.invoke("Hi"), len(engine.calls)) == (text, 1)
-    assert (await llm.ainvoke("Hi"), len(engine.calls)) == (text, 1)
+    assert (llm.invoke("Hi"), len(detoxigen.calls)) == (text, 1)
+    assert (await llm.ainvoke("Hi"), len(detoxigen.calls)) == (text, 1)
     for other in ({"alpha": 0.0}, {"seed": 2}, {"stop": ["dear"]}, {"max_tokens": 2}, {"temperature": 0.0}):
-        before = len(engine.calls)
+        before = len(detoxigen.calls)
         fresh = llm.invoke("Hi", **other)  # type: ignore[arg-type]
-        assert len(engine.calls) == before + 1, other
+        assert len(detoxigen.calls) == before + 1, other
         assert llm.bind(**other).invoke("Hi") == fresh
-        assert DetoxiGenLLM(engine=engine, **{"seed": 1, **other}).invoke("Hi") == fresh
+        assert DetoxiGenLLM(detoxigen=detoxigen, **{"seed": 1, **other}).invoke("Hi") == fresh
         assert await llm.ainvoke("Hi", **other) == fresh  # type: ignore[arg-type]
-        assert len(engine.calls) == before + 1, other
+        assert len(detoxigen.calls) == before + 1, other
     assert llm.invoke("Hi", cache=False) == text
-    assert engine.calls[-1][2] == llm._decoding_params()
+    assert detoxigen.calls[-1][2] == llm._decoding_params()
 
 
-def test_the_cache_knows_engines_apart(engine: ScriptedEngine) -> None:
+def test_the_cache_knows_engines_apart(detoxigen: ScriptedDetoxiGen) -> None:
     set_llm_cache(InMemoryCache())
-    other = ScriptedEngine()
+    other = ScriptedDetoxiGen(obliging)
     other.detoxifier_ids = ("-1:ffff00001111",)
-    DetoxiGenLLM(engine=engine, seed=1).invoke("Hi")
-    DetoxiGenLLM(engine=other, seed=1).invoke("Hi")
+    DetoxiGenLLM(detoxigen=detoxigen, seed=1).invoke("Hi")
+    DetoxiGenLLM(detoxigen=other, seed=1).invoke("Hi")
     assert len(other.calls) == 1
 
 
@@ -312,37 +312,37 @@ class Strict:
 
 
 @pytest.mark.parametrize("kind", [DetoxiGenLLM, ChatDetoxiGen])
-def test_the_cache_knows_guards_apart(kind: Any, engine: ScriptedEngine) -> None:
-    """Also one that an engine of one's own brings; of scorer objects it knows nothing that tells them apart."""
+def test_the_cache_knows_guards_apart(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    """Also one that an model of one's own brings; of scorer objects it knows nothing that tells them apart."""
     set_llm_cache(InMemoryCache())
-    kind(engine=engine, seed=1).invoke("Hi")
+    kind(detoxigen=detoxigen, seed=1).invoke("Hi")
     for guard in (GuardPolicy(), GuardPolicy(threshold=0.3)):
-        guarded = ScriptedEngine(params=DecodingParams(guard=guard))
-        kind(engine=guarded, seed=1).invoke("Hi")
+        guarded = ScriptedDetoxiGen(obliging, params=DecodingParams(guard=guard))
+        kind(detoxigen=guarded, seed=1).invoke("Hi")
         assert len(guarded.calls) == 1
     for _ in range(2):
-        kind(engine=engine, seed=1, guard=GuardPolicy(threshold=0.3)).invoke("Hi")
-    assert len(engine.calls) == 2  # another engine of its name answered before
+        kind(detoxigen=detoxigen, seed=1, guard=GuardPolicy(threshold=0.3)).invoke("Hi")
+    assert len(detoxigen.calls) == 2  # another detoxigen of its name answered before
     for cache in (None, True):
-        own = ScriptedEngine(params=DecodingParams(guard=GuardPolicy(scorer=Strict())))
-        kind(engine=own, seed=1, cache=cache).invoke("Hi")
-        kind(engine=own, seed=1, cache=cache).invoke("Hi")
+        own = ScriptedDetoxiGen(obliging, params=DecodingParams(guard=GuardPolicy(scorer=Strict())))
+        kind(detoxigen=own, seed=1, cache=cache).invoke("Hi")
+        kind(detoxigen=own, seed=1, cache=cache).invoke("Hi")
         assert len(own.calls) == 2
 
 
-def test_unseeded_sampling_is_not_cached_unless_asked_for(engine: ScriptedEngine) -> None:
+def test_unseeded_sampling_is_not_cached_unless_asked_for(detoxigen: ScriptedDetoxiGen) -> None:
     set_llm_cache(InMemoryCache())
     for llm, calls in (
-        (DetoxiGenLLM(engine=engine), 2),
-        (DetoxiGenLLM(engine=engine, temperature=0.0), 1),
-        (DetoxiGenLLM(engine=engine, seed=1), 1),
-        (DetoxiGenLLM(engine=engine, cache=True), 1),
-        (DetoxiGenLLM(engine=engine, cache=InMemoryCache()), 1),
+        (DetoxiGenLLM(detoxigen=detoxigen), 2),
+        (DetoxiGenLLM(detoxigen=detoxigen, temperature=0.0), 1),
+        (DetoxiGenLLM(detoxigen=detoxigen, seed=1), 1),
+        (DetoxiGenLLM(detoxigen=detoxigen, cache=True), 1),
+        (DetoxiGenLLM(detoxigen=detoxigen, cache=InMemoryCache()), 1),
     ):
-        engine.calls.clear()
+        detoxigen.calls.clear()
         llm.invoke("Hi")
         llm.invoke("Hi")
-        assert len(engine.calls) == calls, llm
+        assert len(detoxigen.calls) == calls, llm
 
 
 # -- what it reports
@@ -382,8 +382,8 @@ def test_tracing_parameters(llm: DetoxiGenLLM) -> None:
     )  # fmt: skip
 
 
-def test_tokens_are_the_models_own(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
-    assert llm.get_token_ids("some four word text") == engine.encode("some four word text")
+def test_tokens_are_the_models_own(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
+    assert llm.get_token_ids("some four word text") == detoxigen.encode("some four word text")
     assert llm.get_num_tokens("some four word text") == 4
 
 
@@ -391,40 +391,36 @@ def test_tokens_are_the_models_own(llm: DetoxiGenLLM, engine: ScriptedEngine) ->
 
 
 async def test_the_loop_stays_free() -> None:
-    """The slow part of a first call is loading; of any call, decoding. Neither may hold the loop."""
-    llm = DetoxiGenLLM(engine=ScriptedEngine(step_s=0.01))
-    lags = []
-
-    async def watch() -> None:
-        while True:
-            began = time.monotonic()
-            await asyncio.sleep(0.005)
-            lags.append(time.monotonic() - began - 0.005)
-
-    watcher = asyncio.create_task(watch())
-    await asyncio.gather(*(llm.ainvoke("Hi") for _ in range(8)), *(llm.abatch(["a", "b"]) for _ in range(2)))
-    watcher.cancel()
-    assert len(lags) > 5
-    assert max(lags) < 0.05
+    """While all of them decode: a loop that waited with them would never end the hold."""
+    detoxigen = ScriptedDetoxiGen()
+    llm = DetoxiGenLLM(detoxigen=detoxigen)
+    with detoxigen.hold():
+        asked = [*(llm.ainvoke("Hi") for _ in range(8)), *(llm.abatch(["a", "b"]) for _ in range(2))]
+        replies = asyncio.gather(*asked)
+        await asyncio.to_thread(detoxigen.wait_for, 12)
+    assert len(await replies) == 10
 
 
-async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
-    def shared(*_: Any, **__: Any) -> ScriptedEngine:
-        time.sleep(0.2)
-        return engine
+async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, detoxigen: ScriptedDetoxiGen) -> None:
+    loading, loaded = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def shared(*_: Any, **__: Any) -> ScriptedDetoxiGen:
+        loop.call_soon_threadsafe(loading.set)
+        assert loaded.wait(30)
+        return detoxigen
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     task = asyncio.create_task(DetoxiGenLLM().ainvoke("Hi"))
-    began = time.monotonic()
-    await asyncio.sleep(0.01)
-    assert time.monotonic() - began < 0.1
+    await loading.wait()
+    loaded.set()
     assert await task
 
 
 @pytest.mark.parametrize("way", ["ainvoke", "astream", "abatch"])
 async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
-    engine = ScriptedEngine(step_s=0.02)
-    llm = DetoxiGenLLM(engine=engine)
+    detoxigen = ScriptedDetoxiGen(obliging)
+    llm = DetoxiGenLLM(detoxigen=detoxigen)
 
     async def run() -> None:
         if way == "astream":
@@ -434,35 +430,37 @@ async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
         else:
             await llm.ainvoke("Hi")
 
-    task = asyncio.create_task(run())
-    await asyncio.sleep(0.07)
-    assert engine.active
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.sleep(0)
-    assert engine.active == 0
-    assert engine.abandoned == (2 if way == "abatch" else 1)
+    seats = 2 if way == "abatch" else 1
+    with detoxigen.hold():
+        task = asyncio.create_task(run())
+        await asyncio.to_thread(detoxigen.wait_for, seats)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(detoxigen.wait_for, 0)
+    assert detoxigen.abandoned == seats
 
 
-def test_an_abandoned_stream_frees_its_seat(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+def test_an_abandoned_stream_frees_its_seat(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     stream = llm.stream("Hi")
     next(stream)
-    assert engine.active == 1
+    assert detoxigen.active == 1
     stream.close()  # type: ignore[attr-defined]
-    assert (engine.active, engine.abandoned) == (0, 1)
+    assert (detoxigen.active, detoxigen.abandoned) == (0, 1)
 
 
 # -- configuration, serialization
 
 
-def test_configurable_fields_keep_the_engine(llm: DetoxiGenLLM, engine: ScriptedEngine) -> None:
+def test_configurable_fields_keep_the_engine(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     configurable = llm.configurable_fields(alpha=ConfigurableField(id="alpha"))
     configurable.invoke("Hi", {"configurable": {"alpha": 3.5}})
-    assert engine.calls[-1][2].alpha == 3.5
-    other = llm.configurable_alternatives(ConfigurableField(id="llm"), mild=DetoxiGenLLM(engine=engine, alpha=0.5))
+    assert detoxigen.calls[-1][2].alpha == 3.5
+    other = llm.configurable_alternatives(
+        ConfigurableField(id="llm"), mild=DetoxiGenLLM(detoxigen=detoxigen, alpha=0.5)
+    )
     other.invoke("Hi", {"configurable": {"llm": "mild"}})
-    assert engine.calls[-1][2].alpha == 0.5
+    assert detoxigen.calls[-1][2].alpha == 0.5
 
 
 @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
@@ -478,19 +476,13 @@ def test_serialization_is_names_and_numbers() -> None:
 
 def test_an_engine_of_ones_own_is_never_serialized(llm: DetoxiGenLLM) -> None:
     assert dumpd(llm)["type"] == "not_implemented"
-    assert "ScriptedEngine" not in dumps(llm)
-    with pytest.raises(NotPicklableError, match="engine"):
+    assert "ScriptedDetoxiGen" not in dumps(llm)
+    with pytest.raises(NotPicklableError, match="detoxigen"):
         pickle.dumps(llm)
 
 
 def test_saving_writes_no_weights_and_no_paths(llm: DetoxiGenLLM) -> None:
     params = llm._identifying_params
     assert params["model"] == "scripted/words"
-    assert params["detoxifier"] == ["-1:0123abcd0123"]
+    assert params["detoxifier"] == ["-1:0123456789ab"]
     assert {"alpha", "temperature", "top_p", "seed", "stop", "version", "guard"} <= params.keys()
-
-
-def test_the_scripted_engine_has_nothing_that_a_real_one_lacks() -> None:
-    names = {name for name in vars(ScriptedEngine) if not name.startswith("_")} - {"default_script"}
-    assert all(hasattr(DetoxiGen, name) for name in names)
-    assert "params" in inspect.signature(DetoxiGen).parameters

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 from detox_guard import DetoxiGen, InvalidParamsError
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core.load import dumps
-from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
-from scripted_engine import ScriptedEngine
 from transformers import BitsAndBytesConfig
+
+from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     asked: list[dict[str, Any]] = []
 
-    def shared(model: str | None = None, **names: Any) -> ScriptedEngine:
+    def shared(model: str | None = None, **names: Any) -> ScriptedDetoxiGen:
         asked.append({"model": model, **names})
-        return ScriptedEngine()
+        return ScriptedDetoxiGen()
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     return asked
@@ -60,7 +61,7 @@ def test_a_token_is_shown_nowhere() -> None:
         ({"quantization_config": "int3"}, "quantization_config"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation"),
         ({"model_kwargs": {"use_safetensors": False}}, "model_kwargs.use_safetensors"),
-        ({"engine": ScriptedEngine(), "trust_remote_code": True}, "engine"),
+        ({"detoxigen": ScriptedDetoxiGen(), "trust_remote_code": True}, "detoxigen"),
     ],
 )
 def test_bad_ways_are_named_at_once(bad: dict[str, Any], field: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 from detox_guard import GuardError, GuardPolicy, InvalidParamsError, screen
-from detox_guard.testing import ScriptedDetoxiGen
+from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer, tool_call
 from langchain.agents import AgentState, create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, StructuredOutputValidationError, ToolStrategy
@@ -22,9 +22,7 @@ from pydantic import BaseModel, Field
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxMiddleware, IncompleteAnswerError
 from langchain_detox_guard._words import words_of
-from scripted_engine import ScriptedEngine, WordScorer, call_text
-
-WORD = WordScorer()
+from langchain_scripts import ROTTEN, obliging
 
 
 @tool
@@ -47,55 +45,55 @@ class Foreign(GenericFakeChatModel):
 
 
 def until(alpha: float) -> Any:
-    """An engine that is rude below this alpha."""
+    """A model that is rude below this alpha."""
 
     def script(prompt: Any, params: Any) -> str:
         if prompt.messages[-1]["content"].startswith("Say the same again"):
             return "That was a poor idea."
         return "That was a fine idea." if params.alpha >= alpha else "Good morning. That was a rotten idea."
 
-    return ScriptedEngine(script)
+    return ScriptedDetoxiGen(script)
 
 
-def run(engine: ScriptedEngine, *tools: Any, **options: Any) -> dict[str, Any]:
-    middleware = DetoxMiddleware(scorer=WORD, **options)
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), list(tools), middleware=[middleware])
+def run(detoxigen: ScriptedDetoxiGen, *tools: Any, **options: Any) -> dict[str, Any]:
+    middleware = DetoxMiddleware(scorer=ROTTEN, **options)
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), list(tools), middleware=[middleware])
     return dict(agent.invoke({"messages": [HumanMessage("What do you think?")]}))
 
 
-def alphas(engine: ScriptedEngine) -> list[float]:
-    return [params.alpha for _, _, params in engine.calls]
+def alphas(detoxigen: ScriptedDetoxiGen) -> list[float]:
+    return [params.alpha for _, _, params in detoxigen.calls]
 
 
 # -- answers
 
 
 def test_a_good_answer_is_asked_for_once() -> None:
-    engine = until(0.0)
-    out = run(engine)
+    detoxigen = until(0.0)
+    out = run(detoxigen)
     assert out["messages"][-1].content == "That was a fine idea."
-    assert alphas(engine) == [3.0]
+    assert alphas(detoxigen) == [3.0]
     assert not out.get("detox")
 
 
 def test_a_score_at_the_threshold_is_not_above_it() -> None:
-    engine = until(9.0)
-    out = run(engine, threshold=0.9)
+    detoxigen = until(9.0)
+    out = run(detoxigen, threshold=0.9)
     assert "rotten" in out["messages"][-1].content
-    assert alphas(engine) == [3.0]
+    assert alphas(detoxigen) == [3.0]
 
 
 def test_alpha_is_set_in_every_call() -> None:
-    engine = until(0.0)
-    run(engine, alpha=3.5)
-    assert alphas(engine) == [3.5]
+    detoxigen = until(0.0)
+    run(detoxigen, alpha=3.5)
+    assert alphas(detoxigen) == [3.5]
 
 
 def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
-    engine = until(9.0)
-    out = run(engine)
-    assert alphas(engine) == [3.0, 6.0, 9.0]
-    assert [params.calm_share == 1 for *_, params in engine.calls] == [False, True, True]
+    detoxigen = until(9.0)
+    out = run(detoxigen)
+    assert alphas(detoxigen) == [3.0, 6.0, 9.0]
+    assert [params.calm_share == 1 for *_, params in detoxigen.calls] == [False, True, True]
     assert out["messages"][-1].content == "That was a fine idea."
     assert [(one["action"], one["alpha"], one["rung"]) for one in out["detox"]] == [
         ("again", 3.0, 6.0), ("again", 6.0, 9.0),
@@ -104,11 +102,11 @@ def test_the_ladder_raises_alpha_until_the_answer_is_good() -> None:
 
 
 def test_then_it_asks_for_a_kinder_text() -> None:
-    engine = until(99)
-    out = run(engine)
+    detoxigen = until(99)
+    out = run(detoxigen)
     assert out["messages"][-1].content == "That was a poor idea."
     assert [one["action"] for one in out["detox"]] == ["again", "again", "rewrite"]
-    assert [message["role"] for message in engine.calls[-1][1].messages] == ["user", "assistant", "user"]
+    assert [message["role"] for message in detoxigen.calls[-1][1].messages] == ["user", "assistant", "user"]
     assert "rotten" not in str(out["detox"])
 
 
@@ -128,16 +126,16 @@ def test_or_raises() -> None:
 
 
 async def test_async_does_the_same() -> None:
-    engine = until(9.0)
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
+    detoxigen = until(9.0)
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), [], middleware=[DetoxMiddleware(scorer=ROTTEN)])
     out = await agent.ainvoke({"messages": [HumanMessage("Well?")]})
     assert out["messages"][-1].content == "That was a fine idea."
-    assert alphas(engine) == [3.0, 6.0, 9.0]
+    assert alphas(detoxigen) == [3.0, 6.0, 9.0]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
-    agent = create_agent(ChatDetoxiGen(engine=until(5.0), seed=1), [], middleware=[DetoxMiddleware(scorer=WORD)])
+    agent = create_agent(ChatDetoxiGen(detoxigen=until(5.0), seed=1), [], middleware=[DetoxMiddleware(scorer=ROTTEN)])
     question: Any = {"messages": [HumanMessage("Well?")]}
     if is_async:
         streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
@@ -158,10 +156,10 @@ async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
     ],
 )
 async def test_nor_of_a_model_with_tags_of_its_own(around: Any, foreign: bool, is_async: bool) -> None:
-    ours = ChatDetoxiGen(engine=until(99), seed=1)
+    ours = ChatDetoxiGen(detoxigen=until(99), seed=1)
     model = Foreign(messages=iter([AIMessage("That was a rotten idea.")])) if foreign else ours
     agent = create_agent(
-        around(model), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(), on_exhausted="replace")]
+        around(model), [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=(), on_exhausted="replace")]
     )
     question: Any = {"messages": [HumanMessage("Well?")]}
     if is_async:
@@ -173,18 +171,18 @@ async def test_nor_of_a_model_with_tags_of_its_own(around: Any, foreign: bool, i
 
 def test_with_a_decoding_guard_text_streams_on() -> None:
     """The policy goes down to the decoder, which releases only what was scored; nothing is held back here."""
-    engine = until(0.0)
-    policy = GuardPolicy(scorer=WORD)
-    middleware = DetoxMiddleware(guard=policy, alpha=3.0, scorer=WORD)
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=[middleware])
+    detoxigen = until(0.0)
+    policy = GuardPolicy(scorer=ROTTEN)
+    middleware = DetoxMiddleware(guard=policy, alpha=3.0, scorer=ROTTEN)
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), [], middleware=[middleware])
     streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("Well?")]}, stream_mode="messages")]
-    assert len(streamed) > 3
-    assert (engine.calls[-1][2].guard, engine.calls[-1][2].alpha) == (policy, 3.0)
+    assert len(streamed) > 1
+    assert (detoxigen.calls[-1][2].guard, detoxigen.calls[-1][2].alpha) == (policy, 3.0)
 
 
 def test_any_chat_model_is_checked_without_alphas() -> None:
     model = GenericFakeChatModel(messages=iter([AIMessage("What a rotten idea."), AIMessage("What an idea.")]))
-    out = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD)]).invoke({"messages": [HumanMessage("?")]})
+    out = create_agent(model, [], middleware=[DetoxMiddleware(scorer=ROTTEN)]).invoke({"messages": [HumanMessage("?")]})
     assert out["messages"][-1].content == "What an idea."
     assert [one["action"] for one in out["detox"]] == ["rewrite"]
 
@@ -200,59 +198,59 @@ class Swap(AgentMiddleware[Any, Any, Any]):
         return handler(request.override(model=self.model))
 
 
-@pytest.mark.parametrize("guard", [None, GuardPolicy(scorer=WORD)])
+@pytest.mark.parametrize("guard", [None, GuardPolicy(scorer=ROTTEN)])
 def test_whoever_answers_is_checked(guard: GuardPolicy | None) -> None:
     """A model that came in behind the middleware is told nothing that it does not know, and not believed."""
     other = Foreign(messages=iter([AIMessage("What a rotten idea."), AIMessage("What an idea.")]))
-    engine = until(0.0)
-    middleware = [DetoxMiddleware(scorer=WORD, guard=guard, alpha=4.0, ladder=["rewrite"]), Swap(other)]
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [], middleware=middleware)
+    detoxigen = until(0.0)
+    middleware = [DetoxMiddleware(scorer=ROTTEN, guard=guard, alpha=4.0, ladder=["rewrite"]), Swap(other)]
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), [], middleware=middleware)
     out = agent.invoke({"messages": [HumanMessage("?")]})
     assert out["messages"][-1].content == "What an idea."
     assert [one["action"] for one in out["detox"]] == ["rewrite"]
-    assert not engine.calls
+    assert not detoxigen.calls
     assert not other.told & {"alpha", "guard", "calm_share"}
 
 
 @pytest.mark.parametrize(
     ("other", "believed"),
     [
-        (GuardPolicy(scorer=WORD, threshold=0.95), False),
-        (GuardPolicy(scorer=WordScorer("another")), False),
-        (GuardPolicy(scorer=WORD, ladder=(), replacement="rotten"), False),
-        (GuardPolicy(scorer=WORD, on_event=print), True),
+        (GuardPolicy(scorer=ROTTEN, threshold=0.95), False),
+        (GuardPolicy(scorer=ScriptedScorer("another")), False),
+        (GuardPolicy(scorer=ROTTEN, ladder=(), replacement="rotten"), False),
+        (GuardPolicy(scorer=ROTTEN, on_event=print), True),
     ],
 )
 def test_an_answer_is_believed_only_under_the_same_guard(other: GuardPolicy, believed: bool) -> None:
     """It says that it was guarded, and its scorer has the same name."""
-    behind = ChatDetoxiGen(engine=ScriptedDetoxiGen(["What a rotten idea."]), guard=other)
-    first = ChatDetoxiGen(engine=ScriptedDetoxiGen(["Fine."]))
-    strict = DetoxMiddleware(guard=GuardPolicy(scorer=WORD), ladder=(), on_exhausted="replace")
+    behind = ChatDetoxiGen(detoxigen=ScriptedDetoxiGen(["What a rotten idea."]), guard=other)
+    first = ChatDetoxiGen(detoxigen=ScriptedDetoxiGen(["Fine."]))
+    strict = DetoxMiddleware(guard=GuardPolicy(scorer=ROTTEN), ladder=(), on_exhausted="replace")
     out = create_agent(first, [], middleware=[strict, Swap(behind)]).invoke({"messages": [HumanMessage("?")]})
     assert "rotten" not in out["messages"][-1].content
     assert [one["action"] for one in out["detox"]] == ["guard" if believed else "replace"]
 
 
 def test_drafts_of_a_model_that_came_in_behind_are_not_streamed() -> None:
-    other = ChatDetoxiGen(engine=until(99), seed=1)
-    middleware = [DetoxMiddleware(scorer=WORD, ladder=[9.0]), Swap(other)]
-    agent = create_agent(ChatDetoxiGen(engine=until(0.0), seed=1), [], middleware=middleware)
+    other = ChatDetoxiGen(detoxigen=until(99), seed=1)
+    middleware = [DetoxMiddleware(scorer=ROTTEN, ladder=[9.0]), Swap(other)]
+    agent = create_agent(ChatDetoxiGen(detoxigen=until(0.0), seed=1), [], middleware=middleware)
     streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("Well?")]}, stream_mode="messages")]
     assert "".join(str(one.content) for one in streamed) == "Good morning. [removed by the toxicity screen]"
 
 
 def test_the_ladder_never_lowers_alpha() -> None:
-    engine = until(99)
-    run(engine, alpha=8.0)
-    assert alphas(engine) == [8.0, 8.0, 9.0, 8.0]
+    detoxigen = until(99)
+    run(detoxigen, alpha=8.0)
+    assert alphas(detoxigen) == [8.0, 8.0, 9.0, 8.0]
 
 
 def test_nor_one_that_is_bound_outside_of_a_wrapper() -> None:
-    engine = until(99)
-    model = ChatDetoxiGen(engine=engine, seed=1).with_retry().bind(alpha=8.0)
-    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(6.0,))])
+    detoxigen = until(99)
+    model = ChatDetoxiGen(detoxigen=detoxigen, seed=1).with_retry().bind(alpha=8.0)
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=(6.0,))])
     agent.invoke({"messages": [HumanMessage("?")]})
-    assert alphas(engine) == [8.0, 8.0]
+    assert alphas(detoxigen) == [8.0, 8.0]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,7 @@ def test_nor_one_that_is_bound_outside_of_a_wrapper() -> None:
     ],
 )
 def test_reasoning_is_checked_too(said: AIMessage) -> None:
-    agent = create_agent(Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    agent = create_agent(Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())])
     out = agent.invoke({"messages": [HumanMessage("?")]})
     assert out["detox"]
     assert out["messages"][-1].content == "Fine."
@@ -280,7 +278,7 @@ def test_masked_calls_are_masked_in_every_form() -> None:
         additional_kwargs={"tool_calls": [{"function": {"name": "read_note", "arguments": '{"name": "rotten"}'}}]},
     )
     model = Foreign(messages=iter([call, AIMessage("Done.")]))
-    out = create_agent(model, [read_note], middleware=[DetoxMiddleware(scorer=WORD, ladder=())]).invoke(
+    out = create_agent(model, [read_note], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())]).invoke(
         {"messages": [HumanMessage("?")]}
     )
     assert "rotten" not in str(out["messages"][1])
@@ -291,14 +289,14 @@ def test_masked_calls_are_masked_in_every_form() -> None:
 # -- tools
 
 
-def calling(name: str, arguments: dict[str, Any]) -> ScriptedEngine:
-    """An engine that calls the tool once, then answers."""
+def calling(name: str, arguments: dict[str, Any]) -> ScriptedDetoxiGen:
+    """A model that calls the tool once, then answers."""
 
     def script(prompt: Any, params: Any) -> str:
         done = any(message["role"] == "tool" for message in prompt.messages)
-        return "Here you are." if done else call_text(name, arguments)
+        return "Here you are." if done else tool_call(name, **arguments)
 
-    return ScriptedEngine(script)
+    return ScriptedDetoxiGen(script)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +312,12 @@ def calling(name: str, arguments: dict[str, Any]) -> ScriptedEngine:
 async def test_tool_results_are_screened_before_the_model_reads_them(
     tool_results: Any, content: str, is_async: bool
 ) -> None:
-    engine = calling("read_note", {"name": "one"})
-    middleware = DetoxMiddleware(scorer=WORD, tool_results=tool_results)
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_note], middleware=[middleware])
+    detoxigen = calling("read_note", {"name": "one"})
+    middleware = DetoxMiddleware(scorer=ROTTEN, tool_results=tool_results)
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), [read_note], middleware=[middleware])
     question: Any = {"messages": [HumanMessage("Read it.")]}
     out = await agent.ainvoke(question) if is_async else agent.invoke(question)
-    assert engine.calls[-1][1].messages[-1]["content"] == content
+    assert detoxigen.calls[-1][1].messages[-1]["content"] == content
     (message,) = [one for one in out["messages"] if isinstance(one, ToolMessage)]
     assert message.content == content
     records = out.get("detox", [])
@@ -338,11 +336,13 @@ def read_shelf(name: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> A
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_a_tool_may_return_a_list(is_async: bool) -> None:
     """LangGraph's tools may; every message in it is read by the model, whatever its role."""
-    engine = calling("read_shelf", {"name": "one"})
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_shelf], middleware=[DetoxMiddleware(scorer=WORD)])
+    detoxigen = calling("read_shelf", {"name": "one"})
+    agent = create_agent(
+        ChatDetoxiGen(detoxigen=detoxigen, seed=1), [read_shelf], middleware=[DetoxMiddleware(scorer=ROTTEN)]
+    )
     question: Any = {"messages": [HumanMessage("Read it.")]}
     out = await agent.ainvoke(question) if is_async else agent.invoke(question)
-    assert "rotten" not in str(engine.calls[-1][1].messages)
+    assert "rotten" not in str(detoxigen.calls[-1][1].messages)
     assert len(out["detox"]) == 2
 
 
@@ -353,20 +353,18 @@ def test_messages_of_a_command_may_have_any_form() -> None:
         result = {"role": "tool", "content": "It is rotten.", "tool_call_id": tool_call_id}
         return Command(update={"messages": [result, ("user", "So rotten."), "All rotten."]})
 
-    engine = calling("read_all", {"name": "one"})
-    out = run(engine, read_all)
-    assert "otten" not in str(engine.calls[-1][1].messages) + str([one.content for one in out["messages"]])
+    detoxigen = calling("read_all", {"name": "one"})
+    out = run(detoxigen, read_all)
+    assert "otten" not in str(detoxigen.calls[-1][1].messages) + str([one.content for one in out["messages"]])
     assert len(out["detox"]) == 3
 
 
 def test_records_add_up_over_steps_and_parallel_calls() -> None:
     def script(prompt: Any, params: Any) -> str:
         done = any(message["role"] == "tool" for message in prompt.messages)
-        return (
-            "A rotten end." if done else call_text("read_note", {"name": "a"}) + call_text("read_note", {"name": "b"})
-        )
+        return "A rotten end." if done else tool_call("read_note", name="a") + tool_call("read_note", name="b")
 
-    out = run(ScriptedEngine(script), read_note, ladder=())
+    out = run(ScriptedDetoxiGen(script), read_note, ladder=())
     assert [one["where"] for one in out["detox"]] == ["tool", "tool", "answer"]
 
 
@@ -377,7 +375,7 @@ def test_a_tools_own_command_is_screened_too() -> None:
         message = ToolMessage("It is rotten.", tool_call_id="c1", name="noted")
         return Command(update={"messages": [message]})
 
-    middleware = DetoxMiddleware(scorer=WORD)
+    middleware = DetoxMiddleware(scorer=ROTTEN)
     result = middleware.wrap_tool_call(None, lambda _: noted.func("x"))  # type: ignore[arg-type]
     assert isinstance(result, Command)
     assert isinstance(result.update, dict)
@@ -386,8 +384,8 @@ def test_a_tools_own_command_is_screened_too() -> None:
 
 
 def test_calls_stay_calls_when_their_arguments_are_masked() -> None:
-    engine = calling("read_note", {"name": "rotten"})
-    out = run(engine, read_note, ladder=())
+    detoxigen = calling("read_note", {"name": "rotten"})
+    out = run(detoxigen, read_note, ladder=())
     call = out["messages"][1].tool_calls[0]
     assert call["name"] == "read_note"
     assert "rotten" not in str(call["args"])
@@ -403,9 +401,9 @@ class Verdict(BaseModel):
 
 @pytest.mark.parametrize("words", ["fine", "rotten"])
 def test_a_structured_answer_is_checked(words: str) -> None:
-    engine = ScriptedEngine(lambda *_: call_text("Verdict", {"words": words}))
+    detoxigen = ScriptedDetoxiGen(lambda *_: tool_call("Verdict", words=words))
     agent = create_agent(
-        ChatDetoxiGen(engine=engine, seed=1), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())],
+        ChatDetoxiGen(detoxigen=detoxigen, seed=1), [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())],
         response_format=ToolStrategy(Verdict),
     )  # fmt: skip
     if words == "rotten":
@@ -416,11 +414,11 @@ def test_a_structured_answer_is_checked(words: str) -> None:
 
 
 def test_a_schema_is_one_more_tool_to_an_agent() -> None:
-    engine = ScriptedEngine(lambda *_: call_text("Verdict", {"words": "fine"}))
-    agent = create_agent(ChatDetoxiGen(engine=engine, seed=1), [read_note], response_format=Verdict)
+    detoxigen = ScriptedDetoxiGen(lambda *_: tool_call("Verdict", words="fine"))
+    agent = create_agent(ChatDetoxiGen(detoxigen=detoxigen, seed=1), [read_note], response_format=Verdict)
     assert agent.invoke({"messages": [HumanMessage("?")]})["structured_response"] == Verdict(words="fine")
-    assert engine.calls[-1][2].grammar is not None
-    assert len(engine.calls[-1][1].tools) == 2
+    assert detoxigen.calls[-1][2].grammar is not None
+    assert len(detoxigen.calls[-1][1].tools) == 2
 
 
 @pytest.mark.parametrize(
@@ -429,7 +427,7 @@ def test_a_schema_is_one_more_tool_to_an_agent() -> None:
 )
 def test_bad_options_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidParamsError, match=next(iter(bad))):
-        DetoxMiddleware(**{"scorer": WORD, **bad})
+        DetoxMiddleware(**{"scorer": ROTTEN, **bad})
 
 
 # -- the model inside
@@ -452,52 +450,52 @@ def wrapped(chat: ChatDetoxiGen) -> dict[str, Any]:
 
 @pytest.mark.parametrize("around", list(wrapped(ChatDetoxiGen())))
 def test_the_guard_and_alpha_reach_the_model_inside(around: str) -> None:
-    engine = until(0.0)
-    model = wrapped(ChatDetoxiGen(engine=engine, seed=1))[around]
-    policy = GuardPolicy(scorer=WORD)
+    detoxigen = until(0.0)
+    model = wrapped(ChatDetoxiGen(detoxigen=detoxigen, seed=1))[around]
+    policy = GuardPolicy(scorer=ROTTEN)
     agent = create_agent(model, [], middleware=[DetoxMiddleware(guard=policy, alpha=2.0)])
     config: Any = {"configurable": {"guard": None, "which": "other"}}
     streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("?")]}, config, stream_mode="messages")]
-    assert [(params.guard, params.alpha) for *_, params in engine.calls] == [(policy, 2.0)]
-    assert around == "retry" or len(streamed) > 3
+    assert [(params.guard, params.alpha) for *_, params in detoxigen.calls] == [(policy, 2.0)]
+    assert around == "retry" or len(streamed) > 1
 
 
 def test_what_is_bound_stays_under_tools() -> None:
-    engine = calling("read_note", {"name": "one"})
-    chat = ChatDetoxiGen(engine=engine, seed=1).with_config(tags=["t"]).bind(seed=5, top_p=0.5)
-    create_agent(chat, [read_note], middleware=[DetoxMiddleware(scorer=WORD, alpha=2.0)]).invoke(
+    detoxigen = calling("read_note", {"name": "one"})
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1).with_config(tags=["t"]).bind(seed=5, top_p=0.5)
+    create_agent(chat, [read_note], middleware=[DetoxMiddleware(scorer=ROTTEN, alpha=2.0)]).invoke(
         {"messages": [HumanMessage("Read it.")]}
     )
-    assert [(p.alpha, p.seed, p.top_p) for *_, p in engine.calls] == [(2.0, 5, 0.5)] * 2
+    assert [(p.alpha, p.seed, p.top_p) for *_, p in detoxigen.calls] == [(2.0, 5, 0.5)] * 2
 
 
 def test_the_ladder_climbs_inside_and_never_lowers_what_was_bound() -> None:
-    engine = until(99)
-    model = ChatDetoxiGen(engine=engine, seed=1).bind(alpha=7.0).with_config(tags=["t"])
-    create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=(6.0, 9.0))]).invoke(
+    detoxigen = until(99)
+    model = ChatDetoxiGen(detoxigen=detoxigen, seed=1).bind(alpha=7.0).with_config(tags=["t"])
+    create_agent(model, [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=(6.0, 9.0))]).invoke(
         {"messages": [HumanMessage("?")]}
     )
-    assert alphas(engine) == [7.0, 7.0, 9.0]
+    assert alphas(detoxigen) == [7.0, 7.0, 9.0]
 
 
 def test_a_foreign_fallback_or_a_step_behind_the_model_is_not_believed() -> None:
     """The whole is held back and checked by the guard's own scorer."""
-    chat = ChatDetoxiGen(engine=until(99), seed=1)
+    chat = ChatDetoxiGen(detoxigen=until(99), seed=1)
     other = Foreign(messages=iter([]))
     for model in (chat.with_fallbacks([other]), chat | RunnableLambda(lambda message: message)):
-        agent = create_agent(model, [], middleware=[DetoxMiddleware(guard=GuardPolicy(scorer=WORD), ladder=())])
+        agent = create_agent(model, [], middleware=[DetoxMiddleware(guard=GuardPolicy(scorer=ROTTEN), ladder=())])
         streamed = [m for m, _ in agent.stream({"messages": [HumanMessage("?")]}, stream_mode="messages")]
         assert "rotten" not in "".join(str(one.content) for one in streamed)
 
 
-@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"guard": GuardPolicy(scorer=WORD)}])
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"guard": GuardPolicy(scorer=ROTTEN)}])
 def test_what_cannot_be_looked_into_is_refused(given: Any) -> None:
-    chat = ChatDetoxiGen(engine=until(99), seed=1)
+    chat = ChatDetoxiGen(detoxigen=until(99), seed=1)
     model: Any = RunnableLambda(lambda messages: chat.invoke(messages))
     agent = create_agent(model, [], middleware=[DetoxMiddleware(**given)])
     with pytest.raises(InvalidParamsError, match="RunnableLambda"):
         agent.invoke({"messages": [HumanMessage("?")]})
-    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    agent = create_agent(model, [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())])
     assert "rotten" not in agent.invoke({"messages": [HumanMessage("?")]})["messages"][-1].text
 
 
@@ -506,10 +504,12 @@ def test_settings_of_another_middleware_do_not_undo_ours() -> None:
         def wrap_model_call(self, request: Any, handler: Any) -> Any:
             return handler(request.override(model_settings={"guard": None, "alpha": 0.0, "seed": 8}))
 
-    engine, policy = until(0.0), GuardPolicy(scorer=WORD)
+    detoxigen, policy = until(0.0), GuardPolicy(scorer=ROTTEN)
     middleware = [Undo(), DetoxMiddleware(guard=policy, alpha=2.0)]
-    create_agent(ChatDetoxiGen(engine=engine), [], middleware=middleware).invoke({"messages": [HumanMessage("?")]})
-    assert (engine.calls[0][2].guard, engine.calls[0][2].alpha, engine.calls[0][2].seed) == (policy, 2.0, 8)
+    create_agent(ChatDetoxiGen(detoxigen=detoxigen), [], middleware=middleware).invoke(
+        {"messages": [HumanMessage("?")]}
+    )
+    assert (detoxigen.calls[0][2].guard, detoxigen.calls[0][2].alpha, detoxigen.calls[0][2].seed) == (policy, 2.0, 8)
 
 
 # -- every word
@@ -544,7 +544,7 @@ def call_of(args: Any, name: str = "read_note", call_id: str = "c1") -> list[Any
 )
 def test_no_field_of_an_answer_is_left_out(said: AIMessage) -> None:
     model = Foreign(messages=iter([said, AIMessage("Done.")]))
-    agent = create_agent(model, [read_text], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    agent = create_agent(model, [read_text], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())])
     out = agent.invoke({"messages": [HumanMessage("?")]})
     assert out["detox"][0]["action"] == "mask"
     assert "rotten" not in repr(out["messages"])
@@ -567,7 +567,7 @@ def rotten_tool(rotten: str) -> str:
 def test_the_developers_own_words_are_not_the_models() -> None:
     said = AIMessage("Fine.", tool_calls=call_of({"rotten": "x"}, name="rotten_tool"))
     model = Foreign(messages=iter([said, AIMessage("Done.")]))
-    agent = create_agent(model, [rotten_tool], middleware=[DetoxMiddleware(scorer=WORD, ladder=())])
+    agent = create_agent(model, [rotten_tool], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())])
     out = agent.invoke({"messages": [HumanMessage("?")]})
     assert out["messages"][1].tool_calls[0]["args"] == {"rotten": "x"}
     assert [message.type for message in out["messages"]] == ["human", "ai", "tool", "ai"]
@@ -600,7 +600,7 @@ def test_words_are_found_at_any_depth() -> None:
 )
 @pytest.mark.parametrize("tool_results", ["mask", "drop"])
 def test_every_word_of_a_tools_result_is_screened(content: Any, tool_results: Any) -> None:
-    middleware = DetoxMiddleware(scorer=WORD, tool_results=tool_results)
+    middleware = DetoxMiddleware(scorer=ROTTEN, tool_results=tool_results)
     made = ToolMessage(content, tool_call_id="c1", name="read_note")
     result: Any = middleware.wrap_tool_call(None, lambda _: made)  # type: ignore[arg-type, return-value]
     (message,) = result.update["messages"]
@@ -612,7 +612,7 @@ def test_artifacts_are_masked_and_what_is_clean_stays() -> None:
     blocks: list[Any] = [{"type": "text", "text": "Fine."}, {"type": "image", "url": "x"}]
     artifact = {"documents": [Document("So. It is rotten."), Document("Well.")], "n": 1}
     made = ToolMessage(blocks, tool_call_id="c1", artifact=artifact)
-    result: Any = DetoxMiddleware(scorer=WORD).wrap_tool_call(None, lambda _: made)  # type: ignore[arg-type, return-value]
+    result: Any = DetoxMiddleware(scorer=ROTTEN).wrap_tool_call(None, lambda _: made)  # type: ignore[arg-type, return-value]
     (message,) = result.update["messages"]
     assert message.content == blocks
     assert [one.page_content for one in message.artifact["documents"]] == [
@@ -633,7 +633,7 @@ async def test_an_error_that_quotes_the_answer_is_not_shown(handle_errors: Any, 
     said = [AIMessage("", tool_calls=call_of({"words": "all is rotten"}, "Short")),
             AIMessage("", tool_calls=call_of({"words": "fine"}, "Short", "c2"))]  # fmt: skip
     agent = create_agent(
-        Foreign(messages=iter(said)), [], middleware=[DetoxMiddleware(scorer=WORD, ladder=())],
+        Foreign(messages=iter(said)), [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())],
         response_format=ToolStrategy(Short, handle_errors=handle_errors),
     )  # fmt: skip
     question: Any = {"messages": [HumanMessage("?")]}
@@ -652,7 +652,7 @@ async def test_an_error_that_quotes_the_answer_is_not_shown(handle_errors: Any, 
 def test_an_error_about_a_clean_answer_stays_itself() -> None:
     said = AIMessage("", tool_calls=call_of({"words": "far too long"}, "Short"))
     agent = create_agent(
-        Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=WORD)],
+        Foreign(messages=iter([said])), [], middleware=[DetoxMiddleware(scorer=ROTTEN)],
         response_format=ToolStrategy(Short, handle_errors=False),
     )  # fmt: skip
     with pytest.raises(StructuredOutputValidationError, match="far too long"):
@@ -660,20 +660,20 @@ def test_an_error_about_a_clean_answer_stays_itself() -> None:
 
 
 @pytest.mark.parametrize("strategy", [Verdict, ToolStrategy(Verdict), ProviderStrategy(Verdict)], ids=str)
-@pytest.mark.parametrize("middleware", [[], [DetoxMiddleware(scorer=WORD)]], ids=len)
+@pytest.mark.parametrize("middleware", [[], [DetoxMiddleware(scorer=ROTTEN)]], ids=len)
 def test_a_structured_answer_that_was_cut_ends_the_agent(strategy: Any, middleware: Any) -> None:
-    engine = ScriptedEngine()
+    detoxigen = ScriptedDetoxiGen(obliging)
     agent = create_agent(
-        ChatDetoxiGen(engine=engine, max_tokens=2), [], response_format=strategy, middleware=middleware
+        ChatDetoxiGen(detoxigen=detoxigen, max_tokens=2), [], response_format=strategy, middleware=middleware
     )
     with pytest.raises(IncompleteAnswerError, match="length"):
         agent.invoke({"messages": [HumanMessage("?")]})
-    assert len(engine.calls) == 1
+    assert len(detoxigen.calls) == 1
 
 
 def test_the_guards_own_scorer_and_threshold_are_the_default() -> None:
-    middleware = DetoxMiddleware(guard=GuardPolicy(scorer=WORD, threshold=0.2))
-    assert (middleware.scorer, middleware.threshold) == (WORD, 0.2)
+    middleware = DetoxMiddleware(guard=GuardPolicy(scorer=ROTTEN, threshold=0.2))
+    assert (middleware.scorer, middleware.threshold) == (ROTTEN, 0.2)
     for bad in ({"guard": "strict"}, {"alpha": True}, {"alpha": -1}, {"threshold": 2}, {"ladder": [None]}):
         with pytest.raises(InvalidParamsError, match=next(iter(bad))):
             DetoxMiddleware(**bad)  # type: ignore[arg-type]
@@ -700,7 +700,7 @@ PROVIDERS = [
 @pytest.mark.parametrize("field", PROVIDERS)
 @pytest.mark.parametrize("word", ["rotten", "rotten7", "soRotten"])
 def test_a_word_alone_is_read_in_calls_and_results_whatever_its_field_is_called(field: str, word: str) -> None:
-    scorer = WordScorer("otten")
+    scorer = ScriptedScorer("otten")
     parsed: dict[str, Any] = {"args": {"a": [{field: word}]}, "name": "put", "id": "c1"}
     for message in (
         AIMessage("", tool_calls=[parsed]),
@@ -727,7 +727,7 @@ def test_and_the_tool_does_not_get_it() -> None:
 
     call = {"name": "put", "args": {"status": "rotten", "id": "rotten"}, "id": "c1"}
     model = Foreign(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("Done.")]))
-    create_agent(model, [put], middleware=[DetoxMiddleware(scorer=WORD, ladder=())]).invoke(
+    create_agent(model, [put], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=())]).invoke(
         {"messages": [HumanMessage("?")]}
     )
     assert got == [("[removed by the toxicity screen]", "[removed by the toxicity screen]")]
@@ -739,7 +739,7 @@ def test_a_structured_answer_neither() -> None:
 
     call = {"name": "Parcel", "args": {"status": "rotten"}, "id": "c1"}
     model = Foreign(messages=iter([AIMessage("", tool_calls=[call])]))
-    middleware = [DetoxMiddleware(scorer=WORD, ladder=())]
+    middleware = [DetoxMiddleware(scorer=ROTTEN, ladder=())]
     agent = create_agent(model, [], middleware=middleware, response_format=ToolStrategy(Parcel))
     with pytest.raises(GuardError):
         agent.invoke({"messages": [HumanMessage("?")]})
@@ -776,7 +776,7 @@ def test_what_a_tool_puts_into_the_state_is_screened(action: Any, notes: Any) ->
 
     call = {"name": "note", "args": {}, "id": "c1"}
     model = Foreign(messages=iter([AIMessage("", tool_calls=[call]), AIMessage("Done.")]))
-    middleware = [DetoxMiddleware(scorer=WORD, ladder=(), tool_results=action)]
+    middleware = [DetoxMiddleware(scorer=ROTTEN, ladder=(), tool_results=action)]
     agent = create_agent(model, [note], middleware=middleware, state_schema=Noted)
     out = agent.invoke({"messages": [HumanMessage("?")]})
     assert out.get("notes") == notes
@@ -785,7 +785,7 @@ def test_what_a_tool_puts_into_the_state_is_screened(action: Any, notes: Any) ->
 
 @pytest.mark.parametrize("form", [tuple, Overwrite])
 def test_messages_of_a_command_are_screened_in_every_form(form: Any) -> None:
-    middleware = DetoxMiddleware(scorer=WORD)
+    middleware = DetoxMiddleware(scorer=ROTTEN)
     command = Command(update={"messages": form([ToolMessage("Fine. He is rotten.", tool_call_id="c1")])})
     update = middleware.wrap_tool_call(None, lambda _: command).update  # type: ignore[arg-type, union-attr, return-value]
     messages = update["messages"].value if form is Overwrite else update["messages"]

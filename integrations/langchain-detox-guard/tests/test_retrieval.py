@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from detox_guard import InvalidParamsError, ScorerError
+from detox_guard.testing import ScriptedDetoxiGen  # noqa: TC002
 from langchain_core.documents import Document
 from langchain_core.prompts import PromptTemplate
 from langchain_core.retrievers import BaseRetriever
@@ -18,7 +19,7 @@ from langchain_detox_guard import (
     DetoxRetriever,
     create_detox_rag_chain,
 )
-from scripted_engine import ScriptedEngine, WordScorer
+from langchain_scripts import ROTTEN
 
 DOCUMENTS = [
     Document("The market opens at nine. The rotten clerk sleeps until ten.", metadata={"source": "a"}),
@@ -32,7 +33,7 @@ class Fixed(BaseRetriever):
 
 
 def screen_with(action: Any) -> DetoxDocumentScreen:
-    return DetoxDocumentScreen(action=action, scorer=WordScorer())
+    return DetoxDocumentScreen(action=action, scorer=ROTTEN)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -77,11 +78,11 @@ async def test_the_retriever_goes_where_retrievers_go() -> None:
     assert tool.invoke("market") == "Rivers rise in the hills."
 
 
-async def test_the_chain_reads_only_what_was_screened(engine: ScriptedEngine) -> None:
-    chain = create_detox_rag_chain(Fixed(), ChatDetoxiGen(engine=engine, seed=1), screen=screen_with("mask"))
+async def test_the_chain_reads_only_what_was_screened(detoxigen: ScriptedDetoxiGen) -> None:
+    chain = create_detox_rag_chain(Fixed(), ChatDetoxiGen(detoxigen=detoxigen, seed=1), screen=screen_with("mask"))
     out = chain.invoke("When does it open?")
     assert out.keys() == {"input", "context", "answer"}
-    read = engine.calls[-1][1].messages[0]["content"]
+    read = detoxigen.calls[-1][1].messages[0]["content"]
     assert "[1] The market opens at nine." in read
     assert "[2] Rivers" in read
     assert "rotten" not in read
@@ -92,10 +93,10 @@ async def test_the_chain_reads_only_what_was_screened(engine: ScriptedEngine) ->
     assert sum("answer" in piece for piece in pieces) > 3
 
 
-def test_the_chain_takes_an_llm_and_a_prompt(engine: ScriptedEngine) -> None:
+def test_the_chain_takes_an_llm_and_a_prompt(detoxigen: ScriptedDetoxiGen) -> None:
     prompt = PromptTemplate.from_template("{context}\n{tone} answer to {input}:")
     chain = create_detox_rag_chain(
-        Fixed(), DetoxiGenLLM(engine=engine, seed=1), prompt=prompt, screen=screen_with("drop")
+        Fixed(), DetoxiGenLLM(detoxigen=detoxigen, seed=1), prompt=prompt, screen=screen_with("drop")
     )
     chain.invoke({"input": "Where?", "tone": "Kind"})
-    assert engine.calls[-1][1] == "[1] Rivers rise in the hills.\nKind answer to Where?:"
+    assert detoxigen.calls[-1][1] == "[1] Rivers rise in the hills.\nKind answer to Where?:"

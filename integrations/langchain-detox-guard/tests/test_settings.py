@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
 from detox_guard.errors import NotPicklableError
+from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
 from langchain.agents import create_agent
 from langchain_core import exceptions
 from langchain_core.caches import InMemoryCache
@@ -21,13 +22,14 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField
 from langchain_core.runnables.base import RunnableBinding
 from langchain_core.tools import tool
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxDocumentScreen, DetoxiGenLLM, DetoxMiddleware, DetoxRetriever
 from langchain_detox_guard._errors import as_langchain
-from scripted_engine import ScriptedEngine, WordScorer
+from langchain_scripts import ROTTEN, obliging
 
 BOTH = pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
+NAMES = {"max_new_tokens": "max_tokens"}
 POLICY = GuardPolicy(threshold=0.3, ladder=(2.5,))  # type: ignore[arg-type]
 
 
@@ -43,21 +45,21 @@ def look_up(town: str) -> str:
     return "nothing"
 
 
-def asked(engine: ScriptedEngine) -> DecodingParams:
-    return engine.calls[-1][2]
+def asked(detoxigen: ScriptedDetoxiGen) -> DecodingParams:
+    return detoxigen.calls[-1][2]
 
 
 # -- copies
 
 
 @BOTH
-def test_a_deep_copy_shares_what_belongs_to_the_process(kind: Any, engine: ScriptedEngine) -> None:
-    policy = GuardPolicy(scorer=WordScorer())
+def test_a_deep_copy_shares_what_belongs_to_the_process(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    policy = GuardPolicy(scorer=ROTTEN)
     limiter, cache = InMemoryRateLimiter(), InMemoryCache()
     limits = {"rate_limiter": limiter} if kind is ChatDetoxiGen else {}
-    llm = kind(engine=engine, guard=policy, cache=cache, stop=["x"], metadata={"a": [1]}, **limits)
+    llm = kind(detoxigen=detoxigen, guard=policy, cache=cache, stop=["x"], metadata={"a": [1]}, **limits)
     for twin in (copy.deepcopy(llm), llm.model_copy(deep=True), copy.deepcopy([llm])[0], copy.copy(llm)):
-        assert twin.engine is engine
+        assert twin.detoxigen is detoxigen
         assert twin.guard.scorer is policy.scorer
         assert twin.cache is cache
         assert twin == llm
@@ -69,10 +71,10 @@ def test_a_deep_copy_shares_what_belongs_to_the_process(kind: Any, engine: Scrip
 
 
 @BOTH
-def test_a_changed_copy_is_checked_and_keeps_the_rest(kind: Any, engine: ScriptedEngine) -> None:
-    llm = kind(engine=engine, guard=POLICY, seed=4, tags=["t"])
+def test_a_changed_copy_is_checked_and_keeps_the_rest(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    llm = kind(detoxigen=detoxigen, guard=POLICY, seed=4, tags=["t"])
     other = llm.model_copy(update={"alpha": 1.5, "guard": {"threshold": 0.2}})
-    assert (other.alpha, other.guard, other.seed, other.engine) == (1.5, GuardPolicy(threshold=0.2), 4, engine)
+    assert (other.alpha, other.guard, other.seed, other.detoxigen) == (1.5, GuardPolicy(threshold=0.2), 4, detoxigen)
     assert (other.tags, llm.alpha, llm.guard) == (["t"], 3.0, POLICY)
     for field, value in {"alpha": -1, "guard": "strict", "top_k": True, "stop": [3], "model": "other/model"}.items():
         with pytest.raises(InvalidParamsError, match=field):
@@ -82,9 +84,9 @@ def test_a_changed_copy_is_checked_and_keeps_the_rest(kind: Any, engine: Scripte
 
 
 @BOTH
-def test_a_dump_holds_the_engine_or_fails(kind: Any, engine: ScriptedEngine) -> None:
-    llm = kind(engine=engine, guard=POLICY)
-    assert kind(**llm.model_dump(exclude={"profile"})).engine is engine
+def test_a_dump_holds_the_engine_or_fails(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    llm = kind(detoxigen=detoxigen, guard=POLICY)
+    assert kind(**llm.model_dump(exclude={"profile"})).detoxigen is detoxigen
     with pytest.raises(ValueError, match="serialize"):
         llm.model_dump_json()
 
@@ -116,11 +118,11 @@ def test_a_pickle_keeps_everything(kind: Any) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("given", ["engine", "scorer", "hook", "cache"])
+@pytest.mark.parametrize("given", ["detoxigen", "scorer", "hook", "cache"])
 def test_or_is_refused_by_name(kind: Any, given: str) -> None:
     fields: Any = {
-        "engine": {"engine": ScriptedEngine()},
-        "scorer": {"guard": GuardPolicy(scorer=WordScorer())},
+        "detoxigen": {"detoxigen": ScriptedDetoxiGen(obliging)},
+        "scorer": {"guard": GuardPolicy(scorer=ROTTEN)},
         "hook": {"guard": GuardPolicy(on_event=lambda _: None)},
         "cache": {"cache": Unpicklable()},
     }[given]
@@ -139,7 +141,7 @@ class Unpicklable(InMemoryCache):
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_screens_and_middleware_alike(guarded: bool) -> None:
-    scorer = WordScorer()
+    scorer = ROTTEN
     parts: list[Any] = [DetoxDocumentScreen(scorer=scorer), DetoxMiddleware(scorer=scorer)]
     parts.append(DetoxMiddleware(guard=GuardPolicy(scorer=scorer)) if guarded else DetoxMiddleware(scorer=scorer))
     for part in parts:
@@ -155,7 +157,7 @@ def test_screens_and_middleware_alike(guarded: bool) -> None:
 
 
 def test_a_screen_inside_a_retriever_too() -> None:
-    screen = DetoxDocumentScreen(scorer=WordScorer())
+    screen = DetoxDocumentScreen(scorer=ROTTEN)
     retriever = DetoxRetriever(retriever=DetoxRetriever.model_construct(), screen=screen)
     assert copy.deepcopy(retriever).screen.scorer is screen.scorer
     with pytest.raises(NotPicklableError):
@@ -165,18 +167,18 @@ def test_a_screen_inside_a_retriever_too() -> None:
 # -- what LangChain puts around a model
 
 
-def test_what_was_bound_is_kept_by_what_is_bound_next(engine: ScriptedEngine) -> None:
-    chat = ChatDetoxiGen(engine=engine, seed=1)
+def test_what_was_bound_is_kept_by_what_is_bound_next(detoxigen: ScriptedDetoxiGen) -> None:
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1)
     bound = chat.bind(alpha=1.5).bind(guard=POLICY).with_config(tags=["t"]).bind(seed=9)
     for one in (bound, bound.bind_tools([look_up]), bound.with_structured_output(Town)):
         one.invoke("Hi")
-        assert (asked(engine).alpha, asked(engine).guard, asked(engine).seed) == (1.5, POLICY, 9)
+        assert (asked(detoxigen).alpha, asked(detoxigen).guard, asked(detoxigen).seed) == (1.5, POLICY, 9)
     assert bound.bind_tools([look_up]).config["tags"] == ["t"]
     assert bound.bind_tools([look_up]).invoke("Hi").tool_calls
     assert chat.with_config(tags=["t"]).bind(alpha=0.5).bind(alpha=2.5).bound.alpha == 2.5
-    plain = DetoxiGenLLM(engine=engine).bind(alpha=1.5, stop=["you"]).bind(seed=3)
+    plain = DetoxiGenLLM(detoxigen=detoxigen).bind(alpha=1.5, stop=["you"]).bind(seed=3)
     assert plain.invoke("Hi").startswith("Hello, dear reader!")
-    assert (asked(engine).alpha, asked(engine).stop, asked(engine).seed) == (1.5, ("you",), 3)
+    assert (asked(detoxigen).alpha, asked(detoxigen).stop, asked(detoxigen).seed) == (1.5, ("you",), 3)
 
 
 AROUND: dict[str, Any] = {
@@ -192,9 +194,9 @@ AROUND: dict[str, Any] = {
 @pytest.mark.parametrize("outer", AROUND)
 @pytest.mark.parametrize("inner", AROUND)
 def test_what_is_bound_to_a_wrapper_is_kept_under_tools_and_schemas(
-    inner: str, outer: str, engine: ScriptedEngine
+    inner: str, outer: str, detoxigen: ScriptedDetoxiGen
 ) -> None:
-    chat: Any = AROUND[inner](ChatDetoxiGen(engine=engine, alpha=1.5))
+    chat: Any = AROUND[inner](ChatDetoxiGen(detoxigen=detoxigen, alpha=1.5))
     if outer == "fields":
         outer = "config"  # LangChain looks for the fields in the wrapper itself
     model = AROUND[outer](chat.bind(top_p=0.5)).bind(guard=POLICY, seed=5)
@@ -206,13 +208,13 @@ def test_what_is_bound_to_a_wrapper_is_kept_under_tools_and_schemas(
         lambda said: agent.invoke({"messages": [HumanMessage(said)]}, {"recursion_limit": 5}),
     ):
         ask("Hi")
-        told = asked(engine)
+        told = asked(detoxigen)
         assert (told.alpha, told.top_p, told.guard, told.seed) == (1.5, 0.5, POLICY, 5)
     assert model.bind_tools([look_up]).invoke("Hi").tool_calls
 
 
-def test_a_retried_model_takes_all_that_another_does(engine: ScriptedEngine) -> None:
-    chat: Any = ChatDetoxiGen(engine=engine)
+def test_a_retried_model_takes_all_that_another_does(detoxigen: ScriptedDetoxiGen) -> None:
+    chat: Any = ChatDetoxiGen(detoxigen=detoxigen)
     for model in (
         chat.bind(seed=5).with_retry().bind(guard=POLICY),
         chat.with_retry().with_config(tags=["t"]).bind(seed=5, guard=POLICY),
@@ -226,30 +228,30 @@ def test_a_retried_model_takes_all_that_another_does(engine: ScriptedEngine) -> 
             lambda said, agent=agent: agent.invoke({"messages": [HumanMessage(said)]}, {"recursion_limit": 5}),
         ):
             ask("Hi")
-            assert (asked(engine).guard, asked(engine).seed) == (POLICY, 5)
-    plain = DetoxiGenLLM(engine=engine).bind(seed=5).with_retry().bind(alpha=1.5)
+            assert (asked(detoxigen).guard, asked(detoxigen).seed) == (POLICY, 5)
+    plain = DetoxiGenLLM(detoxigen=detoxigen).bind(seed=5).with_retry().bind(alpha=1.5)
     assert plain.invoke("Hi")
-    assert (asked(engine).alpha, asked(engine).seed) == (1.5, 5)
+    assert (asked(detoxigen).alpha, asked(detoxigen).seed) == (1.5, 5)
 
 
-def test_a_retried_model_is_retried_under_tools(engine: ScriptedEngine) -> None:
+def test_a_retried_model_is_retried_under_tools(detoxigen: ScriptedDetoxiGen) -> None:
     failed: list[int] = []
 
     def script(*args: Any) -> str:
         if len(failed) < 2:
             failed.append(1)
             raise RuntimeError("not yet")
-        return ScriptedEngine.default_script(*args)
+        return obliging(*args)
 
-    chat: Any = ChatDetoxiGen(engine=ScriptedEngine(script))
+    chat: Any = ChatDetoxiGen(detoxigen=ScriptedDetoxiGen(script))
     model = chat.bind(seed=1).with_retry(wait_exponential_jitter=False, stop_after_attempt=3)
     assert model.bind_tools([look_up]).invoke("Hi").tool_calls
     assert len(failed) == 2
 
 
 @pytest.mark.parametrize("raw", [False, True])
-async def test_a_structured_answer_takes_options_of_its_call(raw: bool, engine: ScriptedEngine) -> None:
-    model = ChatDetoxiGen(engine=engine).with_structured_output(Town, include_raw=raw)
+async def test_a_structured_answer_takes_options_of_its_call(raw: bool, detoxigen: ScriptedDetoxiGen) -> None:
+    model = ChatDetoxiGen(detoxigen=detoxigen).with_structured_output(Town, include_raw=raw)
     own: dict[str, Any] = {"alpha": 8.0, "guard": POLICY}
     ways: list[Any] = [
         lambda: model.bind(**own).invoke("Hi"),
@@ -259,46 +261,48 @@ async def test_a_structured_answer_takes_options_of_its_call(raw: bool, engine: 
     ]
     for way in ways:
         way()
-        assert (asked(engine).alpha, asked(engine).guard) == (8.0, POLICY)
+        assert (asked(detoxigen).alpha, asked(detoxigen).guard) == (8.0, POLICY)
     await model.ainvoke("Hi", alpha=7.0)
-    assert asked(engine).alpha == 7.0
+    assert asked(detoxigen).alpha == 7.0
     _ = [chunk async for chunk in model.astream("Hi", alpha=6.0)]
-    assert asked(engine).alpha == 6.0
+    assert asked(detoxigen).alpha == 6.0
     with pytest.raises(InvalidParamsError, match="apha"):
         model.invoke("Hi", apha=1.0)
 
 
-def test_fallbacks_take_tools_and_schemas(engine: ScriptedEngine) -> None:
-    model: Any = ChatDetoxiGen(engine=engine, guard=POLICY).with_fallbacks([ChatDetoxiGen(engine=engine, seed=2)])
+def test_fallbacks_take_tools_and_schemas(detoxigen: ScriptedDetoxiGen) -> None:
+    model: Any = ChatDetoxiGen(detoxigen=detoxigen, guard=POLICY).with_fallbacks(
+        [ChatDetoxiGen(detoxigen=detoxigen, seed=2)]
+    )
     assert model.bind_tools([look_up]).invoke("Hi").tool_calls
     assert model.with_structured_output(Town).invoke("Hi") == Town(name="some name")
-    assert asked(engine).guard == POLICY
+    assert asked(detoxigen).guard == POLICY
     assert model.get_num_tokens_from_messages([HumanMessage("Hi")])
 
 
-def test_configurable_models_stay_so_under_tools_and_schemas(engine: ScriptedEngine) -> None:
-    model: Any = ChatDetoxiGen(engine=engine, seed=1, guard=POLICY).configurable_fields(
+def test_configurable_models_stay_so_under_tools_and_schemas(detoxigen: ScriptedDetoxiGen) -> None:
+    model: Any = ChatDetoxiGen(detoxigen=detoxigen, seed=1, guard=POLICY).configurable_fields(
         alpha=ConfigurableField(id="alpha")
     )
     config: Any = {"configurable": {"alpha": 7.0}}
     for one in (model, model.bind_tools([look_up]), model.with_structured_output(Town)):
         one.invoke("Hi", config)
-        assert (asked(engine).alpha, asked(engine).guard) == (7.0, POLICY)
+        assert (asked(detoxigen).alpha, asked(detoxigen).guard) == (7.0, POLICY)
     with pytest.raises(InvalidParamsError, match="alpha"):
         model.invoke("Hi", {"configurable": {"alpha": "much"}})
-    model = ChatDetoxiGen(engine=engine).configurable_alternatives(
+    model = ChatDetoxiGen(detoxigen=detoxigen).configurable_alternatives(
         ConfigurableField(id="which"),
-        strong=ChatDetoxiGen(engine=engine, alpha=8.0),
-        late=lambda: ChatDetoxiGen(engine=engine, alpha=9.0),
+        strong=ChatDetoxiGen(detoxigen=detoxigen, alpha=8.0),
+        late=lambda: ChatDetoxiGen(detoxigen=detoxigen, alpha=9.0),
         other=GenericFakeChatModel(messages=iter([AIMessage("Foreign.")])),
     )
     assert model.invoke("Hi", {"configurable": {"which": "other"}}).content == "Foreign."
-    tools = ChatDetoxiGen(engine=engine).configurable_alternatives(
-        ConfigurableField(id="which"), late=lambda: ChatDetoxiGen(engine=engine, alpha=9.0)
+    tools = ChatDetoxiGen(detoxigen=detoxigen).configurable_alternatives(
+        ConfigurableField(id="which"), late=lambda: ChatDetoxiGen(detoxigen=detoxigen, alpha=9.0)
     )
     for which, alpha in {"default": 3.0, "late": 9.0}.items():
         assert tools.bind_tools([look_up]).invoke("Hi", {"configurable": {"which": which}}).tool_calls  # type: ignore[attr-defined]
-        assert asked(engine).alpha == alpha
+        assert asked(detoxigen).alpha == alpha
 
 
 def test_what_is_bound_survives_serialization() -> None:
@@ -325,12 +329,12 @@ BAD = [
 @BOTH
 @pytest.mark.parametrize("bad", BAD, ids=str)
 async def test_a_bad_value_is_named_wherever_it_is_given(
-    kind: Any, bad: dict[str, Any], engine: ScriptedEngine
+    kind: Any, bad: dict[str, Any], detoxigen: ScriptedDetoxiGen
 ) -> None:
-    llm = kind(engine=engine)
+    llm = kind(detoxigen=detoxigen)
     (field,) = bad
     for way in (
-        lambda: kind(engine=engine, **bad),
+        lambda: kind(detoxigen=detoxigen, **bad),
         lambda: llm.invoke("Hi", **bad),
         lambda: list(llm.stream("Hi", **bad)),
         lambda: llm.batch(["Hi", "you"], **bad),
@@ -345,30 +349,30 @@ async def test_a_bad_value_is_named_wherever_it_is_given(
         await llm.ainvoke("Hi", **bad)
     with pytest.raises(InvalidParamsError, match=field):
         _ = [chunk async for chunk in llm.astream("Hi", **bad)]
-    assert not engine.calls
+    assert not detoxigen.calls
 
 
 @BOTH
-def test_a_call_reads_values_as_the_constructor_does(kind: Any, engine: ScriptedEngine) -> None:
+def test_a_call_reads_values_as_the_constructor_does(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
     given: Any = {"temperature": "0.5", "guard": {"threshold": 0.3}, "stop": "you"}
-    kind(engine=engine, **given).invoke("Hi")
-    built = asked(engine)
-    kind(engine=engine).invoke("Hi", **given)
-    assert asked(engine) == built
+    kind(detoxigen=detoxigen, **given).invoke("Hi")
+    built = asked(detoxigen)
+    kind(detoxigen=detoxigen).invoke("Hi", **given)
+    assert asked(detoxigen) == built
     assert (built.temperature, built.guard, built.stop) == (0.5, GuardPolicy(threshold=0.3), ("you",))
 
 
 @BOTH
-def test_what_was_assigned_is_checked_at_the_call(kind: Any, engine: ScriptedEngine) -> None:
-    llm = kind(engine=engine)
+def test_what_was_assigned_is_checked_at_the_call(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    llm = kind(detoxigen=detoxigen)
     llm.alpha = "much"
     with pytest.raises(InvalidParamsError, match="alpha"):
         llm.invoke("Hi")
 
 
 @pytest.mark.parametrize("word", [5, "x", [5], [None]])
-def test_tools_and_schemas_too(word: Any, engine: ScriptedEngine) -> None:
-    chat: Any = ChatDetoxiGen(engine=engine)
+def test_tools_and_schemas_too(word: Any, detoxigen: ScriptedDetoxiGen) -> None:
+    chat: Any = ChatDetoxiGen(detoxigen=detoxigen)
     for way in (lambda: chat.bind_tools(word), lambda: chat.invoke("Hi", tools=word)):
         with pytest.raises(InvalidParamsError, match="tools"):
             way()
@@ -394,7 +398,7 @@ def test_and_those_of_the_middleware_and_the_screen(bad: dict[str, Any]) -> None
 
 
 @BOTH
-def test_a_subclass_with_an_init_of_its_own_works(kind: Any, engine: ScriptedEngine) -> None:
+def test_a_subclass_with_an_init_of_its_own_works(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
     class Own(kind):  # type: ignore[misc]
         """It takes an argument that is no field, and sets a default of its own."""
 
@@ -404,13 +408,13 @@ def test_a_subclass_with_an_init_of_its_own_works(kind: Any, engine: ScriptedEng
 
         _persona: str = "none"
 
-    model = Own("reader", engine=engine)
+    model = Own("reader", detoxigen=detoxigen)
     model.invoke("Hi")
-    assert asked(engine).alpha == 9.0
+    assert asked(detoxigen).alpha == 9.0
     model.bind(alpha=2.0, seed=4).with_config(tags=["t"]).invoke("Hi")
-    assert (asked(engine).alpha, asked(engine).seed) == (2.0, 4)
+    assert (asked(detoxigen).alpha, asked(detoxigen).seed) == (2.0, 4)
     twin = model.model_copy(update={"alpha": 1.0})
-    assert (type(twin), twin.alpha, twin._persona, twin.engine) == (Own, 1.0, "reader", engine)
+    assert (type(twin), twin.alpha, twin._persona, twin.detoxigen) == (Own, 1.0, "reader", detoxigen)
     with pytest.raises(InvalidParamsError, match="alpha"):
         model.invoke("Hi", alpha=-1)
 
@@ -422,28 +426,28 @@ def test_a_subclass_with_an_init_of_its_own_works(kind: Any, engine: ScriptedEng
 def test_the_cache_knows_engines_apart(kind: Any) -> None:
     """Two of one name may hold other weights."""
     set_llm_cache(InMemoryCache())
-    one, other = ScriptedEngine(), ScriptedEngine(lambda *_: "Something else.")
-    assert kind(engine=one, seed=1).invoke("Hi") != kind(engine=other, seed=1).invoke("Hi")
-    for engine in (one, other, one):
-        kind(engine=engine, seed=1).invoke("Hi")
+    one, other = ScriptedDetoxiGen(obliging), ScriptedDetoxiGen(lambda *_: "Something else.")
+    assert kind(detoxigen=one, seed=1).invoke("Hi") != kind(detoxigen=other, seed=1).invoke("Hi")
+    for detoxigen in (one, other, one):
+        kind(detoxigen=detoxigen, seed=1).invoke("Hi")
     assert (len(one.calls), len(other.calls)) == (1, 1)
 
 
 @BOTH
 @pytest.mark.parametrize("cache", [True, InMemoryCache()])
-def test_no_scorer_object_is_taken_for_another(kind: Any, cache: Any, engine: ScriptedEngine) -> None:
+def test_no_scorer_object_is_taken_for_another(kind: Any, cache: Any, detoxigen: ScriptedDetoxiGen) -> None:
     set_llm_cache(InMemoryCache())
     for word in ("rotten", "stale"):
-        kind(engine=engine, seed=1, cache=cache, guard=GuardPolicy(scorer=WordScorer(word))).invoke("Hi")
-    assert len(engine.calls) == 2
+        kind(detoxigen=detoxigen, seed=1, cache=cache, guard=GuardPolicy(scorer=ScriptedScorer(word))).invoke("Hi")
+    assert len(detoxigen.calls) == 2
 
 
-def test_variables_of_the_template_are_in_the_key(engine: ScriptedEngine) -> None:
+def test_variables_of_the_template_are_in_the_key(detoxigen: ScriptedDetoxiGen) -> None:
     set_llm_cache(InMemoryCache())
-    chat = ChatDetoxiGen(engine=engine, seed=1)
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1)
     for variables in (None, {"thinking": True}, {"thinking": False}, {"thinking": False}):
         chat.invoke("Hi", chat_template_kwargs=variables)
-    assert len(engine.calls) == 3
+    assert len(detoxigen.calls) == 3
 
 
 # -- errors
@@ -466,3 +470,39 @@ def test_a_twin_crosses_processes_as_itself(error: Any, theirs: str) -> None:
         assert getattr(twin, "field", None) == getattr(error, "field", None)
         if (base := getattr(exceptions, theirs, None)) is not None:
             assert isinstance(twin, base)
+
+
+# -- what the core says of its settings
+
+
+@BOTH
+@pytest.mark.parametrize("name", sorted(DecodingParams.model_fields))
+def test_fields_are_the_cores(kind: Any, name: str) -> None:
+    """Default, description and bounds: nothing is written twice."""
+    if name in ("stop_token_ids", "ignore_eos", "grammar", "trace"):
+        assert name not in kind.model_fields  # no setting of a LangChain model
+        return
+    core, ours = DecodingParams.model_fields[name], kind.model_fields[NAMES.get(name, name)]
+    assert ours.description == core.description
+    assert ours.default == (None if name == "stop" else core.default)
+    if name != "guard":  # it has a field for a callable, which no schema tells
+        bounds = TypeAdapter(Annotated[(core.annotation, *core.metadata, None)]).json_schema()
+        assert ours.json_schema_extra == bounds
+
+
+@BOTH
+def test_every_field_says_what_it_is(kind: Any) -> None:
+    from langchain_detox_guard._fields import ModelFields
+
+    for name in kind.model_fields.keys() & vars(ModelFields)["__annotations__"].keys():
+        assert kind.model_fields[name].description, name
+
+
+@BOTH
+def test_the_old_name_of_detoxigen_is_taken(kind: Any) -> None:
+    model, other = ScriptedDetoxiGen(), ScriptedDetoxiGen()
+    llm = kind(engine=model)
+    assert llm.engine is llm.detoxigen is model
+    assert llm.model_copy(update={"engine": other}).detoxigen is other
+    with pytest.raises(InvalidParamsError, match="engine"):
+        kind(engine=model, detoxigen=other)

@@ -6,15 +6,14 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from detox_guard import StepError
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core.runnables import RunnableLambda
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
-from scripted_engine import ScriptedEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,15 +29,9 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def slow() -> ScriptedEngine:
-    """An engine whose replies take hours."""
-    return ScriptedEngine(lambda *_: LONG, step_s=0.05)
-
-
-def interrupt_when(ready: Any) -> threading.Thread:
+def interrupt_at(active: int, detoxigen: ScriptedDetoxiGen) -> threading.Thread:
     def wait() -> None:
-        while not ready():
-            time.sleep(0.01)
+        detoxigen.wait_for(active)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=wait)
@@ -49,8 +42,8 @@ def interrupt_when(ready: Any) -> threading.Thread:
 @pytest.mark.parametrize("around", ["model", "chain", "retry", "bound", "completed", "queued", "streamed"])
 @pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
 def test_an_interrupt_ends_a_batch_and_frees_its_seats(kind: Any, around: str) -> None:
-    engine = slow()
-    llm = kind(engine=engine, max_tokens=100_000, streaming=around == "streamed")
+    detoxigen = ScriptedDetoxiGen()
+    llm = kind(detoxigen=detoxigen, streaming=around == "streamed")
     runnable = {
         "chain": RunnableLambda(str) | llm, "retry": llm.with_retry(), "bound": llm.bind(alpha=1.0),
     }.get(around, llm)  # fmt: skip
@@ -64,36 +57,33 @@ def test_an_interrupt_ends_a_batch_and_frees_its_seats(kind: Any, around: str) -
         else:
             runnable.batch(["a", "b", "c"], config, return_exceptions=apart)
 
-    # All in one `batch`, the scripted engine takes one prompt after the other.
-    thread = interrupt_when(lambda: engine.active >= (2 if apart or kind is ChatDetoxiGen else 1))
-    with pytest.raises(KeyboardInterrupt):
-        ask()
-    thread.join()
-    assert engine.active == 0
-    assert len(engine.calls) <= 3
+    with detoxigen.hold():
+        thread = interrupt_at(2 if around == "queued" else 3, detoxigen)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+        thread.join()
+    assert detoxigen.active == 0
+    assert len(detoxigen.calls) <= 3
 
 
 def test_the_first_error_ends_the_rest() -> None:
-    engine = ScriptedEngine(lambda prompt, _: "Hello, dear reader!" if "break" in str(prompt) else LONG, step_s=0.05)
+    detoxigen = ScriptedDetoxiGen(lambda prompt, _: StepError("broken") if "break" in str(prompt) else LONG, together=3)
     with pytest.raises(StepError):
-        ChatDetoxiGen(engine=engine, max_tokens=100_000).batch(["a", "break", "c"])
-    assert engine.active == 0
+        ChatDetoxiGen(detoxigen=detoxigen, max_tokens=100_000).batch(["a", "break", "c"])
+    assert (detoxigen.active, detoxigen.abandoned) == (0, 3)
 
 
 def test_leaving_the_loop_ends_the_rest() -> None:
-    engine = ScriptedEngine(lambda prompt, _: "Done." if "short" in str(prompt) else LONG, step_s=0.02)
-    for place, reply in ChatDetoxiGen(engine=engine, max_tokens=100_000).batch_as_completed(["a", "short"]):
+    detoxigen = ScriptedDetoxiGen(lambda prompt, _: "Done." if "short" in str(prompt) else LONG, together=2)
+    for place, reply in ChatDetoxiGen(detoxigen=detoxigen, max_tokens=100_000).batch_as_completed(["a", "short"]):
         assert (place, reply.content) == (1, "Done.")
         break
-    for _ in range(500):
-        if engine.active == 0:
-            break
-        time.sleep(0.01)
-    assert engine.active == 0
+    detoxigen.wait_for(0)
+    assert detoxigen.abandoned == 1
 
 
-def test_order_errors_and_concurrency_are_langchains(engine: ScriptedEngine) -> None:
-    chat = ChatDetoxiGen(engine=engine, seed=1)
+def test_order_errors_and_concurrency_are_langchains(detoxigen: ScriptedDetoxiGen) -> None:
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1)
     replies = chat.batch(["one", "break", "three"], return_exceptions=True)
     assert [type(reply).__name__ for reply in replies] == ["AIMessage", "StepError", "AIMessage"]
     assert "three" in str(replies[2].content)
@@ -102,9 +92,9 @@ def test_order_errors_and_concurrency_are_langchains(engine: ScriptedEngine) -> 
     assert [reply.content for reply in chat.batch(["one", "three"])] == [replies[0].content, replies[2].content]
 
 
-def test_a_thread_that_outlives_its_batch_may_ask(engine: ScriptedEngine) -> None:
+def test_a_thread_that_outlives_its_batch_may_ask(detoxigen: ScriptedDetoxiGen) -> None:
     """Its context is still the batch's."""
-    chat = ChatDetoxiGen(engine=engine, seed=1)
+    chat = ChatDetoxiGen(detoxigen=detoxigen, seed=1)
     late: list[Any] = []
     go = threading.Event()
 
@@ -123,7 +113,7 @@ def test_a_thread_that_outlives_its_batch_may_ask(engine: ScriptedEngine) -> Non
         def invoke(self, value: Any, *args: Any, **kwargs: Any) -> Any:
             return super().invoke(spawn(value), *args, **kwargs)
 
-    Spawning(engine=engine, seed=1).batch(["a", "b"])
+    Spawning(detoxigen=detoxigen, seed=1).batch(["a", "b"])
     go.set()
     for thread in late_threads:
         thread.join()
@@ -131,7 +121,6 @@ def test_a_thread_that_outlives_its_batch_may_ask(engine: ScriptedEngine) -> Non
 
 
 async def test_thousands_may_be_gathered() -> None:
-    engine = ScriptedEngine()
-    chat = ChatDetoxiGen(engine=engine, seed=1, max_tokens=1)
+    chat = ChatDetoxiGen(detoxigen=ScriptedDetoxiGen(), seed=1, max_tokens=1)
     replies = await asyncio.gather(*(chat.ainvoke(f"Hi {i}") for i in range(2000)))
     assert len(replies) == 2000

@@ -1,10 +1,7 @@
-"""A scripted engine with the surface of `DetoxiGen`, foreign LLMs, a word scorer and event recorders for the tests."""
+"""For these tests: the scripted model, an LLM of someone else's, embeddings, and what records events."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +15,11 @@ from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from detox_guard import Chunk, DecodingParams, Generation, Steering, Usage
+from detox_guard import DecodingParams
+from detox_guard.testing import Said, ScriptedDetoxiGen
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import Iterator
 
     from llama_index.core.callbacks.schema import CBEventType
     from llama_index.core.instrumentation.events import BaseEvent
@@ -31,103 +29,13 @@ RUDE = "The library opens at nine. Only a stupid person asks. It closes at six."
 HELD = "The library opens at nine. [removed] It closes at six."
 
 
-class WordScorer:
-    """.9 for a text with the word "stupid", else .1."""
+def scripted(script: Any = (CLEAN,), *, finish: Any = None, **options: Any) -> ScriptedDetoxiGen:
+    """The scripted model as these tests want it. `finish` is why its replies end."""
 
-    name = "word"
+    def ended(*asked: Any) -> Said:
+        return Said(script(*asked) if callable(script) else script[0], finish_reason=finish)
 
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return [0.9 if "stupid" in text.lower() else 0.1 for text in texts]
-
-
-class FakeEngine:
-    """Answers from a script, a word at a time, and keeps what it was asked.
-
-    `script`: replies in turn (the last one for ever after), or a function of the prompt; an exception is raised after
-    the first word. `delay_s` between words. `finish` is why they end. `seats` are requests under way, `peak` the most
-    there were.
-    """
-
-    def __init__(
-        self,
-        script: Any = (CLEAN,),
-        *,
-        chat: bool = True,
-        tools: bool = True,
-        context_window: int | None = 2048,
-        delay_s: float = 0.0,
-        interventions: Sequence[Any] = (),
-        finish: str = "stop",
-        model_id: str = "fake-model",
-    ) -> None:
-        self.script = script if callable(script) else list(script)
-        self.has_chat_template = chat
-        self.supports_tools = tools
-        self.context_window = context_window
-        self.params = DecodingParams(max_new_tokens=64)
-        self.streams = ("a stream",)
-        self.asked: list[tuple[Any, DecodingParams]] = []
-        self.seats = self.peak = 0
-        self._delay_s = delay_s
-        self._interventions = tuple(interventions)
-        self.finish = finish
-        self.model_id = model_id
-        self._lock = threading.Lock()
-
-    def encode(self, text: str) -> list[int]:
-        return [len(word) for word in text.split()]
-
-    def stream(self, prompt: Any, params: DecodingParams) -> Iterator[Chunk]:
-        words, error = self._begin(prompt, params)
-
-        def chunks() -> Iterator[Chunk]:
-            self._seat(1)
-            try:
-                for word in words:
-                    time.sleep(self._delay_s)
-                    yield Chunk(word)
-                if error:
-                    raise error
-                yield self._last(prompt, params, words)
-            finally:
-                self._seat(-1)
-
-        return chunks()
-
-    async def astream(self, prompt: Any, params: DecodingParams) -> AsyncIterator[Chunk]:
-        words, error = self._begin(prompt, params)
-        self._seat(1)
-        try:
-            for word in words:
-                await asyncio.sleep(self._delay_s)
-                yield Chunk(word)
-            if error:
-                raise error
-            yield self._last(prompt, params, words)
-        finally:
-            self._seat(-1)
-
-    def _begin(self, prompt: Any, params: DecodingParams) -> tuple[list[str], Exception | None]:
-        with self._lock:
-            index = len(self.asked)
-            self.asked.append((prompt, params))
-        reply = self.script(prompt) if callable(self.script) else self.script[min(index, len(self.script) - 1)]
-        if isinstance(reply, Exception):
-            return ["One "], reply
-        for stop in params.stop:
-            reply = reply.split(stop)[0]
-        return [word + " " for word in reply.split(" ")[:-1]] + [reply.split(" ")[-1]], None
-
-    def _seat(self, change: int) -> None:
-        with self._lock:
-            self.seats += change
-            self.peak = max(self.peak, self.seats)
-
-    def _last(self, prompt: Any, params: DecodingParams, words: list[str]) -> Chunk:
-        text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt.messages)
-        usage = Usage(len(self.encode(text)), len(words), 3 * len(self._interventions))
-        steering = Steering(params.alpha, params.rule, ("-1:0123456789ab",), 0.5, 0.1, 1, 0)
-        return Chunk("", Generation("".join(words), self.finish, usage, 7, None, steering, self._interventions))
+    return ScriptedDetoxiGen(ended if finish else script, params=DecodingParams(max_new_tokens=64), **options)
 
 
 class ForeignLLM(CustomLLM):

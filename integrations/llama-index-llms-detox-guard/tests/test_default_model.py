@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import runpy
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,18 +61,13 @@ def test_metadata_and_tokenizer(llm: DetoxiGenLLM) -> None:
 
 
 async def test_the_event_loop_keeps_turning(llm: DetoxiGenLLM) -> None:
-    async def worst_lag() -> float:
-        task = asyncio.gather(*(llm.achat(MESSAGES, max_new_tokens=12) for _ in range(4)))
-        worst = 0.0
-        while not task.done():
-            began = time.monotonic()
-            await asyncio.sleep(0.002)
-            worst = max(worst, time.monotonic() - began - 0.002)
-        await task
-        return worst
-
-    # The machine may be busy with other things: the best of three.
-    assert min([await worst_lag() for _ in range(3)]) < 0.05
+    replies = asyncio.gather(*(llm.achat(MESSAGES, max_new_tokens=12) for _ in range(4)))
+    turns = 0
+    while not replies.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(await replies) == 4
+    assert turns > 1000  # a loop that decoded itself would turn a few times a token at most
 
 
 async def test_cancelling_frees_the_seat(llm: DetoxiGenLLM) -> None:
@@ -81,12 +75,12 @@ async def test_cancelling_frees_the_seat(llm: DetoxiGenLLM) -> None:
     task = asyncio.create_task(llm.achat(MESSAGES, max_new_tokens=2000))
     async with asyncio.timeout(30):
         while not engine.stats().seats:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while engine.stats().seats:
-            await asyncio.sleep(0.01)
+        await engine.agenerate("Hello.", max_new_tokens=1)  # by then the engine has looked at who left
+        assert not engine.stats().seats
 
 
 async def test_concurrent_calls_share_the_batch(llm: DetoxiGenLLM) -> None:
@@ -94,7 +88,7 @@ async def test_concurrent_calls_share_the_batch(llm: DetoxiGenLLM) -> None:
     task = asyncio.gather(*(llm.achat(MESSAGES, max_new_tokens=16, ignore_eos=True) for _ in range(8)))
     while not task.done():
         most = max(most, engine.stats().seats)
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
     assert all(response.raw["usage"]["completion_tokens"] == 16 for response in await task)
     assert most == 8
 

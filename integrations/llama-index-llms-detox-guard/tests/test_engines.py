@@ -24,11 +24,12 @@ from llama_index.llms.detox_guard import (
     get_detox_response_synthesizer,
     guard_chat_engine,
 )
-from llama_index_harness import CLEAN, HELD, BagEmbedding, FakeEngine, ForeignLLM, WordScorer, memory, recorded_events
+from llama_index_harness import CLEAN, HELD, BagEmbedding, ForeignLLM, memory, recorded_events, scripted
 
 from detox_guard import GuardPolicy, InvalidParamsError, PromptTooLongError
+from detox_guard.testing import ScriptedScorer
 
-POLICY = GuardPolicy(scorer=WordScorer())
+POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
 QUERY = "When does the library open?"
 ENGINES = {"context": ContextChatEngine, "condense_plus_context": CondensePlusContextChatEngine}
 
@@ -41,8 +42,8 @@ def index() -> VectorStoreIndex:
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 async def test_settings_llm_and_an_untouched_query_engine(index: VectorStoreIndex, streaming: bool) -> None:
-    engine = FakeEngine()
-    Settings.llm = DetoxiGenLLM(engine=engine, guard=POLICY)
+    model = scripted()
+    Settings.llm = DetoxiGenLLM(detoxigen=model, guard=POLICY)
     query_engine = index.as_query_engine(streaming=streaming)
     assert str(query_engine.query(QUERY)) == CLEAN
     response = await query_engine.aquery(QUERY)
@@ -50,13 +51,13 @@ async def test_settings_llm_and_an_untouched_query_engine(index: VectorStoreInde
         assert "".join([delta async for delta in response.response_gen]) == CLEAN
     else:
         assert str(response) == CLEAN
-    assert len(engine.asked) == 2
-    assert all(params.guard == POLICY for _, params in engine.asked)
+    assert len(model.calls) == 2
+    assert all(params.guard == POLICY for *_, params in model.calls)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
 async def test_query_engine_with_the_hook(index: VectorStoreIndex, ours: bool) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine()) if ours else ForeignLLM()
+    llm = DetoxiGenLLM(detoxigen=scripted()) if ours else ForeignLLM()
     synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
     query_engine = index.as_query_engine(llm=llm, response_synthesizer=synthesizer)
     for response in (query_engine.query(QUERY), await query_engine.aquery(QUERY)):
@@ -67,24 +68,22 @@ async def test_query_engine_with_the_hook(index: VectorStoreIndex, ours: bool) -
 
 
 def test_query_engine_with_the_postprocessor(index: VectorStoreIndex) -> None:
-    engine = FakeEngine()
+    model = scripted()
     query_engine = index.as_query_engine(
-        llm=DetoxiGenLLM(engine=engine),
-        node_postprocessors=[DetoxNodePostprocessor(action="drop", scorer=WordScorer())],
+        llm=DetoxiGenLLM(detoxigen=model),
+        node_postprocessors=[DetoxNodePostprocessor(action="drop", scorer=ScriptedScorer("stupid"))],
     )
     assert len(query_engine.query(QUERY).source_nodes) == 1
-    assert "six" not in str(engine.asked[0][0])
+    assert "six" not in str(model.calls[0].prompt)
 
 
 async def test_eight_queries_are_under_way_together(index: VectorStoreIndex) -> None:
-    engine = FakeEngine(delay_s=0.05)
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted(together=8)
+    llm = DetoxiGenLLM(detoxigen=model)
     synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
     query_engine = index.as_query_engine(llm=llm, response_synthesizer=synthesizer)
-    await query_engine.aquery(QUERY)
-    assert engine.peak == 1
     await asyncio.gather(*(query_engine.aquery(QUERY) for _ in range(8)))
-    assert engine.peak == 8
+    assert model.most_active == 8
 
 
 def chat_engine(mode: str, index: VectorStoreIndex, llm: Any) -> Any:
@@ -96,8 +95,8 @@ def chat_engine(mode: str, index: VectorStoreIndex, llm: Any) -> Any:
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
 @pytest.mark.parametrize("mode", ENGINES)
 async def test_chat_engines(index: VectorStoreIndex, mode: str, ours: bool) -> None:
-    fake = FakeEngine()
-    llm = DetoxiGenLLM(engine=fake) if ours else ForeignLLM()
+    fake = scripted()
+    llm = DetoxiGenLLM(detoxigen=fake) if ours else ForeignLLM()
     engine = guard_chat_engine(chat_engine(mode, index, llm), policy=POLICY)
     expected = CLEAN if ours else HELD
     assert str(engine.chat(QUERY)) == expected
@@ -108,8 +107,8 @@ async def test_chat_engines(index: VectorStoreIndex, mode: str, ours: bool) -> N
     assert not any("stupid" in node.get_content() for node in response.source_nodes)
     assert [message.content for message in engine.chat_history if message.role == "assistant"] == [expected] * 4
     if ours:
-        assert all(params.guard == POLICY for _, params in fake.asked)  # of a condensed question too
-        answers = [params for _, params in fake.asked if params.alpha == 6.0]
+        assert all(params.guard == POLICY for *_, params in fake.calls)  # of a condensed question too
+        answers = [params for *_, params in fake.calls if params.alpha == 6.0]
         assert len(answers) == 4  # the context was toxic before it was masked
 
 
@@ -123,10 +122,10 @@ def test_chat_engines_without_screening(index: VectorStoreIndex, mode: str) -> N
 
 @pytest.mark.parametrize("mode", ENGINES)
 def test_chat_engines_keep_the_guard_of_their_llm(index: VectorStoreIndex, mode: str) -> None:
-    fake, strict = FakeEngine(), POLICY.replace(threshold=0.05)
-    llm = DetoxiGenLLM(engine=fake, guard=strict)
+    fake, strict = scripted(), POLICY.replace(threshold=0.05)
+    llm = DetoxiGenLLM(detoxigen=fake, guard=strict)
     response = guard_chat_engine(chat_engine(mode, index, llm)).chat(QUERY)
-    assert fake.asked[-1][1].guard == strict
+    assert fake.calls[-1].params.guard == strict
     assert len(response.source_nodes) == 2
     assert all("detox_guard" in node.metadata for node in response.source_nodes)
 
@@ -142,7 +141,7 @@ def test_a_bad_option_of_a_chat_engine_is_named(index: VectorStoreIndex, bad: di
 async def test_a_prompt_that_is_too_long_is_no_empty_response(
     index: VectorStoreIndex, streaming: bool, hook: bool
 ) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine([PromptTooLongError("prompt", 4096, "at most 2048 positions")]))
+    llm = DetoxiGenLLM(detoxigen=scripted([PromptTooLongError("prompt", 4096, "at most 2048 positions")]))
     build = get_detox_response_synthesizer if hook else get_response_synthesizer
     options = {"policy": POLICY} if hook else {}
     query_engine = RetrieverQueryEngine(index.as_retriever(), build(llm=llm, streaming=streaming, **options))
@@ -158,15 +157,15 @@ async def test_a_prompt_that_is_too_long_is_no_empty_response(
 
 
 def test_a_simple_chat_engine_remembers() -> None:
-    fake = FakeEngine()
-    engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(engine=fake), memory=memory())
+    fake = scripted()
+    engine = SimpleChatEngine.from_defaults(llm=DetoxiGenLLM(detoxigen=fake), memory=memory())
     assert str(engine.chat("Hello")) == CLEAN
     assert "".join(engine.stream_chat("Again").response_gen) == CLEAN
-    assert len(fake.asked[1][0].messages) == 3
+    assert len(fake.calls[1].prompt.messages) == 3
 
 
 def test_events_of_a_query_come_exactly_once(index: VectorStoreIndex) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine())
+    llm = DetoxiGenLLM(detoxigen=scripted())
     synthesizer = get_detox_response_synthesizer(llm, policy=POLICY)
     with recorded_events() as events:
         index.as_query_engine(llm=llm, response_synthesizer=synthesizer).query(QUERY)
@@ -178,10 +177,10 @@ def test_events_of_a_query_come_exactly_once(index: VectorStoreIndex) -> None:
 
 
 def test_history_from_another_llm_is_understood() -> None:
-    fake = FakeEngine()
+    fake = scripted()
     history = [ChatMessage("Hi"), ChatMessage(role="assistant", content="Hello.")]
-    DetoxiGenLLM(engine=fake).chat([*history, ChatMessage("When?")])
-    assert [message["role"] for message in fake.asked[0][0].messages] == ["user", "assistant", "user"]
+    DetoxiGenLLM(detoxigen=fake).chat([*history, ChatMessage("When?")])
+    assert [message["role"] for message in fake.calls[0].prompt.messages] == ["user", "assistant", "user"]
 
 
 # -- what is written on the way
@@ -211,9 +210,9 @@ async def test_a_condensed_question_is_judged(
     index: VectorStoreIndex, mode: str, ours: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    fake = FakeEngine()
+    fake = scripted()
     engine = guard_chat_engine(
-        condensing(mode, index, DetoxiGenLLM(engine=fake) if ours else Rewrites()), policy=POLICY
+        condensing(mode, index, DetoxiGenLLM(detoxigen=fake) if ours else Rewrites()), policy=POLICY
     )
     engine.chat(QUERY)
     for response in (engine.chat("And at noon?"), await engine.achat("And at noon?")):
@@ -223,8 +222,8 @@ async def test_a_condensed_question_is_judged(
         assert "stupid" not in repr(response.source_nodes)
     assert "stupid" not in caplog.text
     if ours:
-        assert all(params.guard == POLICY for _, params in fake.asked)
-        assert len(fake.asked) == 5
+        assert all(params.guard == POLICY for *_, params in fake.calls)
+        assert len(fake.calls) == 5
     assert "".join(engine.stream_chat("And at six?").response_gen) == CLEAN
     response = await engine.astream_chat("And at six?")
     assert "".join([piece async for piece in response.async_response_gen()]) == CLEAN

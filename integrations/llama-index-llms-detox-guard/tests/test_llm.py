@@ -1,11 +1,10 @@
-"""`DetoxiGenLLM` against LlamaIndex's contract, on a scripted engine."""
+"""`DetoxiGenLLM` against LlamaIndex's contract, on a scripted model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +16,10 @@ from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.detox_guard import DetoxiGenLLM, detox_options
-from llama_index_harness import CLEAN, Callbacks, FakeEngine, recorded_events
+from llama_index_harness import CLEAN, Callbacks, recorded_events, scripted
 
 from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptError, StepError
+from detox_guard.testing import ScriptedDetoxiGen  # noqa: TC001
 
 HELLO = [ChatMessage("When does the library open?")]
 WAYS = ["complete", "stream_complete", "chat", "stream_chat", "acomplete", "astream_complete", "achat", "astream_chat"]
@@ -46,22 +46,22 @@ def text_of(response: Any) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_every_way_gives_the_same_text_and_usage(way: str) -> None:
-    engine = FakeEngine()
-    responses = await ask(DetoxiGenLLM(engine=engine), way)
+    engine = scripted()
+    responses = await ask(DetoxiGenLLM(detoxigen=engine), way)
     assert text_of(responses[-1]) == CLEAN
     raw = responses[-1].raw
     assert raw["usage"]["completion_tokens"] == len(CLEAN.split())
     assert raw["usage"]["total_tokens"] == raw["usage"]["prompt_tokens"] + raw["usage"]["completion_tokens"]
     assert raw["finish_reason"] == "stop"
-    assert raw["model"] == "fake-model"
+    assert raw["model"] == "scripted/words"
     assert len(json.dumps(raw)) < 2000
-    assert raw["detox"]["seed"] == 7
-    assert len(engine.asked) == 1
+    assert raw["detox"]["seed"] == 0
+    assert len(engine.calls) == 1
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "stream" in way])
 async def test_streams_are_cumulative_with_deltas(way: str) -> None:
-    responses = await ask(DetoxiGenLLM(engine=FakeEngine()), way)
+    responses = await ask(DetoxiGenLLM(detoxigen=scripted()), way)
     so_far = ""
     for response in responses:
         so_far += response.delta
@@ -73,7 +73,7 @@ async def test_streams_are_cumulative_with_deltas(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_events_and_callbacks_come_exactly_once(way: str) -> None:
     callbacks = Callbacks()
-    llm = DetoxiGenLLM(engine=FakeEngine(), callback_manager=CallbackManager([callbacks]))
+    llm = DetoxiGenLLM(detoxigen=scripted(), callback_manager=CallbackManager([callbacks]))
     with recorded_events() as events:
         await ask(llm, way)
     kind = "Completion" if "complete" in way else "Chat"
@@ -85,63 +85,58 @@ async def test_events_and_callbacks_come_exactly_once(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_an_engine_error_surfaces_at_once(way: str) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine([StepError("the numbers are not numbers")]))
-    began = time.monotonic()
+    llm = DetoxiGenLLM(detoxigen=scripted([StepError("the numbers are not numbers")]))
     with pytest.raises(StepError, match="not numbers"):
         await ask(llm, way)
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_options_of_a_call_win_over_those_of_the_llm(way: str) -> None:
-    engine = FakeEngine()
-    await ask(DetoxiGenLLM(engine=engine, alpha=1.5, temperature=0.5), way, alpha=3.0, stop=["It"], seed=5)
-    _, params = engine.asked[0]
+    model = scripted()
+    await ask(DetoxiGenLLM(detoxigen=model, alpha=1.5, temperature=0.5), way, alpha=3.0, stop=["It"], seed=5)
+    *_, params = model.calls[0]
     assert (params.alpha, params.temperature, params.stop, params.seed) == (3.0, 0.5, ("It",), 5)
-    assert params.max_new_tokens == 64  # the engine's own default
+    assert params.max_new_tokens == 64  # the model's own default
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_an_unknown_option_is_named(way: str) -> None:
     with pytest.raises(InvalidParamsError, match="temprature"):
-        await ask(DetoxiGenLLM(engine=FakeEngine()), way, temprature=0.5)
+        await ask(DetoxiGenLLM(detoxigen=scripted()), way, temprature=0.5)
 
 
 async def test_concurrent_async_calls_are_under_way_together() -> None:
-    engine = FakeEngine(delay_s=0.2)
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted(together=8)
+    llm = DetoxiGenLLM(detoxigen=model)
     await asyncio.gather(*(llm.achat(HELLO) for _ in range(8)))
-    assert engine.peak == 8
+    assert model.most_active == 8
 
 
 @pytest.mark.parametrize("way", ["acomplete", "achat"])
 async def test_cancelling_a_task_frees_the_seat(way: str) -> None:
-    engine = FakeEngine(delay_s=0.05)
-    task = asyncio.create_task(ask(DetoxiGenLLM(engine=engine), way))
-    async with asyncio.timeout(5):
-        while not engine.seats:
-            await asyncio.sleep(0.005)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert engine.seats == 0
+    model = scripted()
+    with model.hold():
+        task = asyncio.create_task(ask(DetoxiGenLLM(detoxigen=model), way))
+        await asyncio.to_thread(model.wait_for, 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert model.active == 0
 
 
 async def test_leaving_a_stream_frees_the_seat() -> None:
-    engine = FakeEngine()
-    stream = DetoxiGenLLM(engine=engine).stream_chat(HELLO)
+    model = scripted()
+    stream = DetoxiGenLLM(detoxigen=model).stream_chat(HELLO)
     next(stream)
-    assert engine.seats == 1
+    assert model.active == 1
     del stream
-    assert engine.seats == 0
-    astream = await DetoxiGenLLM(engine=engine).astream_chat(HELLO)
+    assert model.active == 0
+    astream = await DetoxiGenLLM(detoxigen=model).astream_chat(HELLO)
     await anext(astream)
-    assert engine.seats == 1
+    assert model.active == 1
     await astream.aclose()
     del astream
-    async with asyncio.timeout(2):  # the event loop closes what the decorator dropped
-        while engine.seats:
-            await asyncio.sleep(0.001)
+    await asyncio.to_thread(model.wait_for, 0)  # the event loop closes what the decorator dropped
 
 
 # -- construction and metadata
@@ -150,9 +145,9 @@ async def test_leaving_a_stream_frees_the_seat() -> None:
 def test_construction_loads_nothing_and_the_engine_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def shared(model: str | None = None, **options: Any) -> FakeEngine:
+    def shared(model: str | None = None, **options: Any) -> ScriptedDetoxiGen:
         asked.append((model, options))
-        return FakeEngine()
+        return scripted()
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     llm = DetoxiGenLLM("org/model", detoxifier="folder", device="cpu", alpha=1.0)
@@ -167,9 +162,9 @@ def test_construction_loads_nothing_and_the_engine_is_shared(monkeypatch: pytest
 async def test_loading_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
 
-    def shared(*args: Any, **options: Any) -> FakeEngine:
+    def shared(*args: Any, **options: Any) -> ScriptedDetoxiGen:
         threads.append(threading.current_thread())
-        return FakeEngine()
+        return scripted()
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     await DetoxiGenLLM().acomplete("Hello")
@@ -179,15 +174,15 @@ async def test_loading_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("chat", "tools"), [(False, False), (True, False), (True, True)])
 def test_metadata_says_what_the_engine_can(chat: bool, tools: bool) -> None:
-    metadata = DetoxiGenLLM(engine=FakeEngine(chat=chat, tools=tools)).metadata
+    metadata = DetoxiGenLLM(detoxigen=scripted(chat=chat, tools=tools)).metadata
     assert (metadata.is_chat_model, metadata.is_function_calling_model) == (chat, tools)
-    assert (metadata.context_window, metadata.num_output, metadata.model_name) == (2048, 64, "fake-model")
+    assert (metadata.context_window, metadata.num_output, metadata.model_name) == (2048, 64, "scripted/words")
 
 
 def test_metadata_of_unusual_engines() -> None:
-    assert DetoxiGenLLM(engine=FakeEngine(context_window=None)).metadata.context_window > 100_000
-    assert DetoxiGenLLM(engine=FakeEngine(context_window=64), max_new_tokens=64).metadata.num_output == 32
-    assert DetoxiGenLLM(engine=FakeEngine(tools=False), function_calling=True).metadata.is_function_calling_model
+    assert DetoxiGenLLM(detoxigen=scripted(context_window=None)).metadata.context_window > 100_000
+    assert DetoxiGenLLM(detoxigen=scripted(context_window=64), max_new_tokens=64).metadata.num_output == 32
+    assert DetoxiGenLLM(detoxigen=scripted(tools=False), function_calling=True).metadata.is_function_calling_model
 
 
 def test_round_trip_through_a_dict() -> None:
@@ -207,7 +202,7 @@ def test_a_bad_field_is_named_when_constructing(bad: dict[str, Any]) -> None:
 
 
 def test_prompts_are_packed_by_the_models_own_tokenizer() -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine(context_window=120), max_new_tokens=20)
+    llm = DetoxiGenLLM(detoxigen=scripted(context_window=120), max_new_tokens=20)
     helper = PromptHelper.from_llm_metadata(llm.metadata, tokenizer=llm.encode)
     chunks = helper.repack(PromptTemplate("{context_str}"), ["one two three " * 100])
     assert len(chunks) > 1
@@ -217,7 +212,7 @@ def test_prompts_are_packed_by_the_models_own_tokenizer() -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_token_counters_read_our_usage(way: str) -> None:
     counter = TokenCountingHandler(tokenizer=lambda _: pytest.fail("counted by a foreign tokenizer"))
-    llm = DetoxiGenLLM(engine=FakeEngine(), callback_manager=CallbackManager([counter]))
+    llm = DetoxiGenLLM(detoxigen=scripted(), callback_manager=CallbackManager([counter]))
     await ask(llm, way)
     assert counter.completion_llm_token_count == len(CLEAN.split())
     assert counter.prompt_llm_token_count == 5
@@ -228,9 +223,9 @@ async def test_token_counters_read_our_usage(way: str) -> None:
 
 def test_runs_of_one_role_become_one_message() -> None:
     """An LLM's `system_prompt` before a template's own, for one: the templates of Mistral and Gemma want turns."""
-    engine = FakeEngine()
+    model = scripted()
     call = ToolCallBlock(tool_call_id="c1", tool_name="w")
-    DetoxiGenLLM(engine=engine).chat(
+    DetoxiGenLLM(detoxigen=model).chat(
         [
             *(ChatMessage(role=MessageRole.SYSTEM, content=content) for content in ("Be kind.", "Be brief.")),
             *(ChatMessage(content) for content in ("One.", "", "Two.")),
@@ -239,15 +234,15 @@ def test_runs_of_one_role_become_one_message() -> None:
             *(ChatMessage(role=MessageRole.TOOL, content="3", additional_kwargs={"tool_call_id": "c1"}),) * 2,
         ]
     )
-    assert [(one["role"], one["content"]) for one in engine.asked[-1][0].messages] == [
+    assert [(one["role"], one["content"]) for one in model.calls[-1].prompt.messages] == [
         ("system", "Be kind.\nBe brief."), ("user", "One.\nTwo."), ("assistant", "So:"), ("assistant", ""),
         ("tool", "3"), ("tool", "3"),
     ]  # fmt: skip
 
 
 async def test_messages_reach_the_template_with_their_roles() -> None:
-    engine = FakeEngine()
-    DetoxiGenLLM(engine=engine).chat(
+    model = scripted()
+    DetoxiGenLLM(detoxigen=model).chat(
         [
             ChatMessage(role=MessageRole.DEVELOPER, content="Be kind."),
             ChatMessage("Weather?"),
@@ -256,7 +251,7 @@ async def test_messages_reach_the_template_with_their_roles() -> None:
             ChatMessage(role=MessageRole.CHATBOT, content="Sunny."),
         ]
     )
-    messages = engine.asked[0][0].messages
+    messages = model.calls[0].prompt.messages
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
     call = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": {}}}
     assert messages[2]["tool_calls"] == [call]
@@ -275,14 +270,14 @@ async def test_messages_reach_the_template_with_their_roles() -> None:
     ],
 )
 def test_calls_that_other_llms_keep_beside_their_message_are_read(kept: Any) -> None:
-    engine = FakeEngine()
+    model = scripted()
     history = [
         ChatMessage("Weather?"),
         ChatMessage(role="assistant", content=None, additional_kwargs={"tool_calls": [kept]}),
         ChatMessage(role="tool", content="sunny", additional_kwargs={"tool_call_id": "c1"}),
     ]
-    DetoxiGenLLM(engine=engine).chat(history)
-    messages = engine.asked[0][0].messages
+    DetoxiGenLLM(detoxigen=model).chat(history)
+    messages = model.calls[0].prompt.messages
     call = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": {"day": "Monday"}}}
     assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert (messages[2]["name"], messages[2]["tool_call_id"]) == ("w", "c1")
@@ -293,20 +288,20 @@ def test_calls_that_other_llms_keep_beside_their_message_are_read(kept: Any) -> 
     [("", {}), ("null", {}), ("[1]", {"arguments": [1]}), ("half {", {"arguments": "half {"}), ({}, {})],
 )
 def test_arguments_as_text_are_read(written: Any, read: Any) -> None:
-    engine = FakeEngine()
+    model = scripted()
     block = ToolCallBlock(tool_call_id=None, tool_name="w", tool_kwargs=written)
-    DetoxiGenLLM(engine=engine).chat([ChatMessage("Weather?"), ChatMessage(role="assistant", content=[block])])
-    (call,) = engine.asked[0][0].messages[1]["tool_calls"]
+    DetoxiGenLLM(detoxigen=model).chat([ChatMessage("Weather?"), ChatMessage(role="assistant", content=[block])])
+    (call,) = model.calls[0].prompt.messages[1]["tool_calls"]
     assert (call["id"], call["function"]["arguments"]) == ("", read)
 
 
 def test_variables_of_the_template_come_with_the_messages() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine, chat_template_kwargs={"enable_thinking": False, "a": 1})
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model, chat_template_kwargs={"enable_thinking": False, "a": 1})
     llm.chat(HELLO)
     llm.chat(HELLO, chat_template_kwargs={"a": 2})
-    DetoxiGenLLM(engine=engine).chat(HELLO)
-    given = [dict(prompt.chat_template_kwargs) for prompt, _ in engine.asked]
+    DetoxiGenLLM(detoxigen=model).chat(HELLO)
+    given = [dict(prompt.chat_template_kwargs) for _, prompt, _ in model.calls]
     assert given == [{"enable_thinking": False, "a": 1}, {"enable_thinking": False, "a": 2}, {}]
     llm.complete("A plain text goes through no template.")
 
@@ -315,15 +310,15 @@ def test_variables_of_the_template_come_with_the_messages() -> None:
 def test_bad_variables_are_named(bad: Any) -> None:
     for way in (
         lambda: DetoxiGenLLM(chat_template_kwargs=bad),
-        lambda: DetoxiGenLLM(engine=FakeEngine()).chat(HELLO, chat_template_kwargs=bad),
-        lambda: DetoxiGenLLM(engine=FakeEngine()).complete("a", chat_template_kwargs=bad),
+        lambda: DetoxiGenLLM(detoxigen=scripted()).chat(HELLO, chat_template_kwargs=bad),
+        lambda: DetoxiGenLLM(detoxigen=scripted()).complete("a", chat_template_kwargs=bad),
     ):
         with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
             way()
     with pytest.raises(InvalidParamsError, match="chat_template_kwargs"):
-        DetoxiGenLLM(engine=FakeEngine()).complete("a", chat_template_kwargs={"a": 1})
+        DetoxiGenLLM(detoxigen=scripted()).complete("a", chat_template_kwargs={"a": 1})
     with pytest.raises(PromptError, match="chat_template_kwargs"):
-        DetoxiGenLLM(engine=FakeEngine(chat=False), chat_template_kwargs={"a": 1}).chat(HELLO)
+        DetoxiGenLLM(detoxigen=scripted(chat=False), chat_template_kwargs={"a": 1}).chat(HELLO)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -335,28 +330,28 @@ def test_bad_variables_are_named(bad: Any) -> None:
 )  # fmt: skip
 async def test_a_bad_value_in_a_call_is_named(way: str, bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidParamsError) as caught:
-        await ask(DetoxiGenLLM(engine=FakeEngine()), way, **bad)
+        await ask(DetoxiGenLLM(detoxigen=scripted()), way, **bad)
     assert next(iter(bad)) in caught.value.field
 
 
 def test_a_block_it_cannot_read_is_refused() -> None:
     message = ChatMessage(content=[ImageBlock(url="https://example.org/cat.png")])
     with pytest.raises(PromptError, match=r"messages\[0\].*ImageBlock"):
-        DetoxiGenLLM(engine=FakeEngine()).chat([message])
+        DetoxiGenLLM(detoxigen=scripted()).chat([message])
 
 
 def test_without_a_template_messages_become_a_plain_prompt() -> None:
-    engine = FakeEngine(chat=False, tools=False)
-    DetoxiGenLLM(engine=engine).chat(HELLO)
-    assert engine.asked[0][0] == "user: When does the library open?\nassistant: "
+    model = scripted(chat=False, tools=False)
+    DetoxiGenLLM(detoxigen=model).chat(HELLO)
+    assert model.calls[0].prompt == "user: When does the library open?\nassistant: "
 
 
 def test_completion_prompts_are_formatted_once() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine, completion_to_prompt=lambda text: f"<{text}>")
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model, completion_to_prompt=lambda text: f"<{text}>")
     llm.complete("a")
     llm.complete("b", formatted=True)
-    assert [prompt for prompt, _ in engine.asked] == ["<a>", "b"]
+    assert [prompt for _, prompt, _ in model.calls] == ["<a>", "b"]
 
 
 @pytest.mark.parametrize(
@@ -368,17 +363,17 @@ def test_completion_prompts_are_formatted_once() -> None:
     ],
 )
 def test_only_react_prompts_stop_at_an_observation(system: str, kwargs: dict[str, Any], stop: tuple[str, ...]) -> None:
-    engine = FakeEngine()
-    DetoxiGenLLM(engine=engine).chat([ChatMessage(role="system", content=system), *HELLO], **kwargs)
-    assert engine.asked[0][1].stop == stop
+    model = scripted()
+    DetoxiGenLLM(detoxigen=model).chat([ChatMessage(role="system", content=system), *HELLO], **kwargs)
+    assert model.calls[0].params.stop == stop
 
 
 # -- options from outside
 
 
 async def test_options_reach_calls_that_pass_none() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine, alpha=1.0)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model, alpha=1.0)
     prompt = PromptTemplate("Say {what}.")
     with detox_options(alpha=3.0, seed=5) as outer:
         llm.predict(prompt, what="yes")
@@ -386,7 +381,7 @@ async def test_options_reach_calls_that_pass_none() -> None:
             await llm.apredict(prompt, what="no")
         assert len(outer) == 2
     llm.predict(prompt, what="maybe")
-    assert [(params.alpha, params.seed) for _, params in engine.asked] == [(3.0, 5), (4.0, 5), (1.0, None)]
+    assert [(params.alpha, params.seed) for *_, params in model.calls] == [(3.0, 5), (4.0, 5), (1.0, None)]
     assert len(outer) == 2
     assert outer[0].text == CLEAN
 
@@ -400,39 +395,41 @@ def test_a_bad_option_from_outside_is_named_on_entering(bad: dict[str, Any]) -> 
         pytest.fail("entered")
 
 
-def test_the_fake_engine_has_nothing_that_a_real_one_lacks() -> None:
-    names = {name for name in (*vars(FakeEngine), *vars(FakeEngine())) if not name.startswith("_")}
-    own = {"script", "asked", "seats", "peak", "finish"} | {
-        "params",
-        "streams",
-    }  # the last two are set by the real one's __init__
-    assert all(hasattr(DetoxiGen, name) for name in names - own)
-
-
 @pytest.mark.parametrize("name", ["model", "detoxifier", "device", "dtype", "revision"])
 def test_an_engine_takes_no_names_beside_it(name: str) -> None:
     with pytest.raises(InvalidParamsError, match=name) as raised:
-        DetoxiGenLLM(engine=FakeEngine(), **{name: "other"})
-    assert raised.value.field == "engine"
+        DetoxiGenLLM(detoxigen=scripted(), **{name: "other"})
+    assert raised.value.field == "detoxigen"
     with pytest.raises(InvalidParamsError, match=name):
-        DetoxiGenLLM(engine=FakeEngine()).model_copy(update={name: "other"})
+        DetoxiGenLLM(detoxigen=scripted()).model_copy(update={name: "other"})
     with pytest.raises(InvalidParamsError, match=name):
-        DetoxiGenLLM(**{name: "other"}).model_copy(update={"engine": FakeEngine()})
-    llm = DetoxiGenLLM(engine=FakeEngine())
+        DetoxiGenLLM(**{name: "other"}).model_copy(update={"detoxigen": scripted()})
+    llm = DetoxiGenLLM(detoxigen=scripted())
     with pytest.raises(InvalidParamsError, match=name):
         setattr(llm, name, "other")
     assert getattr(llm, name) is None
 
 
 def test_a_copy_may_change_an_engine_for_a_name_and_back() -> None:
-    named = DetoxiGenLLM(engine=FakeEngine()).model_copy(update={"model": "other", "engine": None})
-    assert (named.model, named.engine) == ("other", None)
-    again = named.model_copy(update={"engine": FakeEngine(), "model": None})
+    named = DetoxiGenLLM(detoxigen=scripted()).model_copy(update={"model": "other", "detoxigen": None})
+    assert (named.model, named.detoxigen) == ("other", None)
+    again = named.model_copy(update={"detoxigen": scripted(), "model": None})
     assert again.complete("When?").text == CLEAN
 
 
-@pytest.mark.parametrize("engine", [5, "other"])
-def test_an_engine_that_is_none_is_an_error(engine: Any) -> None:
+@pytest.mark.parametrize("other", [5, "other"])
+def test_a_model_that_is_none_is_an_error(other: Any) -> None:
     with pytest.raises(InvalidParamsError) as raised:
-        DetoxiGenLLM(engine=engine)
-    assert raised.value.field == "engine"
+        DetoxiGenLLM(detoxigen=other)
+    assert raised.value.field == "detoxigen"
+
+
+def test_the_old_name_of_the_field_is_taken() -> None:
+    model, other = scripted(), scripted()
+    llm = DetoxiGenLLM(engine=model)
+    assert llm.engine is llm.detoxigen is model
+    assert llm.model_copy(update={"engine": other}).detoxigen is other
+    llm.engine = other
+    assert llm.detoxigen is other
+    with pytest.raises(InvalidParamsError, match="its new name"):
+        DetoxiGenLLM(engine=model, detoxigen=other)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from llama_index.llms.detox_guard import DetoxiGenLLM
-from llama_index_harness import FakeEngine
+from llama_index_harness import scripted
 from transformers import BitsAndBytesConfig
 
 from detox_guard import DetoxiGen, InvalidParamsError
@@ -18,9 +18,9 @@ from detox_guard import DetoxiGen, InvalidParamsError
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     asked: list[dict[str, Any]] = []
 
-    def shared(model: str | None = None, **names: Any) -> FakeEngine:
+    def shared(model: str | None = None, **names: Any) -> Any:
         asked.append({"model": model, **{name: value for name, value in names.items() if value is not None}})
-        return FakeEngine()
+        return scripted()
 
     monkeypatch.setattr(DetoxiGen, "shared", shared)
     return asked
@@ -59,7 +59,7 @@ def test_a_token_is_shown_nowhere() -> None:
         ({"quantization_config": "int3"}, "quantization_config"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation"),
         ({"loading": 3}, "loading"),
-        ({"engine": FakeEngine(), "device_map": "auto"}, "engine"),
+        ({"detoxigen": scripted(), "device_map": "auto"}, "detoxigen"),
     ],
 )
 def test_bad_ways_are_named_at_once(bad: dict[str, Any], field: str) -> None:

@@ -24,9 +24,10 @@ from llama_index.llms.detox_guard import (
     get_detox_response_synthesizer,
 )
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
-from llama_index_harness import FakeEngine, WordScorer, nodes, recorded_events
+from llama_index_harness import nodes, recorded_events, scripted
 
 from detox_guard import SCREEN_NOTE, GuardPolicy, InvalidParamsError, ScorerError
+from detox_guard.testing import ScriptedScorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,7 @@ class BrokenScorer:
 
 
 def postprocessor(action: Any = "mask", **options: Any) -> DetoxNodePostprocessor:
-    return DetoxNodePostprocessor(action=action, scorer=WordScorer(), **options)
+    return DetoxNodePostprocessor(action=action, scorer=ScriptedScorer("stupid"), **options)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -108,7 +109,7 @@ HIDDEN: dict[str, Any] = {
 def test_metadata_that_no_llm_reads_is_masked_however_deep(action: Action, text: str) -> None:
     node = hiding(text, HIDDEN)
     stored = node.model_copy(deep=True)
-    (screened,) = screen_nodes([node], scorer=WordScorer(), threshold=0.5, action=action)
+    (screened,) = screen_nodes([node], scorer=ScriptedScorer("stupid"), threshold=0.5, action=action)
     redacted = screened.redacted.node
     assert "stupid" not in redacted.model_dump_json()
     assert redacted.metadata["page"] == 3
@@ -127,14 +128,14 @@ def test_metadata_that_no_llm_reads_is_masked_however_deep(action: Action, text:
 
 def test_clean_hidden_metadata_leaves_the_node_itself() -> None:
     node = NodeWithScore(node=TextNode(text="Free.", metadata={"by": ["Ann"]}, excluded_llm_metadata_keys=["by"]))
-    (screened,) = screen_nodes([node], scorer=WordScorer(), threshold=0.5, action="mask")
+    (screened,) = screen_nodes([node], scorer=ScriptedScorer("stupid"), threshold=0.5, action="mask")
     assert screened.readable is screened.redacted is node
 
 
 def test_sources_and_their_metadata_in_a_response_hide_what_no_llm_read() -> None:
     given = hiding("Entry is free.", HIDDEN)
     response = get_detox_response_synthesizer(
-        DetoxiGenLLM(engine=FakeEngine()), policy=GuardPolicy(scorer=WordScorer())
+        DetoxiGenLLM(detoxigen=scripted()), policy=GuardPolicy(scorer=ScriptedScorer("stupid"))
     ).synthesize("When?", [given])
     assert "stupid" not in response.source_nodes[0].model_dump_json()
     assert "stupid" not in json.dumps(response.metadata)
@@ -147,7 +148,9 @@ def test_sentence_windows_are_redacted_with_their_text(action: Action) -> None:
     document = Document(text="Entry is free. How stupid. It closes at six.", metadata={"file": "hours.txt"})
     node = SentenceWindowNodeParser.from_defaults().get_nodes_from_documents([document])[1]
     stored = node.model_copy(deep=True)
-    (screened,) = screen_nodes([NodeWithScore(node=node)], scorer=WordScorer(), threshold=0.5, action=action)
+    (screened,) = screen_nodes(
+        [NodeWithScore(node=node)], scorer=ScriptedScorer("stupid"), threshold=0.5, action=action
+    )
     redacted = screened.redacted.node
     assert "stupid" not in redacted.model_dump_json()
     assert redacted.metadata["window"].startswith("Entry is free.")
@@ -188,7 +191,7 @@ def test_round_trip_of_the_postprocessor() -> None:
 
 @pytest.mark.parametrize(("text", "passing"), [("Entry is free.", True), ("How stupid.", False)])
 async def test_evaluator(text: str, passing: bool) -> None:
-    result = await ToxicityEvaluator(WordScorer()).aevaluate(query="q", response=text, contexts=["c"])
+    result = await ToxicityEvaluator(ScriptedScorer("stupid")).aevaluate(query="q", response=text, contexts=["c"])
     assert (result.passing, result.score) == (passing, 0.1 if passing else 0.9)
     assert (result.query, result.response, result.contexts) == ("q", text, ["c"])
     assert result.feedback
@@ -196,14 +199,14 @@ async def test_evaluator(text: str, passing: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # the runner's own
 def test_evaluator_in_the_batch_runner() -> None:
-    runner = BatchEvalRunner({"toxicity": ToxicityEvaluator(WordScorer())}, workers=2)
+    runner = BatchEvalRunner({"toxicity": ToxicityEvaluator(ScriptedScorer("stupid"))}, workers=2)
     results = runner.evaluate_response_strs(queries=["a", "b"], response_strs=["Entry is free.", "How stupid."])
     assert [result.passing for result in results["toxicity"]] == [True, False]
 
 
 async def test_evaluator_needs_a_response_and_a_scorer_that_works() -> None:
     with pytest.raises(ValueError, match="response"):
-        await ToxicityEvaluator(WordScorer()).aevaluate(query="q")
+        await ToxicityEvaluator(ScriptedScorer("stupid")).aevaluate(query="q")
     with pytest.raises(ScorerError):
         await ToxicityEvaluator(BrokenScorer()).aevaluate(response="a")
 
@@ -216,3 +219,11 @@ def test_a_bad_option_is_an_error_that_names_it(kind: Any, name: str, value: Any
     with pytest.raises(InvalidParamsError) as raised:
         kind(**{name: value})
     assert raised.value.field == name
+
+
+def test_defaults_and_descriptions_are_the_cores() -> None:
+    for name in ("threshold", "scorer"):
+        core, ours = GuardPolicy.model_fields[name], DetoxNodePostprocessor.model_fields[name]
+        assert ours.default == core.default
+    assert DetoxNodePostprocessor.model_fields["scorer"].description == GuardPolicy.model_fields["scorer"].description
+    assert DetoxiGenLLM(detoxigen=scripted()).decoding == {}  # it keeps only what was set

@@ -25,15 +25,16 @@ from llama_index.core.response_synthesizers import CompactAndRefine, Refine, Res
 from llama_index.core.schema import QueryBundle
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.detox_guard import DetoxiGenLLM, detox_options, get_detox_response_synthesizer
-from llama_index_harness import CLEAN, BagEmbedding, FakeEngine, WordScorer, memory, nodes
+from llama_index_harness import CLEAN, BagEmbedding, memory, nodes, scripted
 from pydantic import BaseModel
 
 from detox_guard import GuardPolicy
+from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-POLICY = GuardPolicy(scorer=WordScorer())
+POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
 QUERY = "When does the library open?"
 HELLO = [ChatMessage(QUERY)]
 STREAMING = [
@@ -57,16 +58,16 @@ class Opening(BaseModel):
     hour: int
 
 
-def index_of(engine: FakeEngine, *texts: str) -> VectorStoreIndex:
-    Settings.llm = DetoxiGenLLM(engine=engine)
+def index_of(engine: ScriptedDetoxiGen, *texts: str) -> VectorStoreIndex:
+    Settings.llm = DetoxiGenLLM(detoxigen=engine)
     Settings.tokenizer = Settings.llm.encode
     documents = [Document(text=text) for text in texts or ("The library opens at nine.",)]
     return VectorStoreIndex.from_documents(documents, embed_model=BagEmbedding())
 
 
-def held_by(engine: FakeEngine, seed: int = 7) -> None:
-    assert engine.asked
-    assert {(params.guard, params.seed) for _, params in engine.asked} == {(POLICY, seed)}
+def held_by(engine: ScriptedDetoxiGen, seed: int = 7) -> None:
+    assert engine.calls
+    assert {(params.guard, params.seed) for *_, params in engine.calls} == {(POLICY, seed)}
 
 
 def read_fresh(stream: Iterator[Any]) -> list[Any]:
@@ -97,8 +98,8 @@ async def aread_fresh(stream: AsyncIterator[Any]) -> list[Any]:
 async def test_a_streamed_answer_belongs_to_its_block(
     mode: ResponseMode, is_async: bool, fresh: bool, hook: bool
 ) -> None:
-    engine = FakeEngine()
-    index = index_of(engine, "one " * 20, "two " * 20)
+    model = scripted()
+    index = index_of(model, "one " * 20, "two " * 20)
     options: dict[str, Any] = {"streaming": True, "response_mode": mode}
     if hook:
         options = {"response_synthesizer": get_detox_response_synthesizer(Settings.llm, **options), **options}
@@ -111,13 +112,13 @@ async def test_a_streamed_answer_belongs_to_its_block(
     else:
         pieces = read_fresh(response.response_gen) if fresh else list(response.response_gen)
     assert "".join(pieces) == CLEAN
-    held_by(engine)
-    assert len(replies) == len(engine.asked)
+    held_by(model)
+    assert len(replies) == len(model.calls)
 
 
 def test_blocks_around_the_reading_are_not_its_own() -> None:
-    engine = FakeEngine()
-    query_engine = index_of(engine).as_query_engine(streaming=True)
+    model = scripted()
+    query_engine = index_of(model).as_query_engine(streaming=True)
     with detox_options(guard=POLICY, seed=7):
         first = query_engine.query(QUERY)
     with detox_options(seed=8) as others:
@@ -125,24 +126,24 @@ def test_blocks_around_the_reading_are_not_its_own() -> None:
         list(first.response_gen)
         assert not others
     list(second.response_gen)
-    assert [(params.guard, params.seed) for _, params in engine.asked] == [(POLICY, 7), (None, 8)]
+    assert [(params.guard, params.seed) for *_, params in model.calls] == [(POLICY, 7), (None, 8)]
     assert len(others) == 1
 
 
 def test_a_stream_that_is_left_is_closed() -> None:
-    engine = FakeEngine()
-    query_engine = index_of(engine).as_query_engine(streaming=True)
+    model = scripted()
+    query_engine = index_of(model).as_query_engine(streaming=True)
     with detox_options(seed=7):
         response = query_engine.query(QUERY)
     next(response.response_gen)
-    assert engine.seats == 1
+    assert model.active == 1
     response.response_gen.close()
-    assert engine.seats == 0
+    assert model.active == 0
 
 
 async def test_streams_of_chat_engines() -> None:
-    engine = FakeEngine()
-    index = index_of(engine)
+    model = scripted()
+    index = index_of(model)
     simple = SimpleChatEngine.from_defaults(memory=memory())
     condense = CondenseQuestionChatEngine.from_defaults(query_engine=index.as_query_engine(), memory=memory())
     for chat in (simple, condense):
@@ -152,7 +153,7 @@ async def test_streams_of_chat_engines() -> None:
         with detox_options(guard=POLICY, seed=7):
             response = await chat.astream_chat(QUERY)
         assert "".join([piece async for piece in response.async_response_gen()]) == CLEAN
-    held_by(engine)
+    held_by(model)
 
 
 # -- streams and coroutines of the LLM
@@ -160,8 +161,8 @@ async def test_streams_of_chat_engines() -> None:
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["read here", "read in fresh contexts"])
 async def test_streams_of_the_llm(fresh: bool) -> None:
-    engine = FakeEngine(lambda prompt: '{"hour": 9}')
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted(lambda *_: '{"hour": 9}')
+    llm = DetoxiGenLLM(detoxigen=model)
     structured = llm.as_structured_llm(Opening)
     prompt = PromptTemplate("When?")
     with detox_options(guard=POLICY, seed=7):
@@ -183,13 +184,13 @@ async def test_streams_of_the_llm(fresh: bool) -> None:
         assert read_fresh(stream) if fresh else list(stream)
     for astream in astreams:
         assert await aread_fresh(astream) if fresh else [one async for one in astream]
-    assert len(engine.asked) == 10
-    held_by(engine)
+    assert len(model.calls) == 10
+    held_by(model)
 
 
 async def test_coroutines_made_in_a_block_and_awaited_behind_it() -> None:
-    engine = FakeEngine(lambda prompt: '{"hour": 9}')
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted(lambda *_: '{"hour": 9}')
+    llm = DetoxiGenLLM(detoxigen=model)
     prompt, hook = PromptTemplate("When?"), get_detox_response_synthesizer(llm, policy=POLICY)
     with detox_options(guard=POLICY, seed=7):
         made = [
@@ -203,13 +204,13 @@ async def test_coroutines_made_in_a_block_and_awaited_behind_it() -> None:
             hook.aget_response(QUERY, ["a"]),
         ]
     await asyncio.gather(*made)
-    assert len(engine.asked) == len(made)
-    held_by(engine)
+    assert len(model.calls) == len(made)
+    held_by(model)
 
 
 async def test_coroutines_of_engines_made_in_a_block_and_awaited_behind_it() -> None:
-    engine = FakeEngine()
-    index = index_of(engine)
+    model = scripted()
+    index = index_of(model)
     query_engine = index.as_query_engine(streaming=True)
 
     def ask() -> Any:
@@ -225,53 +226,53 @@ async def test_coroutines_of_engines_made_in_a_block_and_awaited_behind_it() -> 
         assert str(await whole) == CLEAN
         pieces = [piece async for piece in (await streamed).async_response_gen()]
         assert "".join(pieces) == CLEAN
-    held_by(engine)
-    assert len(engine.asked) >= 9
+    held_by(model)
+    assert len(model.calls) >= 9
     await query_engine.aquery(QUERY)
 
 
 async def test_a_task_made_in_a_block_is_in_it() -> None:
-    engine = FakeEngine()
-    query_engine = index_of(engine).as_query_engine(streaming=True)
+    model = scripted()
+    query_engine = index_of(model).as_query_engine(streaming=True)
     with detox_options(guard=POLICY, seed=7):
         task = asyncio.create_task(query_engine.aquery(QUERY))
     response = await task
     assert "".join([piece async for piece in response.async_response_gen()]) == CLEAN
-    held_by(engine)
+    held_by(model)
 
 
 async def test_threads_that_copy_the_context_are_in_the_block() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
     with detox_options(guard=POLICY, seed=7):
         await asyncio.to_thread(llm.chat, HELLO)
         with ThreadPoolExecutor(1) as pool:
             pool.submit(contextvars.copy_context().run, llm.chat, HELLO).result()
-    held_by(engine)
+    held_by(model)
 
 
 async def test_an_agent_run_in_a_block_is_in_it() -> None:
-    engine = FakeEngine(['<tool_call>\n{"name": "opening", "arguments": {}}\n</tool_call>', "At nine."])
+    model = scripted(['<tool_call>\n{"name": "opening", "arguments": {}}\n</tool_call>', "At nine."])
 
     def opening() -> str:
         """When it opens."""
         return "nine"
 
-    agent = FunctionAgent(tools=[FunctionTool.from_defaults(opening)], llm=DetoxiGenLLM(engine=engine))
+    agent = FunctionAgent(tools=[FunctionTool.from_defaults(opening)], llm=DetoxiGenLLM(detoxigen=model))
     with detox_options(guard=POLICY, seed=7):
         run = agent.run(QUERY, memory=memory())
     assert str(await run) == "At nine."
-    assert len(engine.asked) == 2
-    held_by(engine)
+    assert len(model.calls) == 2
+    held_by(model)
 
 
 def test_what_is_written_on_the_way_is_under_the_options_too() -> None:
-    engine = FakeEngine()
-    index = index_of(engine)
+    model = scripted()
+    index = index_of(model)
     with detox_options(guard=POLICY, seed=7):
         TransformQueryEngine(index.as_query_engine(), HyDEQueryTransform()).query(QUERY)
-    assert len(engine.asked) == 2
-    held_by(engine)
+    assert len(model.calls) == 2
+    held_by(model)
 
 
 # -- blocks in generators
@@ -290,17 +291,17 @@ async def aanswers(llm: DetoxiGenLLM, count: int = 2) -> AsyncIterator[str]:
 
 
 async def test_a_block_in_a_generator_holds_in_whatever_context_it_is_stepped() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
     assert read_fresh(answers(llm)) == [CLEAN] * 2
     assert await aread_fresh(aanswers(llm)) == [CLEAN] * 2
-    assert len(engine.asked) == 4
-    held_by(engine)
+    assert len(model.calls) == 4
+    held_by(model)
 
 
 async def test_a_query_engine_in_a_generator_is_stepped_too() -> None:
-    engine = FakeEngine()
-    query_engine = index_of(engine).as_query_engine(streaming=True)
+    model = scripted()
+    query_engine = index_of(model).as_query_engine(streaming=True)
 
     def events() -> Iterator[str]:
         with detox_options(guard=POLICY, seed=7):
@@ -315,18 +316,18 @@ async def test_a_query_engine_in_a_generator_is_stepped_too() -> None:
 
     assert "".join(read_fresh(events())) == CLEAN * 2
     assert "".join(await aread_fresh(aevents())) == CLEAN * 2
-    assert len(engine.asked) == 4
-    held_by(engine)
+    assert len(model.calls) == 4
+    held_by(model)
 
 
 def test_a_block_left_in_another_context_is_out_of_force() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
     stream = answers(llm)
     next(stream)
     contextvars.Context().run(stream.close)  # type: ignore[attr-defined]
     llm.complete(QUERY)
-    assert engine.asked[-1][1].guard is None
+    assert model.calls[-1].params.guard is None
     with detox_options(seed=8):
         stream = answers(llm)
         next(stream)
@@ -334,14 +335,14 @@ def test_a_block_left_in_another_context_is_out_of_force() -> None:
         thread.start()
         thread.join()
         llm.complete(QUERY)
-        assert (engine.asked[-1][1].guard, engine.asked[-1][1].seed) == (None, 8)
+        assert (model.calls[-1].params.guard, model.calls[-1].params.seed) == (None, 8)
     llm.complete(QUERY)
-    assert engine.asked[-1][1].seed is None
+    assert model.calls[-1].params.seed is None
 
 
 async def test_an_async_generator_that_the_loop_closes_is_out_of_force() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
     problems: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
     stream = aanswers(llm)
@@ -349,9 +350,9 @@ async def test_an_async_generator_that_the_loop_closes_is_out_of_force() -> None
     del stream
     async with asyncio.timeout(10):
         while True:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
             await llm.acomplete(QUERY)
-            if engine.asked[-1][1].guard is None:
+            if model.calls[-1].params.guard is None:
                 break
     assert problems == []
 
@@ -360,41 +361,41 @@ async def test_an_async_generator_that_the_loop_closes_is_out_of_force() -> None
 
 
 async def test_nested_blocks_add_up_and_come_off() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
     with detox_options(guard=POLICY) as outer:
         with detox_options(seed=7) as inner, contextlib.ExitStack() as stack:
             most = stack.enter_context(detox_options(alpha=1.5))
             await llm.achat(HELLO)
         llm.chat(HELLO)
     llm.chat(HELLO)
-    got = [(params.guard, params.seed, params.alpha) for _, params in engine.asked]
+    got = [(params.guard, params.seed, params.alpha) for *_, params in model.calls]
     assert got == [(POLICY, 7, 1.5), (POLICY, None, 3.0), (None, None, 3.0)]
     assert (len(outer), len(inner), len(most)) == (2, 1, 1)
 
 
 def test_a_block_that_fails_is_left() -> None:
-    engine = FakeEngine()
+    model = scripted()
     with contextlib.suppress(ZeroDivisionError), detox_options(seed=7):
         raise ZeroDivisionError
-    DetoxiGenLLM(engine=engine).chat(HELLO)
-    assert engine.asked[0][1].seed is None
+    DetoxiGenLLM(detoxigen=model).chat(HELLO)
+    assert model.calls[0].params.seed is None
 
 
 def test_one_block_can_be_entered_again() -> None:
-    engine = FakeEngine()
-    llm, block = DetoxiGenLLM(engine=engine), detox_options(seed=7)
+    model = scripted()
+    llm, block = DetoxiGenLLM(detoxigen=model), detox_options(seed=7)
     for _ in range(2):
         with block as replies:
             llm.chat(HELLO)
         assert len(replies) == 1
-    held = [params.seed for _, params in engine.asked]
+    held = [params.seed for *_, params in model.calls]
     assert held == [7, 7]
 
 
 async def test_tasks_beside_each_other_keep_their_own() -> None:
-    engine = FakeEngine(delay_s=0.002)
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model)
 
     async def ask(seed: int) -> int:
         with detox_options(seed=seed) as replies:
@@ -403,7 +404,7 @@ async def test_tasks_beside_each_other_keep_their_own() -> None:
             return len(replies)
 
     assert await asyncio.gather(*(ask(seed) for seed in range(20))) == [1] * 20
-    assert all(prompt.messages[0]["content"] == str(params.seed) for prompt, params in engine.asked)
+    assert all(prompt.messages[0]["content"] == str(params.seed) for _, prompt, params in model.calls)
 
 
 CALL = '<tool_call>\n{"name": "Opening", "arguments": {"hour": 9}}\n</tool_call>'
@@ -450,8 +451,8 @@ class OwnSynthesizer(Refine):
     ],
 )
 def test_a_coroutine_of_a_subclass_has_the_options_it_was_made_under(reply: str, make: Any) -> None:
-    engine = FakeEngine([reply])
-    llm = DetoxiGenLLM(engine=engine)
+    model = scripted([reply])
+    llm = DetoxiGenLLM(detoxigen=model)
 
     async def awaited() -> None:
         with detox_options(seed=7, guard=POLICY):
@@ -461,12 +462,12 @@ def test_a_coroutine_of_a_subclass_has_the_options_it_was_made_under(reply: str,
             await aread_fresh(answer)
 
     asyncio.run(awaited())
-    held_by(engine)
+    held_by(model)
 
 
 def test_the_coroutine_of_a_query_engines_synthesis_has_the_options_it_was_made_under() -> None:
-    engine = FakeEngine()
-    queries = index_of(engine).as_query_engine()
+    model = scripted()
+    queries = index_of(model).as_query_engine()
 
     async def awaited() -> None:
         with detox_options(seed=7, guard=POLICY):
@@ -474,7 +475,7 @@ def test_the_coroutine_of_a_query_engines_synthesis_has_the_options_it_was_made_
         await coroutine
 
     asyncio.run(awaited())
-    held_by(engine)
+    held_by(model)
 
 
 @pytest.mark.parametrize(
@@ -487,16 +488,16 @@ def test_the_coroutine_of_a_query_engines_synthesis_has_the_options_it_was_made_
     ],
 )
 def test_a_stream_that_asks_as_it_is_read_has_the_options_it_was_made_under(reply: str, make: Any) -> None:
-    engine = FakeEngine([reply])
+    model = scripted([reply])
     with detox_options(seed=7, guard=POLICY):
-        stream = make(DetoxiGenLLM(engine=engine))
+        stream = make(DetoxiGenLLM(detoxigen=model))
     read_fresh(stream)
-    held_by(engine)
+    held_by(model)
 
 
 def test_outside_a_block_a_synthesizer_has_no_options_of_an_earlier_one() -> None:
-    engine = FakeEngine()
+    model = scripted()
     with detox_options(seed=7):
         pass
-    list(Refine(llm=DetoxiGenLLM(engine=engine), streaming=True).get_response(QUERY, ["One.", "Two."]))
-    assert {params.seed for _, params in engine.asked} == {None}
+    list(Refine(llm=DetoxiGenLLM(detoxigen=model), streaming=True).get_response(QUERY, ["One.", "Two."]))
+    assert {params.seed for *_, params in model.calls} == {None}

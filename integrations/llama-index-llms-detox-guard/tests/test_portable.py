@@ -25,10 +25,11 @@ from llama_index.llms.detox_guard import (
     get_detox_response_synthesizer,
     guard_chat_engine,
 )
-from llama_index_harness import HELD, FakeEngine, ForeignLLM, WordScorer, memory, nodes, recorded_events
+from llama_index_harness import HELD, ForeignLLM, memory, nodes, recorded_events, scripted
 from pydantic import BaseModel
 
 from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, NotPicklableError, Rung
+from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,28 +102,28 @@ def test_a_hook_that_its_name_finds_is_pickled() -> None:
 
 def about(options: dict[str, Any]) -> DetoxiGenLLM:
     """An LLM by name, or with the engine that the options have."""
-    return DetoxiGenLLM(None if "engine" in options else "org/model", **options)
+    return DetoxiGenLLM(None if "detoxigen" in options else "org/model", **options)
 
 
 @pytest.mark.parametrize("way", ["copy", "deepcopy", "model_copy", "deep model_copy"])
 def test_copies_share_what_belongs_to_the_process(way: str) -> None:
-    engine, scorer = FakeEngine(), Locked()
-    llm = DetoxiGenLLM(engine=engine, guard=GuardPolicy(scorer=scorer, on_event=lambda event: None))
+    engine, scorer = scripted(), Locked()
+    llm = DetoxiGenLLM(detoxigen=engine, guard=GuardPolicy(scorer=scorer, on_event=lambda event: None))
     again = WAYS[way](llm)
     assert again.engine is engine
     assert again.decoding["guard"].scorer is scorer
     assert again.callback_manager is llm.callback_manager
     again.chat(HELLO)
-    assert engine.asked[0][1].guard == llm.decoding["guard"]
+    assert engine.calls[0].params.guard == llm.decoding["guard"]
 
 
 # -- what belongs to the process is refused
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "engine": {"engine": FakeEngine()},
+    "detoxigen": {"detoxigen": ScriptedDetoxiGen()},
     "scorer": {"guard": GuardPolicy(scorer=Locked())},
-    "picklable scorer": {"guard": GuardPolicy(scorer=WordScorer())},
+    "picklable scorer": {"guard": GuardPolicy(scorer=ScriptedScorer("stupid"))},
     "hook": {"guard": GuardPolicy(on_event=lambda event: None)},
     "completion_to_prompt": {"completion_to_prompt": lambda prompt: prompt},
 }
@@ -160,9 +161,9 @@ def test_a_dict_never_becomes_something_else(what: str) -> None:
 
 
 def test_a_dict_takes_the_object_in_its_place() -> None:
-    engine = FakeEngine()
-    data = DetoxiGenLLM(engine=FakeEngine(), alpha=2.0).to_dict()
-    assert DetoxiGenLLM.from_dict(data, engine=engine).engine is engine
+    model = scripted()
+    data = DetoxiGenLLM(detoxigen=scripted(), alpha=2.0).to_dict()
+    assert DetoxiGenLLM.from_dict(data, detoxigen=model).engine is model
 
 
 def test_callbacks_stay_behind() -> None:
@@ -207,14 +208,14 @@ def key(llm: Any) -> str:
 
 
 def made(word: str) -> Any:
-    class Inner(WordScorer):
+    class Inner(ScriptedScorer):
         pass
 
     return Inner()
 
 
 def test_a_cache_key_tells_everything_apart() -> None:
-    engine, scorer = FakeEngine(), WordScorer()
+    engine, scorer = scripted(), ScriptedScorer("stupid")
     kinds: list[dict[str, Any]] = [
         {},
         {"model": "org/model"},
@@ -223,14 +224,14 @@ def test_a_cache_key_tells_everything_apart() -> None:
         {"model": "org/model", "detoxifier": "b"},
         {"alpha": 1.0},
         {"alpha": 2.0},
-        {"engine": engine},
-        {"engine": FakeEngine()},
-        {"engine": FakeEngine(model_id="other")},
+        {"detoxigen": engine},
+        {"detoxigen": ScriptedDetoxiGen()},
+        {"detoxigen": ScriptedDetoxiGen(model_id="other")},
         {"guard": GuardPolicy()},
         {"guard": GuardPolicy(threshold=0.4)},
         {"guard": GuardPolicy(scorer="org/classifier")},
         {"guard": GuardPolicy(scorer=scorer)},
-        {"guard": GuardPolicy(scorer=WordScorer())},
+        {"guard": GuardPolicy(scorer=ScriptedScorer("stupid"))},
         {"guard": GuardPolicy(scorer=made("a"))},
         {"guard": GuardPolicy(scorer=made("b"))},
         {"guard": GuardPolicy(scorer=scorer, threshold=0.4)},
@@ -249,7 +250,7 @@ def test_a_cache_key_tells_everything_apart() -> None:
 
 
 def test_an_object_at_a_freed_address_is_another() -> None:
-    keys = {key(DetoxiGenLLM(guard=GuardPolicy(scorer=WordScorer()))) for _ in range(20)}
+    keys = {key(DetoxiGenLLM(guard=GuardPolicy(scorer=ScriptedScorer("stupid")))) for _ in range(20)}
     assert len(keys) == 20
 
 
@@ -281,13 +282,13 @@ def test_events_are_json_with_names(what: str) -> None:
     payload = about(options).to_payload()
     event = LLMChatStartEvent(messages=HELLO, additional_kwargs={}, model_dict=payload)
     text = event.model_dump_json()
-    assert ("fake-model" if "engine" in options else "org/model") in text
+    assert ("scripted/words" if "detoxigen" in options else "org/model") in text
     if "scorer" in what:
         assert options["guard"].scorer.name in text
 
 
 def test_events_are_json_where_a_call_passes_objects() -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine())
+    llm = DetoxiGenLLM(detoxigen=scripted())
     with recorded_events() as events:
         llm.chat(HELLO, guard=GuardPolicy(scorer=Locked("mine"), on_event=lambda event: None))
     (start,) = events.named("LLMChatStartEvent")
@@ -318,7 +319,7 @@ def test_the_evaluator_keeps_its_scorer_or_refuses() -> None:
 
 
 def test_a_copied_hook_holds() -> None:
-    hook = get_detox_response_synthesizer(ForeignLLM(), policy=GuardPolicy(scorer=WordScorer()))
+    hook = get_detox_response_synthesizer(ForeignLLM(), policy=GuardPolicy(scorer=ScriptedScorer("stupid")))
     again = copy.deepcopy(hook)
     assert isinstance(again, DetoxSynthesizer)
     assert again.synthesize("When?", nodes("a")).response == HELD
@@ -333,7 +334,7 @@ class Finds(BaseRetriever):
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
 def test_a_copied_chat_engine_is_guarded_by_itself(kind: Any, way: Any) -> None:
     engine = kind.from_defaults(retriever=Finds(), llm=ForeignLLM(), memory=memory(), system_prompt="Be brief.")
-    guarded = guard_chat_engine(engine, policy=GuardPolicy(scorer=WordScorer()))
+    guarded = guard_chat_engine(engine, policy=GuardPolicy(scorer=ScriptedScorer("stupid")))
     assert guarded is engine
     assert isinstance(guarded, kind)
     again = way(guarded)
@@ -346,23 +347,23 @@ def test_a_copied_chat_engine_is_guarded_by_itself(kind: Any, way: Any) -> None:
 
 def test_guarding_twice_guards_by_the_second() -> None:
     engine = ContextChatEngine.from_defaults(retriever=Finds(), llm=ForeignLLM(), memory=memory())
-    guard_chat_engine(engine, policy=GuardPolicy(scorer=WordScorer(), replacement="[one]"))
-    guard_chat_engine(engine, policy=GuardPolicy(scorer=WordScorer(), replacement="[two]"))
+    guard_chat_engine(engine, policy=GuardPolicy(scorer=ScriptedScorer("stupid"), replacement="[one]"))
+    guard_chat_engine(engine, policy=GuardPolicy(scorer=ScriptedScorer("stupid"), replacement="[two]"))
     assert "[two]" in str(engine.chat("When?"))
     assert len(engine._node_postprocessors) == 1
 
 
 @pytest.mark.parametrize("bad", [{"guard": {"threshold": 2.0}}, {"guard": {"ladder": [{"alpha": -1.0}]}}])
 def test_a_guard_as_a_dict_is_read_everywhere_alike(bad: dict[str, Any]) -> None:
-    engine, good = FakeEngine(), {"guard": {"threshold": 0.25, "ladder": [{"alpha": 4.0}]}}
+    engine, good = scripted(), {"guard": {"threshold": 0.25, "ladder": [{"alpha": 4.0}]}}
     expected = GuardPolicy(threshold=0.25, ladder=(Rung(alpha=4.0),))
-    DetoxiGenLLM(engine=engine, **good).chat(HELLO)
-    DetoxiGenLLM(engine=engine).chat(HELLO, **good)
+    DetoxiGenLLM(detoxigen=engine, **good).chat(HELLO)
+    DetoxiGenLLM(detoxigen=engine).chat(HELLO, **good)
     with detox_options(**good):
-        DetoxiGenLLM(engine=engine).chat(HELLO)
-    assert [params.guard for _, params in engine.asked] == [expected] * 3
+        DetoxiGenLLM(detoxigen=engine).chat(HELLO)
+    assert [params.guard for *_, params in engine.calls] == [expected] * 3
     field = "guard.threshold" if "threshold" in bad["guard"] else r"guard\.ladder\.0\.alpha"
-    for ask in (lambda: DetoxiGenLLM(**bad), lambda: DetoxiGenLLM(engine=engine).chat(HELLO, **bad)):
+    for ask in (lambda: DetoxiGenLLM(**bad), lambda: DetoxiGenLLM(detoxigen=engine).chat(HELLO, **bad)):
         with pytest.raises(InvalidParamsError, match=field):
             ask()
     with pytest.raises(InvalidParamsError, match=field), detox_options(**bad):

@@ -18,17 +18,18 @@ from llama_index.llms.detox_guard import (
     detox_options,
     get_detox_response_synthesizer,
 )
-from llama_index_harness import CLEAN, HELD, RUDE, FakeEngine, ForeignLLM, WordScorer, nodes, recorded_events
+from llama_index_harness import CLEAN, HELD, RUDE, ForeignLLM, nodes, recorded_events, scripted
 
 from detox_guard import DetoxiGen, GuardError, GuardPolicy, Intervention, InvalidParamsError, ScorerError, StepError
+from detox_guard.testing import ScriptedScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llama_index.core.llms import LLM
 
-POLICY = GuardPolicy(scorer=WordScorer())
-STRICT = POLICY.replace(threshold=0.05, on_exhausted="raise")  # nothing is under it
+POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
+STRICT = GuardPolicy(scorer=ScriptedScorer("stupid", "library"), on_exhausted="raise")
 QUERY = "When does the library open?"
 CONTEXT = ["The library opens at nine.", "It closes at six. What a stupid building."]
 MODES = list(ResponseMode)
@@ -69,8 +70,8 @@ def synthesizer_for(llm: LLM, **options: Any) -> DetoxSynthesizer:
 async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, ours: bool) -> None:
     if mode in ACCUMULATES and streaming:
         pytest.skip("llama-index-core: 'Unable to stream in Accumulate response mode'")
-    engine = FakeEngine([CLEAN], interventions=[REWIND])
-    llm = DetoxiGenLLM(engine=engine) if ours else ForeignLLM()
+    model = scripted([CLEAN], interventions=[REWIND])
+    llm = DetoxiGenLLM(detoxigen=model) if ours else ForeignLLM()
     synthesizer = synthesizer_for(llm, response_mode=mode, streaming=streaming)
     text, response = await answered(synthesizer, is_async=is_async)
     report = response.metadata["detox"]
@@ -89,7 +90,7 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
     assert report["screened"] == [{"node_id": "n1", "score": 0.9, "action": "mask"}]
     assert len(json.dumps(report)) < 4000
     if ours:
-        asked = [(getattr(prompt, "messages", prompt), params) for prompt, params in engine.asked]
+        asked = [(getattr(prompt, "messages", prompt), params) for _, prompt, params in model.calls]
         assert (not asked) == (mode in ASK_NOTHING)
         assert not any("stupid" in str(prompt) for prompt, _ in asked)
         assert all(params.guard == POLICY for _, params in asked)
@@ -98,40 +99,40 @@ async def test_every_mode(mode: ResponseMode, is_async: bool, streaming: bool, o
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_tree_summarize_hands_the_guard_to_its_worker_threads(is_async: bool) -> None:
-    engine = FakeEngine(context_window=400)
-    llm = DetoxiGenLLM(engine=engine, max_new_tokens=20)
+    model = scripted(context_window=400)
+    llm = DetoxiGenLLM(detoxigen=model, max_new_tokens=20)
     long = ["The library opens at nine. " * 40] * 3
     synthesizer = synthesizer_for(llm, response_mode="tree_summarize", use_async=True)
     await answered(synthesizer, is_async=is_async, context=long)
-    assert len(engine.asked) > 1
-    assert all(params.guard == POLICY for _, params in engine.asked)
+    assert len(model.calls) > 1
+    assert all(params.guard == POLICY for *_, params in model.calls)
 
 
 # -- the policy in force
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("where", ["options", "llm", "structured", "engine"])
+@pytest.mark.parametrize("where", ["options", "llm", "structured", "model"])
 async def test_without_a_policy_the_guard_of_the_llm_stays_in_force(where: str, is_async: bool) -> None:
-    engine = FakeEngine([opening("Do come.") if where == "structured" else CLEAN])
-    if where == "engine":
-        engine.params = engine.params.replace(guard=STRICT)
-    llm: LLM = DetoxiGenLLM(engine=engine, **({"guard": STRICT} if where in ("llm", "structured") else {}))
+    model = scripted([opening("Do come.") if where == "structured" else "Do come."])
+    if where == "model":
+        model.params = model.params.replace(guard=STRICT)
+    llm: LLM = DetoxiGenLLM(detoxigen=model, **({"guard": STRICT} if where in ("llm", "structured") else {}))
     llm = llm.as_structured_llm(Opening) if where == "structured" else llm
     with detox_options(**({"guard": STRICT} if where == "options" else {})):
         _, response = await answered(get_detox_response_synthesizer(llm), is_async=is_async)
-    assert [params.guard for _, params in engine.asked] == [STRICT]
-    assert len(response.metadata["detox"]["screened"]) == 2
+    assert [params.guard for *_, params in model.calls] == [STRICT]
+    assert len(response.metadata["detox"]["screened"]) == len(CONTEXT)
 
 
 def test_a_given_policy_wins_and_so_do_options_over_the_llm() -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine, guard=STRICT)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model, guard=STRICT)
     with detox_options(guard=STRICT):
         synthesizer_for(llm).synthesize(QUERY, nodes("a"))
     with detox_options(guard=POLICY):
         get_detox_response_synthesizer(llm).synthesize(QUERY, nodes("a"))
-    assert [params.guard for _, params in engine.asked] == [POLICY, POLICY]
+    assert [params.guard for *_, params in model.calls] == [POLICY, POLICY]
 
 
 async def test_options_hold_a_foreign_llm_too() -> None:
@@ -180,7 +181,7 @@ async def test_no_piece_of_a_flagged_foreign_sentence_is_streamed() -> None:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_what_our_own_guard_did_is_reported(is_async: bool) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine(interventions=[REWIND]))
+    llm = DetoxiGenLLM(detoxigen=scripted(interventions=[REWIND]))
     with recorded_events() as events:
         _, response = await answered(synthesizer_for(llm, streaming=True), is_async=is_async)
     report = response.metadata["detox"]
@@ -192,14 +193,14 @@ async def test_what_our_own_guard_did_is_reported(is_async: bool) -> None:
 
 
 async def test_leaving_a_guarded_stream_frees_the_seat() -> None:
-    engine = FakeEngine()
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), streaming=True, response_mode="simple_summarize")
+    model = scripted()
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model), streaming=True, response_mode="simple_summarize")
     response = synthesizer.synthesize(QUERY, nodes("a"))
     next(response.response_gen)
-    assert engine.seats == 1
+    assert model.active == 1
     response.response_gen.close()
     del response
-    assert engine.seats == 0
+    assert model.active == 0
 
 
 class Opening(BaseModel):
@@ -242,17 +243,17 @@ async def test_a_structured_answer_that_the_guard_would_break_is_refused() -> No
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_structured_answers_of_our_own(is_async: bool) -> None:
-    engine = FakeEngine([opening("Do come.")])
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), output_cls=Opening, response_mode="tree_summarize")
+    model = scripted([opening("Do come.")])
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model), output_cls=Opening, response_mode="tree_summarize")
     _, response = await answered(synthesizer, is_async=is_async)
     assert response.response == Opening(hour=9, remarks=["Do come."])
-    assert all(params.guard == POLICY and params.grammar is not None for _, params in engine.asked)
+    assert all(params.guard == POLICY and params.grammar is not None for *_, params in model.calls)
 
 
 async def test_structured_answer_filtering() -> None:
     reply = '<tool_call>{"name": "StructuredRefineResponse", "arguments": {"query_satisfied": true, "answer": "Nine."}}'
-    engine = FakeEngine([reply + "</tool_call>"])
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), structured_answer_filtering=True)
+    model = scripted([reply + "</tool_call>"])
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model), structured_answer_filtering=True)
     text, _ = await answered(synthesizer, is_async=False)
     assert text == "Nine."
 
@@ -263,11 +264,11 @@ async def test_structured_answer_filtering() -> None:
 @pytest.mark.parametrize("action", ["drop", "mask", "mark"])
 @pytest.mark.parametrize("redact", [True, False])
 async def test_screening_and_redaction(action: Any, redact: bool) -> None:
-    engine = FakeEngine()
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine), context=action, redact_sources=redact)
+    model = scripted()
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model), context=action, redact_sources=redact)
     given = nodes(*CONTEXT)
     response = synthesizer.synthesize(QUERY, given, additional_source_nodes=nodes("Also stupid."))
-    read = engine.asked[0][0].messages[-1]["content"]
+    read = model.calls[0].prompt.messages[-1]["content"]
     assert ("stupid" in read, "closes at six" in read) == (action == "mark", action != "drop")
     assert "opens at nine" in read
     sources = [node.node.get_content() for node in response.source_nodes]
@@ -281,7 +282,7 @@ async def test_screening_and_redaction(action: Any, redact: bool) -> None:
 
 
 async def test_dropping_everything_is_an_empty_response_with_a_report() -> None:
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=FakeEngine()), context="drop")
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=scripted()), context="drop")
     text, response = await answered(synthesizer, is_async=False, context=["How stupid."])
     assert text == "Empty Response"
     assert len(response.metadata["detox"]["screened"]) == 1
@@ -290,11 +291,11 @@ async def test_dropping_everything_is_an_empty_response_with_a_report() -> None:
 
 
 async def test_without_screening_the_context_is_read_as_it_is() -> None:
-    engine = FakeEngine()
-    _, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine), context=None), is_async=False)
-    assert "stupid" in str(engine.asked[0][0])
+    model = scripted()
+    _, response = await answered(synthesizer_for(DetoxiGenLLM(detoxigen=model), context=None), is_async=False)
+    assert "stupid" in str(model.calls[0].prompt)
     assert response.metadata["detox"]["screened"] == []
-    assert engine.asked[0][1].alpha == 3.0
+    assert model.calls[0].params.alpha == 3.0
 
 
 @pytest.mark.parametrize(
@@ -303,32 +304,32 @@ async def test_without_screening_the_context_is_read_as_it_is() -> None:
     ids=["raised", "never lowered", "clean"],
 )
 async def test_alpha_follows_the_context(context: list[str], alpha: float, expected: float) -> None:
-    engine = FakeEngine()
-    llm = DetoxiGenLLM(engine=engine, alpha=alpha)
+    model = scripted()
+    llm = DetoxiGenLLM(detoxigen=model, alpha=alpha)
     _, response = await answered(synthesizer_for(llm), is_async=True, context=context)
-    assert engine.asked[0][1].alpha == expected
-    assert (engine.asked[0][1].calm_share == 1) is (context == CONTEXT)
+    assert model.calls[0].params.alpha == expected
+    assert (model.calls[0].params.calm_share == 1) is (context == CONTEXT)
     assert response.metadata["detox"]["alpha"] == (expected if context == CONTEXT else None)
 
 
 async def test_alpha_is_left_alone_where_nothing_can_steer() -> None:
-    engine = FakeEngine()
-    engine.streams = ()
-    _, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine, alpha=0.0)), is_async=False)
-    assert engine.asked[0][1].alpha == 0.0
+    model = scripted()
+    model.streams = ()
+    _, response = await answered(synthesizer_for(DetoxiGenLLM(detoxigen=model, alpha=0.0)), is_async=False)
+    assert model.calls[0].params.alpha == 0.0
     assert response.metadata["detox"]["alpha"] is None
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_plain_chunks_are_screened_too(is_async: bool) -> None:
-    engine = FakeEngine()
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine))
+    model = scripted()
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model))
     if is_async:
         assert await synthesizer.aget_response(QUERY, CONTEXT) == CLEAN
     else:
         assert synthesizer.get_response(QUERY, CONTEXT) == CLEAN
-    assert "stupid" not in str(engine.asked[0][0])
-    assert engine.asked[0][1].alpha == 6.0
+    assert "stupid" not in str(model.calls[0].prompt)
+    assert model.calls[0].params.alpha == 6.0
 
 
 # -- what goes wrong
@@ -352,7 +353,7 @@ async def test_a_broken_scorer_lets_nothing_through(is_async: bool, context: Any
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 async def test_engine_errors_come_through(is_async: bool, streaming: bool) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine([StepError("no step")]))
+    llm = DetoxiGenLLM(detoxigen=scripted([StepError("no step")]))
     with pytest.raises(StepError, match="no step"):
         await answered(synthesizer_for(llm, streaming=streaming), is_async=is_async)
 
@@ -361,19 +362,19 @@ async def test_engine_errors_come_through(is_async: bool, streaming: bool) -> No
 
 
 def test_prompts_are_the_inner_ones() -> None:
-    engine = FakeEngine()
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine))
+    model = scripted()
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model))
     assert set(synthesizer.get_prompts()) == set(synthesizer._inner.get_prompts())
     synthesizer.update_prompts({"text_qa_template": PromptTemplate("Q {query_str} C {context_str}")})
     synthesizer.synthesize(QUERY, nodes("a b"))
-    assert engine.asked[0][0].messages[0]["content"] == f"Q {QUERY} C a b"
+    assert model.calls[0].prompt.messages[0]["content"] == f"Q {QUERY} C a b"
 
 
 def test_options_of_an_outer_scope_stay_in_force() -> None:
-    engine = FakeEngine()
+    model = scripted()
     with detox_options(seed=11) as replies:
-        synthesizer_for(DetoxiGenLLM(engine=engine)).synthesize(QUERY, nodes("a"))
-    assert engine.asked[0][1].seed == 11
+        synthesizer_for(DetoxiGenLLM(detoxigen=model)).synthesize(QUERY, nodes("a"))
+    assert model.calls[0].params.seed == 11
     assert len(replies) == 1
 
 
@@ -408,7 +409,7 @@ class SecondLLM(TreeSummarize):
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(("inner", "ours"), [(Echo, False), (Echo, True), (SecondLLM, True)])
 async def test_it_wraps_any_synthesizer(inner: Any, ours: bool, streaming: bool, is_async: bool) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine()) if ours else MockLLM()
+    llm = DetoxiGenLLM(detoxigen=scripted()) if ours else MockLLM()
     synthesizer = DetoxSynthesizer(inner(llm=llm, streaming=streaming), policy=POLICY)
     text, response = await answered(synthesizer, is_async=is_async)
     assert text == HELD
@@ -424,7 +425,7 @@ class OwnProgram:
 
 async def test_a_program_of_someone_elses_is_held() -> None:
     options = {"structured_answer_filtering": True, "program_factory": lambda prompt: OwnProgram()}
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=FakeEngine()), streaming=True, **options)
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=scripted()), streaming=True, **options)
     text, response = await answered(synthesizer, is_async=False)
     assert text == HELD
     assert response.metadata["detox"]["guard"] == "hold"
@@ -442,28 +443,28 @@ class Canned(DetoxiGenLLM):
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_an_answer_that_nobody_decoded_is_held(is_async: bool) -> None:
-    text, response = await answered(synthesizer_for(Canned(engine=FakeEngine())), is_async=is_async)
+    text, response = await answered(synthesizer_for(Canned(detoxigen=scripted())), is_async=is_async)
     assert text == HELD
     assert response.metadata["detox"]["guard"] == "hold"
 
 
 def test_prompts_are_packed_by_our_tokenizer() -> None:
-    engine = FakeEngine(context_window=1000)
-    synthesizer = synthesizer_for(DetoxiGenLLM(engine=engine, max_new_tokens=20), response_mode="compact")
+    model = scripted(context_window=1000)
+    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model, max_new_tokens=20), response_mode="compact")
     synthesizer.synthesize(QUERY, nodes("one two three " * 400))
-    sizes = [sum(len(engine.encode(m["content"])) for m in prompt.messages) for prompt, _ in engine.asked]
+    sizes = [sum(len(model.encode(m["content"])) for m in prompt.messages) for _, prompt, _ in model.calls]
     assert len(sizes) > 1
     assert max(sizes) <= 980
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_multimodal_synthesizers_are_guarded_too(is_async: bool) -> None:
-    engine = FakeEngine()
-    text, response = await answered(synthesizer_for(DetoxiGenLLM(engine=engine), multimodal=True), is_async=is_async)
+    model = scripted()
+    text, response = await answered(synthesizer_for(DetoxiGenLLM(detoxigen=model), multimodal=True), is_async=is_async)
     assert text == CLEAN
     assert len(response.metadata["detox"]["screened"]) == 1
-    assert "stupid" not in str(engine.asked[0][0])
-    assert engine.asked[0][1].guard == POLICY
+    assert "stupid" not in str(model.calls[0].prompt)
+    assert model.calls[0].params.guard == POLICY
 
 
 # -- scan_input, whoever writes
@@ -533,9 +534,9 @@ async def test_a_flagged_question_is_answered_as_the_policy_says(structured: boo
 
 
 def test_our_own_llm_scans_by_itself() -> None:
-    engine = FakeEngine()
-    synthesizer_for(DetoxiGenLLM(engine=engine), policy=SCAN).synthesize("Who is stupid?", nodes("a"))
-    assert [params.guard for _, params in engine.asked] == [SCAN]
+    model = scripted()
+    synthesizer_for(DetoxiGenLLM(detoxigen=model), policy=SCAN).synthesize("Who is stupid?", nodes("a"))
+    assert [params.guard for *_, params in model.calls] == [SCAN]
 
 
 # -- more of what a reader sees

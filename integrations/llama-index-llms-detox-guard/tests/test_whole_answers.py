@@ -24,10 +24,11 @@ from llama_index.llms.detox_guard import (
     RefusedCallError,
     get_detox_response_synthesizer,
 )
-from llama_index_harness import CLEAN, BagEmbedding, FakeEngine, WordScorer, memory, nodes
+from llama_index_harness import CLEAN, BagEmbedding, memory, nodes, scripted
 from pydantic import BaseModel, field_validator
 
 from detox_guard import DetoxGuardError, GuardPolicy, InvalidParamsError, ScorerError, StepError
+from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,7 @@ BOOK = '{"title": "Emma", "pages": 474}'
 
 
 def cut_off(reply: str, finish: str, **options: Any) -> DetoxiGenLLM:
-    return DetoxiGenLLM(engine=FakeEngine([reply[:-25]], finish=finish), **options)
+    return DetoxiGenLLM(detoxigen=scripted([reply[:-25]], finish=finish), **options)
 
 
 # -- structured answers
@@ -105,11 +106,11 @@ async def result_of(made: Any) -> Any:
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("way", STRUCTURED)
 async def test_a_structured_answer_is_whole_or_an_error(way: str, chat: bool) -> None:
-    whole = DetoxiGenLLM(engine=FakeEngine([BOOK], chat=chat, tools=chat))
+    whole = DetoxiGenLLM(detoxigen=scripted([BOOK], chat=chat, tools=chat))
     assert await result_of(STRUCTURED[way](whole)) == Book(title="Emma", pages=474)
     for finish in CUTS:
         # Cut behind the title, which is all that the class asks for: upstream would repair and take it.
-        llm = DetoxiGenLLM(engine=FakeEngine([BOOK[:-13]], chat=chat, tools=chat, finish=finish))
+        llm = DetoxiGenLLM(detoxigen=scripted([BOOK[:-13]], chat=chat, tools=chat, finish=finish))
         with pytest.raises(IncompleteAnswerError, match=finish) as caught:
             await result_of(STRUCTURED[way](llm))
         assert caught.value.finish_reason == finish
@@ -129,9 +130,9 @@ FUNCTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("way", FUNCTIONS)
 async def test_an_answer_through_a_call_is_whole_or_an_error(way: str) -> None:
     mode = {"pydantic_program_mode": PydanticProgramMode.FUNCTION}
-    engine = FakeEngine([BOOK_CALL])
-    assert await result_of(FUNCTIONS[way](DetoxiGenLLM(engine=engine, **mode))) == Book(title="Emma", pages=474)
-    assert engine.asked[0][1].grammar is not None  # forced, in streams too
+    model = scripted([BOOK_CALL])
+    assert await result_of(FUNCTIONS[way](DetoxiGenLLM(detoxigen=model, **mode))) == Book(title="Emma", pages=474)
+    assert model.calls[0].params.grammar is not None  # forced, in streams too
     for finish in CUTS:
         with pytest.raises(IncompleteAnswerError, match=finish):
             await result_of(FUNCTIONS[way](cut_off(BOOK_CALL, finish, **mode)))
@@ -149,7 +150,7 @@ class Picky(BaseModel):
 
 
 async def test_the_last_of_a_stream_is_valid() -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine(['{"title": "Emma"}']))
+    llm = DetoxiGenLLM(detoxigen=scripted(['{"title": "Emma"}']))
     with pytest.raises(ValueError, match="too short"):
         list(llm.stream_structured_predict(Picky, PROMPT, what="Emma"))
     with pytest.raises(ValueError, match="too short"):
@@ -168,7 +169,7 @@ def test_the_error_crosses_processes() -> None:
 
 @pytest.mark.parametrize("finish", CUTS)
 def test_plain_text_may_end_anywhere(finish: str) -> None:
-    llm = DetoxiGenLLM(engine=FakeEngine([CLEAN], finish=finish))
+    llm = DetoxiGenLLM(detoxigen=scripted([CLEAN], finish=finish))
     assert llm.complete("a").raw["finish_reason"] == finish
     assert llm.chat_with_tools(TOOLS, "a").message.content == CLEAN
 
@@ -195,12 +196,12 @@ async def test_an_agent_stops_at_a_call_that_is_not_whole(finish: str, streaming
     agent = FunctionAgent(tools=TOOLS, llm=llm, streaming=streaming, **options)
     with pytest.raises(IncompleteAnswerError, match=finish):
         await agent.run("Sum?", memory=memory())
-    assert len(llm.engine.asked) == 1
+    assert len(llm.detoxigen.calls) == 1
 
 
 async def test_an_agents_structured_answer_is_none_if_it_is_not_whole() -> None:
-    engine = FakeEngine(lambda prompt: BOOK[:-13], finish="length")
-    agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(engine=engine), output_cls=Book)
+    model = scripted(lambda *_: BOOK[:-13], finish="length")
+    agent = FunctionAgent(tools=TOOLS, llm=DetoxiGenLLM(detoxigen=model), output_cls=Book)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         result = await agent.run("Emma?", memory=memory())
@@ -218,7 +219,7 @@ def query_engine(llm: DetoxiGenLLM, *, hook: bool = False, **options: Any) -> An
     return index.as_query_engine(response_synthesizer=build(llm=llm, **options))
 
 
-class Refusing(FakeEngine):
+class Refusing(ScriptedDetoxiGen):
     """Prepares no request, as where a grammar cannot be enforced or an audit log cannot be written."""
 
     error: Exception = InvalidParamsError("audit_log", "/nowhere/log", "a file that can be written")
@@ -245,7 +246,7 @@ async def read(response: Any) -> str:
 async def test_a_refused_call_is_no_empty_response(mode: ResponseMode, streaming: bool, hook: bool) -> None:
     if streaming and "accumulate" in mode.value:
         pytest.skip("llama-index-core: 'Unable to stream in Accumulate response mode'")
-    engine = query_engine(DetoxiGenLLM(engine=Refusing()), hook=hook, response_mode=mode, streaming=streaming)
+    engine = query_engine(DetoxiGenLLM(detoxigen=Refusing()), hook=hook, response_mode=mode, streaming=streaming)
     for ask in (engine.query, engine.aquery):
         # Where nothing of LlamaIndex's is in between, it is the LLM's own error.
         with pytest.raises((RefusedCallError, InvalidParamsError), match="audit_log") as caught:
@@ -256,7 +257,7 @@ async def test_a_refused_call_is_no_empty_response(mode: ResponseMode, streaming
 @pytest.mark.parametrize("hook", [False, True], ids=["plain", "hook"])
 @pytest.mark.parametrize("options", [{"output_cls": Book}, {"structured_answer_filtering": True}], ids=str)
 async def test_so_it_is_in_structured_modes(options: dict[str, Any], hook: bool) -> None:
-    engine = query_engine(DetoxiGenLLM(engine=Refusing()), hook=hook, **options)
+    engine = query_engine(DetoxiGenLLM(detoxigen=Refusing()), hook=hook, **options)
     with pytest.raises(RefusedCallError, match="audit_log"):
         engine.query(QUERY)
     with pytest.raises(RefusedCallError, match="audit_log"):
@@ -265,7 +266,7 @@ async def test_so_it_is_in_structured_modes(options: dict[str, Any], hook: bool)
 
 @pytest.mark.parametrize("hook", [False, True], ids=["plain", "hook"])
 async def test_a_cut_structured_answer_is_no_empty_response(hook: bool) -> None:
-    engine = query_engine(DetoxiGenLLM(engine=FakeEngine([BOOK[:-13]], finish="length")), hook=hook, output_cls=Book)
+    engine = query_engine(DetoxiGenLLM(detoxigen=scripted([BOOK[:-13]], finish="length")), hook=hook, output_cls=Book)
     with pytest.raises(IncompleteAnswerError, match="length"):
         engine.query(QUERY)
     with pytest.raises(IncompleteAnswerError, match="length"):
@@ -275,9 +276,9 @@ async def test_a_cut_structured_answer_is_no_empty_response(hook: bool) -> None:
 def test_a_direct_call_is_refused_by_its_own_error() -> None:
     for ask in (lambda llm: llm.chat([ChatMessage("a")]), lambda llm: list(llm.stream_complete("a"))):
         with pytest.raises(InvalidParamsError, match="audit_log"):
-            ask(DetoxiGenLLM(engine=Refusing()))
+            ask(DetoxiGenLLM(detoxigen=Refusing()))
     with pytest.raises(InvalidParamsError, match="audit_log"):
-        DetoxiGenLLM(engine=Refusing()).structured_predict(Book, PROMPT, what="Emma")
+        DetoxiGenLLM(detoxigen=Refusing()).structured_predict(Book, PROMPT, what="Emma")
 
 
 def react() -> dict[str, Any]:
@@ -292,7 +293,7 @@ def react() -> dict[str, Any]:
 async def test_what_fails_in_a_react_step_is_no_answer(error: DetoxGuardError) -> None:
     engine = Refusing(tools=False)
     engine.error = error
-    llm = DetoxiGenLLM(engine=engine)
+    llm = DetoxiGenLLM(detoxigen=engine)
     with pytest.raises(type(error)):
         llm.predict_and_call(TOOLS, "Sum?", **react())
     with pytest.raises(type(error)):
@@ -301,7 +302,7 @@ async def test_what_fails_in_a_react_step_is_no_answer(error: DetoxGuardError) -
 
 async def test_a_react_step_that_works_is_upstreams() -> None:
     step = 'Thought: I need a tool.\nAction: add\nAction Input: {"a": 1, "b": 2}\n'
-    llm = DetoxiGenLLM(engine=FakeEngine([step], tools=False))
+    llm = DetoxiGenLLM(detoxigen=scripted([step], tools=False))
     assert llm.predict_and_call(TOOLS, "Sum?", **react()).response == "3"
     assert (await llm.apredict_and_call(TOOLS, "Sum?", **react())).response == "3"
 
@@ -315,7 +316,7 @@ def real() -> DetoxiGenLLM:
 
 
 def test_an_audit_log_that_cannot_be_written(real: DetoxiGenLLM, tmp_path: Path) -> None:
-    guard = GuardPolicy(scorer=WordScorer(), audit_log=str(tmp_path / "none" / "log"))
+    guard = GuardPolicy(scorer=ScriptedScorer("stupid"), audit_log=str(tmp_path / "none" / "log"))
     llm = DetoxiGenLLM(engine=real.load(), guard=guard)
     with pytest.raises(InvalidParamsError, match="audit_log"):
         llm.complete("a")
@@ -352,10 +353,10 @@ async def test_a_real_answer_that_does_not_fit(real: DetoxiGenLLM) -> None:
 async def test_an_agent_tells_of_a_cut_structured_answer_by_a_warning_and_none() -> None:
     """Upstream swallows every error there. Asked by itself, the structured LLM raises."""
 
-    def reply(prompt: Any) -> str:
+    def reply(prompt: Any, _: Any) -> str:
         return '{"title": ' if "provided schema" in str(prompt) else "At nine."
 
-    llm = DetoxiGenLLM(engine=FakeEngine(reply, finish="length"))
+    llm = DetoxiGenLLM(detoxigen=scripted(reply, finish="length"))
     tool = FunctionTool.from_defaults(lambda: "nine", name="hours", description="Opening hours.")
     agent = FunctionAgent(tools=[tool], llm=llm, output_cls=Book)
     with pytest.warns(UserWarning, match="cut off"):

@@ -18,10 +18,11 @@ from llama_index.core.response_synthesizers import ResponseMode, get_response_sy
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.response_synthesizers.no_text import NoText
+from llama_index.llms.detox_guard.call import check_options, is_ours, policy_in_force, texts_of
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.options import Scope, current_scope, entered
 from llama_index.llms.detox_guard.postprocessor import DetoxNodePostprocessor
-from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer, check_options, is_ours, policy_in_force, texts_of
+from llama_index.llms.detox_guard.synthesizer import DetoxSynthesizer
 
 import detox_guard
 from detox_guard import InvalidParamsError

@@ -21,39 +21,29 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
-from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
 from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
-    Scope,
-    aheld,
     current_scope,
-    entered,
-    held,
     made_here,
     read_options,
 )
 from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
 from llama_index.llms.detox_guard.reply import Reply
+from llama_index.llms.detox_guard.structured import DetoxStructuredLLM, StructuredAnswers
+from llama_index.llms.detox_guard.tool_calls import ToolCalls
 
 import detox_guard
-from detox_guard import DecodingParams, DetoxGuardError, InvalidParamsError, LoadOptions, PromptError
+from detox_guard import DecodingParams, InvalidParamsError, LoadOptions, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 
-    from llama_index.core.bridge.pydantic import BaseModel
-    from llama_index.core.chat_engine.types import AgentChatResponse
-    from llama_index.core.prompts import PromptTemplate
-    from llama_index.core.tools.types import BaseTool
 
 __all__ = ["DetoxiGenLLM"]
 
@@ -62,28 +52,27 @@ Shown = TypeVar("Shown", CompletionResponse, ChatResponse)
 _NO_STOPS: dict[str, Any] = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
 _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
-_CUT = ("length", "guard")
 _IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision", "loading")
 
 
-class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
+class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
     """A local model that is steered away from toxicity while it decodes, as a LlamaIndex LLM.
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call, and those of
-    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …) here. Constructing it
-    loads nothing: the engine comes with the first call that needs it, and is shared by every LLM that names the same
+    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …) here. Constructing it loads
+    nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
 
-    Copies keep all of that. An `engine`, a scorer object or a hook of one's own is shared by copies and belongs to its
-    process: pickling it, or making an LLM of what `to_dict` says about it, raises `NotPicklableError`.
+    Copies keep all of that. A `detoxigen`, a scorer object or a hook of one's own is shared by copies. It belongs to
+    its process: pickling it, or making an LLM of what `to_dict` says about it, raises `NotPicklableError`.
 
     A structured answer or a forced tool call that does not end with "stop" raises `IncompleteAnswerError`, in streams
     at their end. Where LlamaIndex would swallow an `InvalidParamsError` it is a `RefusedCallError`.
     """
 
-    own: ClassVar[tuple[str, ...]] = ("engine",)
+    own: ClassVar[tuple[str, ...]] = ("detoxigen",)
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
     detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
@@ -102,7 +91,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         default=None,
         description='Variables of the chat template, such as {"enable_thinking": False}; a call\'s own win.',
     )
-    engine: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
+    detoxigen: Any = Field(default=None, exclude=True, repr=False, description="A loaded DetoxiGen, instead of a name.")
     pydantic_program_mode: PydanticProgramMode = Field(
         default=PydanticProgramMode.LLM, description="Structured answers are decoded under the schema's grammar."
     )
@@ -113,8 +102,9 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
         options["loading"] = self._load_options(options, options.pop("loading", None))
         decoding = self._moved(options, given)
-        super().__init__(model=None if model is None else str(model), decoding=decoding, **options)
-        self._check_engine()
+        options |= {"model": None if model is None else str(model), "decoding": decoding}
+        super().__init__(**options)
+        self._check_model()
 
     @classmethod
     def _load_options(cls, options: dict[str, Any], loading: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -127,13 +117,18 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         others = [name for name in options if name in LoadOptions.model_fields and name not in cls.model_fields]
         loading = {**(loading or {}), **{name: options.pop(name) for name in others}}
         refuse_stand_ins(cls.__name__, loading)
-        if hasattr(rounded := loading.get("quantization_config"), "to_dict"):
+        rounded: Any = loading.get("quantization_config")
+        if hasattr(rounded, "to_dict"):
             loading["quantization_config"] = {k: getattr(v, "value", v) for k, v in rounded.to_dict().items()}
         return loading or None
 
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
         """`decoding` with what `options` have of it, which is taken out of them. Raises `InvalidParamsError`."""
+        if "engine" in options:  # its old name
+            if options.get("detoxigen") is not None:
+                raise InvalidParamsError("engine", options["engine"], "not together with detoxigen, its new name")
+            options["detoxigen"] = options.pop("engine")
         decoding = dict(decoding)
         for name in [name for name in options if name not in cls.model_fields]:
             if name not in DecodingParams.model_fields:
@@ -150,24 +145,30 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         loading = self._load_options(changes, changes.pop("loading", self.loading))
         decoding = self._moved(changes, changes.pop("decoding", None) or self.decoding)
         copy = super().model_copy(update={**changes, "loading": loading, "decoding": decoding}, deep=deep)
-        copy._check_engine()
+        copy._check_model()
         return copy
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "engine" or name in _LOADING:
+        name = "detoxigen" if name == "engine" else name
+        if name == "detoxigen" or name in _LOADING:
             self.model_copy(update={name: value})
         super().__setattr__(name, value)
 
-    def _check_engine(self) -> None:
-        """Raises `InvalidParamsError` for an engine that is none, or that names stand beside, and for bad loading."""
-        if self.engine is None:
+    @property
+    def engine(self) -> Any:
+        """The old name of `detoxigen`."""
+        return self.detoxigen
+
+    def _check_model(self) -> None:
+        """Raises `InvalidParamsError` for a `detoxigen` that is none or has names beside it, and for bad loading."""
+        if self.detoxigen is None:
             LoadOptions(**self._how)
             return
-        if isinstance(self.engine, str | bytes | int | float | list | tuple | dict):
-            raise InvalidParamsError("engine", self.engine, "a DetoxiGen or None")
+        if isinstance(self.detoxigen, str | bytes | int | float | list | tuple | dict):
+            raise InvalidParamsError("detoxigen", self.detoxigen, "a DetoxiGen or None")
         if named := [name for name in _LOADING if getattr(self, name) is not None]:
             raise InvalidParamsError(
-                "engine", "your own", f"not together with {', '.join(named)}, which it has its own of"
+                "detoxigen", "your own", f"not together with {', '.join(named)}, which it has its own of"
             )
 
     def in_force(self) -> dict[str, Any]:
@@ -196,8 +197,8 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     # -- what it is
 
     def load(self) -> detox_guard.DetoxiGen:
-        """The engine behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
-        return self.engine or detox_guard.DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._how)
+        """The model behind this LLM; loads it if nobody in the process has. Raises `BackboneError` and the like."""
+        return self.detoxigen or detox_guard.DetoxiGen.shared(self.model, detoxifier=self.detoxifier, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -207,20 +208,20 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Capabilities of the model, which this loads."""
-        engine = self.load()
-        window = engine.context_window or _NO_LIMIT
-        tools = engine.supports_tools if self.function_calling is None else self.function_calling
+        model = self.load()
+        window = model.context_window or _NO_LIMIT
+        tools = model.supports_tools if self.function_calling is None else self.function_calling
         return LLMMetadata(
             context_window=window,
             num_output=min(self.params.max_new_tokens, window // 2),
-            is_chat_model=engine.has_chat_template,
-            is_function_calling_model=engine.has_chat_template and tools,
-            model_name=engine.model_id,
+            is_chat_model=model.has_chat_template,
+            is_function_calling_model=model.has_chat_template and tools,
+            model_name=model.model_id,
         )
 
     @property
     def params(self) -> DecodingParams:
-        """What a call decodes with: the engine's defaults, then this LLM's fields, then `detox_options`."""
+        """What a call decodes with: the model's defaults, then this LLM's fields, then `detox_options`."""
         return self.load().params.replace(**{**self.decoding, **current_scope().options})
 
     def to_payload(self) -> dict[str, Any]:
@@ -276,144 +277,6 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         """`stream_chat` without blocking the event loop; closing the generator frees the seat."""
         return await self._arun(Reply.as_chat, messages, kwargs)
 
-    # -- tools
-
-    def _prepare_chat_with_tools(
-        self,
-        tools: Sequence[BaseTool],
-        user_msg: str | ChatMessage | None = None,
-        chat_history: list[ChatMessage] | None = None,
-        verbose: bool = False,
-        allow_parallel_tool_calls: bool = False,
-        tool_required: bool = False,
-        tool_choice: str | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        messages = list(chat_history or [])
-        if user_msg is not None:
-            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
-        return {
-            **kwargs,
-            "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
-            "tool_choice": tool_choice or ("any" if tool_required or asked_by_a_program() else "auto"),
-            "allow_parallel_tool_calls": allow_parallel_tool_calls,
-        }
-
-    def get_tool_calls_from_response(
-        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
-    ) -> list[ToolSelection]:
-        """The tool calls of a reply. Raises ValueError if there are none and `error_on_no_tool_call`.
-
-        Calls that cannot be read stand in `raw["invalid_tool_calls"]`. Raises `IncompleteAnswerError` where one was cut
-        off at `max_new_tokens` or broken off by the guard: an agent would take what is left for its answer.
-        """
-        raw = response.raw if isinstance(response.raw, dict) else {}
-        if raw.get("invalid_tool_calls") and raw.get("finish_reason") in _CUT:
-            raise detox_guard.IncompleteAnswerError(raw["finish_reason"], raw["invalid_tool_calls"][0], "a tool call")
-        calls = [
-            ToolSelection.model_validate(
-                {"tool_id": block.tool_call_id or "", "tool_name": block.tool_name, "tool_kwargs": block.tool_kwargs}
-            )
-            for block in response.message.blocks
-            if isinstance(block, ToolCallBlock)
-        ]
-        if not calls and error_on_no_tool_call:
-            wrote = "".join([response.message.content or "", *raw.get("invalid_tool_calls", ())])
-            raise ValueError(f"the model called no tool; it wrote {wrote[:80]!r}")
-        return calls
-
-    def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
-        failed: list[DetoxGuardError] = []
-        with entered(_collecting(failed)):
-            response = super().predict_and_call(tools, *args, **kwargs)
-        return _unless(failed, response)
-
-    async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Upstream's. What fails raises, where upstream tells of it as of an answer."""
-        failed: list[DetoxGuardError] = []
-        with entered(_collecting(failed)):
-            response = await super().apredict_and_call(tools, *args, **kwargs)
-        return _unless(failed, response)
-
-    # -- structured answers: upstream's text program, decoded under the schema's grammar, so that it always parses
-
-    def structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
-        options = self._bound(output_cls, llm_kwargs)
-        answer: Model = super().structured_predict(output_cls, prompt, options, **prompt_args)
-        return answer
-
-    async def astructured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An instance of `output_cls`. Raises `IncompleteAnswerError`."""
-        options = self._bound(output_cls, llm_kwargs)
-        answer: Model = await super().astructured_predict(output_cls, prompt, options, **prompt_args)
-        return answer
-
-    def stream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Generator[Any, None, None]:
-        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
-        options = self._bound(output_cls, llm_kwargs)
-        answers = super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
-
-        def checked() -> Generator[Any, None, None]:
-            last = None
-            with closing(answers):
-                for last in answers:
-                    yield last
-            _check_last(output_cls, last)
-
-        return held(current_scope(), checked())
-
-    async def astream_structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> AsyncGenerator[Any, None]:
-        """Ever fuller instances. The last one is whole; else `IncompleteAnswerError`, or what validation raises."""
-        options = self._bound(output_cls, llm_kwargs)
-        answers = await super().astream_structured_predict(output_cls, prompt, options, **prompt_args)
-
-        async def checked() -> AsyncGenerator[Any, None]:
-            last = None
-            async with aclosing(answers):
-                async for last in answers:
-                    yield last
-            _check_last(output_cls, last)
-
-        return aheld(current_scope(), checked())
-
-    def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
-        """An LLM that answers with instances of `output_cls`."""
-        return _DetoxStructuredLLM(llm=self, output_cls=output_cls, **kwargs)
-
-    def _bound(self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-        if self.pydantic_program_mode != PydanticProgramMode.LLM:
-            return llm_kwargs or {}
-        with refusals():
-            grammar = detox_guard.Grammar.json_schema(output_cls.model_json_schema(), lenient=True)
-        return {"grammar": grammar, **(llm_kwargs or {})}
-
     # -- the one way they all take
 
     def _run(
@@ -421,10 +284,10 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     ) -> Generator[Shown, None, None]:
         failures = current_scope().failures
         with refusals(failures):
-            engine = self.load()
-            reply, *request = self._request(engine, prompt, kwargs)
+            model = self.load()
+            reply, *request = self._request(model, prompt, kwargs)
             # Outside the generator, so that a bad prompt raises in the call and not in the first `next`.
-            chunks = engine.stream(*request)
+            chunks = model.stream(*request)
 
         def responses() -> Generator[Shown, None, None]:
             with refusals(failures), closing(chunks) as running:
@@ -439,12 +302,12 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
     ) -> AsyncGenerator[Shown, None]:
         failures = current_scope().failures
         with refusals(failures):
-            engine = await asyncio.to_thread(self.load)
-            reply, *request = self._request(engine, prompt, kwargs)
+            model = await asyncio.to_thread(self.load)
+            reply, *request = self._request(model, prompt, kwargs)
 
         async def responses() -> AsyncGenerator[Shown, None]:
             with refusals(failures):
-                async with aclosing(engine.astream(*request)) as chunks:
+                async with aclosing(model.astream(*request)) as chunks:
                     async for chunk in chunks:
                         if reply.push(chunk):
                             yield show(reply)
@@ -457,7 +320,7 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         return self.completion_to_prompt(prompt)
 
     def _request(
-        self, engine: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+        self, model: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> tuple[Reply, Any, DecodingParams]:
         """Where the reply gathers, the core's prompt, and how to decode it."""
         scope = current_scope()
@@ -477,25 +340,25 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
             options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=name)
         if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
             options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
-        elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", engine.params.stop):
+        elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", model.params.stop):
             options["stop"] = _REACT_STOP
-        params = engine.params.replace(**options)
+        params = model.params.replace(**options)
         structured = params.grammar is not None and params.grammar.kind in _STRUCTURED
         whole = structured or asked_by_a_program()
-        reply = Reply(engine.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
+        reply = Reply(model.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
         if isinstance(prompt, str):
             if kwargs.get("chat_template_kwargs"):
                 raise InvalidParamsError(
                     "chat_template_kwargs", variables, "messages: a plain text goes through no template"
                 )
             return reply, prompt, params
-        if engine.has_chat_template:
+        if model.has_chat_template:
             laid_out: dict[str, Any] = {"chat_template_kwargs": variables} if variables else {}
             return reply, detox_guard.ChatPrompt(to_core_messages(prompt), tuple(tools), **laid_out), params
         if tools:
-            raise PromptError("tools", f"{len(tools)} tools", f"{engine.model_id} has no chat template")
+            raise PromptError("tools", f"{len(tools)} tools", f"{model.model_id} has no chat template")
         if variables:
-            raise PromptError("chat_template_kwargs", variables, f"{engine.model_id} has no chat template")
+            raise PromptError("chat_template_kwargs", variables, f"{model.model_id} has no chat template")
         to_prompt = self.messages_to_prompt or messages_to_prompt
         return reply, to_prompt(prompt), params
 
@@ -506,35 +369,6 @@ class DetoxiGenLLM(Portable, CustomLLM, FunctionCallingLLM):
         return {**(self.chat_template_kwargs or {}), **(given or {})}
 
 
-class _DetoxStructuredLLM(Portable, StructuredLLM):
-    """Upstream's, whose streams belong to the options under which they were made, and which never loses its LLM."""
-
-    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return held(current_scope(), super().stream_chat(messages, **kwargs))
-
-    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        return aheld(current_scope(), await super().astream_chat(messages, **kwargs))
-
-
-def _collecting(failed: list[DetoxGuardError]) -> Scope:
-    outer = current_scope()
-    return Scope(outer.options, outer.collectors, outer, (*outer.failures, failed))
-
-
-def _unless(failed: list[DetoxGuardError], response: AgentChatResponse) -> AgentChatResponse:
-    if failed and not response.sources:
-        raise failed[-1]
-    return response
-
-
-def _check_last(output_cls: type[BaseModel], last: Any) -> None:
-    """Raises what is wrong with the last instance of a stream that ended by itself."""
-    if last is None:
-        raise detox_guard.IncompleteAnswerError("stop", "")
-    if not isinstance(last, output_cls):
-        output_cls.model_validate(last.model_dump(exclude_unset=True))
-
-
 # What is made in a block of options is decoded under them, wherever it is awaited.
 for _cls, _names in {
     DetoxiGenLLM: (
@@ -542,7 +376,7 @@ for _cls, _names in {
         *("astructured_predict", "astream_structured_predict", "apredict", "astream", "apredict_and_call"),
         *("achat_with_tools", "astream_chat_with_tools"),
     ),
-    _DetoxStructuredLLM: ("achat", "acomplete", "astream_chat"),
+    DetoxStructuredLLM: ("achat", "acomplete", "astream_chat"),
 }.items():
     for _name in _names:
         setattr(_cls, _name, made_here(inspect.getattr_static(_cls, _name)))

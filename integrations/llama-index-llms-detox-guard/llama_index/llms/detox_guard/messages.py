@@ -1,4 +1,4 @@
-"""LlamaIndex messages and tools in, the core's prompts out. Knows both vocabularies; knows no engine."""
+"""LlamaIndex messages and tools in, the core's prompts out. Knows both vocabularies; knows no model."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _OF_THE_PROCESS = ("callback_manager", "rate_limiter")
 class Portable(BaseComponent):
     """A component that goes elsewhere whole, or not at all.
 
-    A deep copy shares the objects of this process: engine, scorer, callbacks. Pickling them raises
+    A deep copy shares the objects of this process: model, scorer, callbacks. Pickling them raises
     `NotPicklableError`; callbacks alone stay behind. A dict (and so an event and a cache key) is JSON-able and says
     which object it was; a component is not made of such a dict again (`NotPicklableError`), unless `from_dict` is
     given an object in its place.
@@ -133,7 +133,7 @@ def as_json(value: object) -> Any:
 def _stand_in(value: Any) -> dict[str, Any]:
     """What stands for an object: its name, and what makes its outputs what they are."""
     identity = getattr(getattr(value, "backbone", None), "identity", None)
-    if isinstance(identity, dict):  # an engine
+    if isinstance(identity, dict):  # a DetoxiGen
         about = {**identity, "detoxifiers": list(value.detoxifier_ids), "params": as_json(value.params)}
         return {_OBJECT: _path(type(value)), **about}
     if _is_importable(value):

@@ -9,7 +9,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.llms.detox_guard.portable import Portable, as_json
 from llama_index.llms.detox_guard.screening import Action, screen_nodes
 
-from detox_guard import GuardPolicy, InvalidParamsError
+from detox_guard import GuardPolicy, InvalidParamsError, field_of
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -28,8 +28,8 @@ class DetoxNodePostprocessor(Portable, BaseNodePostprocessor):
     own: ClassVar[tuple[str, ...]] = ("scorer",)
 
     action: Action = Field(default="mask", description="What happens to a toxic node.")
-    threshold: float = Field(default=0.5, ge=0, le=1, description="Toxicity above which a text is flagged.")
-    scorer: Any = Field(default="embedded", description="A scorer's name, or a ToxicityScorer.")
+    threshold: float = field_of(GuardPolicy, "threshold", ge=0, le=1, description="A text with more is flagged.")
+    scorer: Any = field_of(GuardPolicy, "scorer")
 
     @field_validator("threshold", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""A reply as it grows, in LlamaIndex's shapes. Knows chunks and tool calls; knows no engine and asks nothing."""
+"""A reply as it grows, in LlamaIndex's shapes. Knows chunks and tool calls; knows no model and asks nothing."""
 
 from __future__ import annotations
 

@@ -10,34 +10,32 @@ import inspect
 from collections.abc import AsyncGenerator, Generator
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from llama_index.core.bridge.pydantic import BaseModel, ValidationError
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.schema import NodeWithScore, TextNode
-from llama_index.llms.detox_guard.events import DetoxInterventionEvent, dispatcher
+from llama_index.llms.detox_guard.call import Call, asked_llm, check_options, policy_in_force, texts_of
 from llama_index.llms.detox_guard.llm import DetoxiGenLLM
 from llama_index.llms.detox_guard.options import Scope, aheld, current_scope, entered, held, made_here
+from llama_index.llms.detox_guard.rewriting import rewritten
 from llama_index.llms.detox_guard.screening import MARK, Action, ScreenedNode, screen_nodes
 
 import detox_guard
-from detox_guard import InvalidParamsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llama_index.core.base.llms.types import ChatMessage
     from llama_index.core.base.response.schema import RESPONSE_TYPE
-    from llama_index.core.llms import LLM
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import QueryBundle
     from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-__all__ = ["DetoxSynthesizer", "check_options", "is_ours", "policy_in_force", "texts_of"]
+__all__ = ["DetoxSynthesizer"]
 
 REPORT = "detox"
 """Key of the report in a response's metadata."""
@@ -45,44 +43,7 @@ _ASK_NO_LLM = (NoText, ContextOnly)
 _LLAMA_INDEX = "llama_index.core.response_synthesizers."
 
 
-def policy_in_force(llm: LLM, policy: detox_guard.GuardPolicy | None) -> detox_guard.GuardPolicy:
-    """`policy`; or else the guard of `detox_options`, the LLM or its engine, which this loads; or else the default."""
-    if policy is not None:
-        return policy
-    options, llm = current_scope().options, _asked(llm)
-    if isinstance(llm, DetoxiGenLLM):
-        options = {"guard": llm.load().params.guard, **llm.decoding, **options}
-    return options.get("guard") or detox_guard.GuardPolicy()
-
-
-@dataclass
-class _Call:
-    """One answer under way: what is in force for it, and what was done. `report` grows until its stream ends."""
-
-    scope: Scope
-    policy: detox_guard.GuardPolicy
-    report: dict[str, Any]
-    sources: list[NodeWithScore] = field(default_factory=list)
-    replies: list[detox_guard.Generation] = field(default_factory=list)
-
-    @property
-    def holds(self) -> bool:
-        return bool(self.report["guard"] == "hold")
-
-    def note(self, taken: detox_guard.Intervention) -> None:
-        """A unit that was held back."""
-        dispatcher.event(DetoxInterventionEvent(where="hold", score=taken.score, action=taken.action))
-        self.report["interventions"].append(_figures("hold", taken))
-
-    def finish(self) -> None:
-        """The LLM is done: what its own guard did."""
-        for reply in self.replies:
-            self.report["interventions"] += [_figures("decode", taken) for taken in reply.interventions]
-            self.report["discarded_tokens"] += reply.usage.discarded_tokens
-        self.replies.clear()
-
-
-_call: ContextVar[_Call | None] = ContextVar("detox_guard_llama_index_call", default=None)
+_call: ContextVar[Call | None] = ContextVar("detox_guard_llama_index_call", default=None)
 
 
 class DetoxSynthesizer(BaseSynthesizer):
@@ -110,7 +71,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         toxic_context_alpha: float = 6.0,
         redact_sources: bool = True,
     ) -> None:
-        """`policy`: None is the guard of `detox_options`, the `DetoxiGenLLM` or its engine when asked, or the default.
+        """`policy`: None is the guard of `detox_options`, the `DetoxiGenLLM` or its model when asked, or the default.
 
         `context_threshold`: None is the threshold of the policy in force.
         """
@@ -202,7 +163,7 @@ class DetoxSynthesizer(BaseSynthesizer):
 
     def _open(
         self, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] = ()
-    ) -> tuple[_Call, list[NodeWithScore]]:
+    ) -> tuple[Call, list[NodeWithScore]]:
         """A new call, and the nodes that the LLM may read.
 
         A node that a postprocessor has marked counts as toxic, though what is left of it may not be.
@@ -221,7 +182,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             "interventions": [],
             "discarded_tokens": 0,
         }
-        llm = _asked(self._llm)
+        llm = asked_llm(self._llm)
         outer = current_scope()
         options: dict[str, Any] = {}
         replies: list[detox_guard.Generation] = []
@@ -234,7 +195,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         scope = Scope({**outer.options, **options}, (*outer.collectors, replies), outer, outer.failures)
         sources = [node.redacted if self._redact_sources else node.retrieved for node in (*screened, *more)]
         readable = [node.readable for node in screened if node.readable is not None]
-        return _Call(scope, policy, report, sources, replies), readable
+        return Call(scope, policy, report, sources, replies), readable
 
     def _prepare_response_output(
         self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]
@@ -291,7 +252,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             answer = await self._inner.aget_response_from_messages(query_str, message_chunks, **response_kwargs)
         return await self._aguarded(call, answer)
 
-    def _opened(self, text_chunks: Sequence[str]) -> tuple[_Call, list[str]]:
+    def _opened(self, text_chunks: Sequence[str]) -> tuple[Call, list[str]]:
         """The call under way and its chunks; or, asked without `synthesize`, a new one and its chunks screened."""
         call = _call.get()
         if call is not None:
@@ -299,7 +260,7 @@ class DetoxSynthesizer(BaseSynthesizer):
         call, readable = self._open([NodeWithScore(node=TextNode(text=chunk)) for chunk in text_chunks])
         return call, [node.node.get_content() for node in readable]
 
-    def _is_refused(self, call: _Call, texts: Sequence[str]) -> bool:
+    def _is_refused(self, call: Call, texts: Sequence[str]) -> bool:
         """With `scan_input`: was any of what the LLM is to read flagged? A `DetoxiGenLLM` scans by itself.
 
         Raises `GuardError` as the policy says, and where a structured answer was to come.
@@ -322,24 +283,24 @@ class DetoxSynthesizer(BaseSynthesizer):
             raise detox_guard.GuardError(f"the prompt scored {score:.2f}, over {policy.threshold:g}")
         return True
 
-    def _refusal(self, call: _Call) -> str:
+    def _refusal(self, call: Call) -> str:
         return call.policy.replacement if call.policy.on_exhausted == "replace" else ""
 
-    def _answer(self, call: _Call, ask: Callable[[], RESPONSE_TEXT_TYPE]) -> RESPONSE_TEXT_TYPE:
+    def _answer(self, call: Call, ask: Callable[[], RESPONSE_TEXT_TYPE]) -> RESPONSE_TEXT_TYPE:
         with entered(call.scope):
             answer = ask()
         if isinstance(answer, Generator):
             return self._stream(call, answer)
         return self._whole(call, answer)
 
-    async def _aguarded(self, call: _Call, answer: Any) -> RESPONSE_TEXT_TYPE:
+    async def _aguarded(self, call: Call, answer: Any) -> RESPONSE_TEXT_TYPE:
         if isinstance(answer, AsyncGenerator):
             return self._astream(call, answer)
         if isinstance(answer, Generator):
             return self._stream(call, answer)
         return await asyncio.to_thread(self._whole, call, answer)
 
-    def _stream(self, call: _Call, answer: Generator[str, None, None]) -> Generator[str, None, None]:
+    def _stream(self, call: Call, answer: Generator[str, None, None]) -> Generator[str, None, None]:
         # Some synthesizers ask the LLM only while their stream is read: each step runs under the call's options.
         steps = held(call.scope, answer)
         try:
@@ -348,7 +309,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             steps.close()
             call.finish()
 
-    async def _astream(self, call: _Call, answer: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    async def _astream(self, call: Call, answer: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
         steps = aheld(call.scope, answer)
         try:
             async for delta in detox_guard.aguard_text(steps, call.policy, call.note) if call.holds else steps:
@@ -357,7 +318,7 @@ class DetoxSynthesizer(BaseSynthesizer):
             await steps.aclose()
             call.finish()
 
-    def _whole(self, call: _Call, answer: RESPONSE_TEXT_TYPE) -> RESPONSE_TEXT_TYPE:
+    def _whole(self, call: Call, answer: RESPONSE_TEXT_TYPE) -> RESPONSE_TEXT_TYPE:
         if not call.replies:
             call.report["guard"] = "hold"  # whoever wrote it, no `DetoxiGenLLM` did
         call.finish()
@@ -368,9 +329,9 @@ class DetoxSynthesizer(BaseSynthesizer):
             return "".join(detox_guard.guard_text([text], call.policy, call.note))
 
         if isinstance(answer, BaseModel):
-            return _rewritten(answer, judged)
+            return rewritten(answer, judged)
         if isinstance(self._llm, StructuredLLM):
-            return _rewritten(self._llm.output_cls.model_validate_json(str(answer)), judged).model_dump_json()
+            return rewritten(self._llm.output_cls.model_validate_json(str(answer)), judged).model_dump_json()
         return judged(str(answer))
 
 
@@ -386,85 +347,7 @@ async def _aone(text: str) -> AsyncGenerator[str, None]:
     yield text
 
 
-def texts_of(messages: Sequence[ChatMessage]) -> list[str]:
-    return [message.content for message in messages if message.content]
-
-
-def check_options(
-    *,
-    policy: Any = None,
-    context: Any = "mask",
-    context_threshold: Any = None,
-    toxic_context_alpha: Any = 6.0,
-    redact_sources: Any = True,
-    **unknown: Any,
-) -> None:
-    """Raises `InvalidParamsError` for an option that `DetoxSynthesizer` does not take."""
-    for name, value in unknown.items():
-        raise InvalidParamsError(name, value, "no option of DetoxSynthesizer")
-    if policy is not None and not isinstance(policy, detox_guard.GuardPolicy):
-        raise InvalidParamsError("policy", policy, "a GuardPolicy or None")
-    if context is not None and context not in get_args(Action):
-        raise InvalidParamsError("context", context, f"None or one of {', '.join(get_args(Action))}")
-    _check_number("context_threshold", 0.0 if context_threshold is None else context_threshold, 1)
-    _check_number("toxic_context_alpha", toxic_context_alpha, 100)
-    if not isinstance(redact_sources, bool):
-        raise InvalidParamsError("redact_sources", redact_sources, "True or False")
-
-
-def _check_number(name: str, value: Any, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise InvalidParamsError(name, value, f"a number from 0 to {most:g}")
-
-
-def is_ours(llm: LLM) -> bool:
-    return isinstance(_asked(llm), DetoxiGenLLM)
-
-
-def _asked(llm: LLM) -> LLM:
-    return llm.llm if isinstance(llm, StructuredLLM) else llm
-
-
 def _only_asks(inner: BaseSynthesizer) -> bool:
     """LlamaIndex's own, without a program of someone else's: what it answers comes from its LLM."""
     program, default = (getattr(inner, name, None) for name in ("_program_factory", "_default_program_factory"))
     return type(inner).__module__.startswith(_LLAMA_INDEX) and program == default
-
-
-def _figures(where: str, taken: detox_guard.Intervention) -> dict[str, Any]:
-    figures = {"where": where, "score": taken.score, "action": taken.action}
-    return figures if where == "hold" else {**figures, "alpha": taken.alpha, "next_alpha": taken.next_alpha}
-
-
-def _rewritten(answer: BaseModel, judged: Callable[[str], str]) -> BaseModel:
-    """The structured answer with every string judged, and every key that is not its schema's. Raises `GuardError` if
-    what is left breaks its schema."""
-    named = _property_names(type(answer).model_json_schema())
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key if key in named or not key else judged(key): walk(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return judged(value) if isinstance(value, str) and value else value
-
-    before = answer.model_dump(mode="json")
-    after = walk(before)
-    if after == before:
-        return answer
-    try:
-        return type(answer).model_validate(after)
-    except ValidationError as error:
-        raise detox_guard.GuardError(
-            f"a guarded {type(answer).__name__} no longer fits its schema: {error.error_count()} fields"
-        ) from error
-
-
-def _property_names(schema: Any) -> set[str]:
-    if isinstance(schema, list):
-        return {name for part in schema for name in _property_names(part)}
-    if not isinstance(schema, dict):
-        return set()
-    own = schema.get("properties")
-    names = set(own) if isinstance(own, dict) else set()
-    return names.union(*(_property_names(part) for part in schema.values()))

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import InvalidParamsError
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PREFIX", "SHAPES", "random_backbone", "random_detoxifier"]
+__all__ = ["PREFIX", "SHAPES", "random_backbone"]
 
 PREFIX = "random-llama:"
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, head tied to the embeddings
@@ -64,22 +63,6 @@ def random_backbone(
         finally:
             torch.set_default_dtype(wanted)
     return from_model(model, _tokenizer(vocab), id=name)
-
-
-def random_detoxifier(backbone: Backbone, *, virtual_tokens: int = 20, seed: int = 0) -> Detoxifier:
-    """A soft prompt of random numbers, as large as the backbone's embeddings, before the reply. It costs what a trained
-    one costs, and steers nowhere."""
-    size = float(backbone.model.get_input_embeddings().weight[:512].float().std())
-    generator = torch.Generator().manual_seed(seed)
-    card = DetoxifierCard(
-        base_id=backbone.id,
-        hidden_size=backbone.hidden_size,
-        num_layers=backbone.num_layers,
-        virtual_tokens=virtual_tokens,
-        position="reply",
-        notes="random numbers, for timing",
-    )
-    return Detoxifier(torch.randn(virtual_tokens, backbone.hidden_size, generator=generator) * size, card)
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerBase:

@@ -18,38 +18,44 @@ class Stage:
     def __init__(self, update: Callable[..., Any]) -> None:
         self._update = update
 
-    def tick(self) -> None:
-        """One more is done."""
-        self._update(advance=1)
+    def tick(self, steps: int = 1) -> None:
+        """So many more are done."""
+        self._update(advance=steps)
 
     def at(self, done: int) -> None:
         """So many are done."""
         self._update(completed=done)
 
     def say(self, what: str) -> None:
-        """What is worked on now."""
+        """What is worked on now, or how it goes."""
         self._update(what=what)
+
+    def name(self, name: str) -> None:
+        """What the bar is called from now on."""
+        self._update(description=name)
 
 
 class Progress:
-    """A context in which stages show their bars; silent without `wanted` or a terminal."""
+    """A context in which stages show their bars; silent without `wanted` or a terminal. `passing` bars vanish at the
+    end."""
 
-    def __init__(self, wanted: bool) -> None:
+    def __init__(self, wanted: bool = True, *, passing: bool = False) -> None:
         self._bars: Any = None
         if wanted and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
 
             self._bars = progress.Progress(
-                progress.TextColumn("{task.description}"),
+                progress.TextColumn("{task.description}", markup=False),
                 progress.BarColumn(bar_width=24),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
                 progress.TextColumn("[dim]left"),
                 progress.TimeRemainingColumn(),
-                progress.TextColumn("[dim]{task.fields[what]}", markup=True),
+                progress.TextColumn("{task.fields[what]}", style="dim", markup=False),
                 console=Console(stderr=True),
                 speed_estimate_period=300,
+                transient=passing,
             )
 
     def __enter__(self) -> Self:

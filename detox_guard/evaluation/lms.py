@@ -1,0 +1,58 @@
+"""How likely a language model finds a reply: the backbone itself, or any other as a judge. Knows no steering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from detox_guard.errors import PromptTooLongError
+from detox_guard.steering.forced import reply_nats
+from detox_guard.text.prompts import encode_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detox_guard.evaluation.prompts import Asked
+    from detox_guard.models.backbone import Backbone
+
+__all__ = ["LMJudge", "reply_nll"]
+
+
+@dataclass(frozen=True)
+class LMJudge:
+    """A causal model. The plain backbone (`own`) reads the very tokens that were decoded. Another model reads prompt
+    and reply in its own tokens, chat through its own template or else as plain text."""
+
+    backbone: Backbone
+    own: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the results."""
+        return "backbone" if self.own else f"lm:{self.backbone.id}"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Models of one name are told apart by it; the backbone is the run's."""
+        return None if self.own else " ".join(map(str, self.backbone.identity.values()))
+
+    def judge(self, prompt: Asked, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+        """`(nats, tokens)` of each reply to one prompt; `ids` are `texts` as the backbone decoded them."""
+        if not self.own:
+            ids = [list(self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+            if not isinstance(prompt, str) and not self.backbone.has_chat_template:
+                prompt = "\n\n".join(str(message["content"]) for message in prompt) + "\n\n"
+        nats = reply_nll(self.backbone, encode_prompt(self.backbone, prompt), ids)
+        return list(zip(nats, map(len, ids), strict=True))
+
+
+def reply_nll(backbone: Backbone, prompt_ids: Sequence[int], replies: Sequence[Sequence[int]]) -> list[float]:
+    """Nats of each reply given the prompt, summed over its tokens; 0 for an empty reply.
+
+    Raises `PromptTooLongError` where the model has no positions for prompt and reply.
+    """
+    longest = max(map(len, replies), default=0)
+    length = len(prompt_ids) + longest
+    if longest and backbone.learned_positions and backbone.max_positions and length > backbone.max_positions:
+        raise PromptTooLongError("prompt", f"{len(prompt_ids)} + {longest}", f"at most {backbone.max_positions} tokens")
+    return reply_nats(backbone.model, prompt_ids, replies, backbone.pad_token_id)
