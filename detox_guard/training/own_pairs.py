@@ -43,7 +43,8 @@ class Drawn(NamedTuple):
 def open_for(draw: Draw, backbone: Backbone, detoxifier: Detoxifier) -> DetoxiGen:
     """The model that `sample` draws from in this way. Its engine may lay out the backbone's weights in a way of its
     own, so nothing can be trained on this backbone afterwards. Raises `DetoxifierError` where the two do not fit."""
-    from detox_guard.detoxifiers.soft_prompt import SteeringStream, as_streams
+    from detox_guard.detoxifiers.resolve import as_streams
+    from detox_guard.detoxifiers.soft_prompt import SteeringStream
     from detox_guard.detoxigen import DetoxiGen
 
     weight = 1.0 if draw == "lean" else -1.0

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 from tiny import TEXTS, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
+from detox_guard import DetoxiGen
 from detox_guard._files import hold_folder
 from detox_guard.adapt import adapt
 from detox_guard.detoxifiers import registry
@@ -95,7 +96,9 @@ def test_from_nothing_to_a_detoxifier(here: Path, tmp_path: Path, monkeypatch: p
     found = registry.find(backbone)
     assert found == made.entry.folder
     assert Detoxifier.load(found).sha256 == made.detoxifier.sha256
-    made.detoxifier.validate(backbone)
+    with DetoxiGen.from_pretrained(here / "tiny", device="cpu") as model:
+        (serving,) = model.detoxifiers
+    assert "trained here" in serving
     readme = (found / "README.md").read_text()
     assert readme.startswith("---\nlibrary_name: peft\n")
     value = made.report.summary["groups"][0]["methods"]["plain"]["embedded:expected_max"]["value"]["value"]
