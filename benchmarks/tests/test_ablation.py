@@ -122,7 +122,7 @@ def test_tuning(tmp_path: Path, files: dict[str, Any], monkeypatch: pytest.Monke
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("was done already")
 
-    monkeypatch.setattr("detox_guard.training.prompt_tuning.train_detoxifier", never)
+    monkeypatch.setattr("detox_guard.training.trainer.train_detoxifier", never)
     monkeypatch.setattr("detox_benchmarks.ablations.training.train_weights", never)
     monkeypatch.setattr(Method, "decode_all", never)
     monkeypatch.setattr("detox_benchmarks.ablations.two_models.decode_pair", never)

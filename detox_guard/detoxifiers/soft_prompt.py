@@ -208,7 +208,7 @@ class Detoxifier:
         if card.base_id and last_part(card.base_id) not in fits:
             raise DetoxifierMismatchError(
                 f"the detoxifier was trained for {card.base_id!r}, the backbone is {backbone.id!r}",
-                hint="train one for this backbone: detox-guard train --model … --data … --output …",
+                hint="make one for this model: detox-guard adapt MODEL",
             )
         for name, ours, theirs in (
             ("hidden size", card.hidden_size, backbone.hidden_size),
@@ -320,7 +320,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DetoxifierNotFoundError(
             f"{repo_id}: no such folder, and not on the hub: {error}",
-            hint="a folder made by `detox-guard train` or PEFT, or a hub id that can be reached or is cached",
+            hint="a folder made by `detox-guard adapt`, `train` or PEFT, or a hub id that can be reached or is cached",
         ) from error
 
 
