@@ -16,7 +16,7 @@ from detox_guard.steering.choose import TokenStep
 from detox_guard.steering.sampling import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 

@@ -111,7 +111,7 @@ RATIOS: dict[str, Ratio] = {
     "guarded / steered": ("engine, guarded", "engine, steered", 1.1, True),
     "many steered streams over one": ("engine, steered", "engine, steered, many", 4.5, False),
     "long context, first token, steered / plain": ("long context, steered", "long context, plain", 1.2, True),
-    "a chat that goes on, first token, second turn / anew": ("second turn, steered", "long context, steered", 0.3, True),
+    "first token, a chat's second turn / anew": ("second turn, steered", "long context, steered", 0.3, True),
 }
 """Over, under, the bound, and whether it is the most; of times a token, or to the first one."""
 FIRST_TOKEN = ("long context", "second turn")

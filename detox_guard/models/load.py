@@ -90,9 +90,7 @@ def load_backbone(
             )
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
-    return from_model(
-        loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options)
-    )
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
 
 
 def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
 
 LayerKV = list[tuple["Tensor", "Tensor"]]
+Known = tuple["PromptIds", "Sequence[Sequence[tuple[Tensor, Tensor]]]"]
+"""A prompt that was computed, and each row's K/V by layers."""
 
 __all__ = ["Forward", "Prefill"]
 
@@ -105,15 +107,15 @@ class Prefill:
     Several prompts are padded on the left and computed together; they must fit one chunk. One prompt may be longer, and
     takes a chunk a call.
 
-    `bases[i]` is another prompt and the K/V of its rows: where a row of prompt i begins like the other's, it starts with
-    a copy of that part.
+    `bases[i]` is another prompt and the K/V of its rows. A row of prompt i that begins like the other's starts with a
+    copy of that part.
     """
 
     def __init__(
         self,
         forward: Forward,
         prompts: Sequence[PromptIds],
-        bases: Sequence[tuple[PromptIds, Sequence[LayerKV]] | None] = (),
+        bases: Sequence[Known | None] = (),
     ) -> None:
         self.forward = forward
         self.prompts = prompts
@@ -134,9 +136,7 @@ class Prefill:
         self._logits: Tensor | None = None
         self._start()
 
-    def _start_of(
-        self, request: int, view: int, base: tuple[PromptIds, Sequence[LayerKV]] | None
-    ) -> tuple[LayerKV, int]:
+    def _start_of(self, request: int, view: int, base: Known | None) -> tuple[LayerKV, int]:
         """What a row starts with, and how many ids of its context are in that."""
         front = self.forward.prefixes.get(view, [])
         if base is None or view + 1 >= len(base[1]):
@@ -158,7 +158,7 @@ class Prefill:
         self._prefix_lens = torch.tensor([_length(layers) for layers, _ in self._held], device=device)
         held = [layers for layers, _ in self._held]
         self._held.clear()
-        for layer, (k, v) in enumerate(max(held, key=len) if self._prefix else ()):
+        for layer, (k, v) in enumerate(next(filter(None, held)) if self._prefix else ()):
             keys = k.new_zeros(len(self.rows), k.shape[1], self._prefix, k.shape[3])
             values = v.new_zeros(len(self.rows), v.shape[1], self._prefix, v.shape[3])
             for row, layers in enumerate(held):

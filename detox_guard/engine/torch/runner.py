@@ -56,8 +56,11 @@ class TorchRunner:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
-        held = [base and (base.prompt, [saved.layers for saved in _ours(base.rows)]) for base in bases]
-        return _Prefill(Prefill(self._forward, prompts, held))
+        known = [
+            None if base is None else (base.prompt, [saved.layers for saved in base.rows if isinstance(saved, _Saved)])
+            for base in bases
+        ]
+        return _Prefill(Prefill(self._forward, prompts, known))
 
     def join(self, saved: Saved) -> Row:
         assert isinstance(saved, _Saved)
@@ -91,10 +94,6 @@ class _Saved:
     @property
     def slots(self) -> int:
         return int(self.layers[0][0].shape[2])
-
-
-def _ours(rows: Sequence[Saved]) -> list[_Saved]:
-    return [saved for saved in rows if isinstance(saved, _Saved)]
 
 
 class _Prefill:
