@@ -38,7 +38,7 @@ def serve(
     audit_log: options.AuditLog = None,
     **fields: Any,
 ) -> None:
-    """Serve the model to OpenAI's clients, and a page at http://127.0.0.1:8000 to try it. Guarded unless told not to."""
+    """Serve the model to OpenAI's clients, and a page to try it at http://127.0.0.1:8000. Guarded unless told otherwise."""
     with session.needs_extra("server", "serving"):
         from detox_guard.server.logs import log_to_stderr
         from detox_guard.server.run import serve as run
