@@ -38,10 +38,10 @@ def serve(
     audit_log: options.AuditLog = None,
     **fields: Any,
 ) -> None:
-    """Serve the model to OpenAI's clients, and a page to try it at http://127.0.0.1:8000. Guarded unless told otherwise."""
+    """Serve the model to OpenAI's clients, guarded, with a page to try it at http://127.0.0.1:8000."""
     with session.needs_extra("server", "serving"):
         from detox_guard.server.logs import log_to_stderr
-        from detox_guard.server.run import serve as run
+        from detox_guard.server.run import Server
     typed = {name: fields.pop(name) for name in list(fields) if name in ServerConfig.model_fields}
     loading = options.loading(fields)
     params = options.given(fields)
@@ -73,8 +73,9 @@ def serve(
         held.update(fresh)
         state.models.replace({_name(name, loaded): loaded for name, (_, loaded) in fresh.items()})
 
+    server = Server(models, file.server, reload=None if config is None else reload, on_ready=_tell)
     log_to_stderr()
-    run(models, file.server, reload=None if config is None else reload, on_ready=_tell)
+    server.run()
 
 
 def key(

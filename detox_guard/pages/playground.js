@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const state = { models: [], loose: false, view: "chat", turns: [], stop: null, key: "" };
+const state = { models: [], loose: false, view: "chat", turns: [], stop: null, key: "", last: "Hello!" };
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -248,7 +248,7 @@ async function load() {
 // --- the same in code
 
 function code(kind) {
-  const body = request($("prompt").value || "Hello!", guarded(), isRaw() ? [] : state.turns);
+  const body = request($("prompt").value.trim() || state.last, guarded(), isRaw() ? [] : state.turns);
   if (body.detox.guard) delete body.detox.guard.keep_discarded;
   const base = `${location.origin}/v1`;
   const key = state.key ? "YOUR_KEY" : "none";
@@ -301,6 +301,7 @@ $("ask").addEventListener("submit", (event) => {
   const text = $("prompt").value.trim();
   if (!text || $("send").disabled) return;
   $("prompt").value = "";
+  state.last = text;
   send(text);
 });
 $("prompt").addEventListener("keydown", (event) => {

@@ -26,32 +26,15 @@ if TYPE_CHECKING:
     from detox_guard.server.keys import Keys
     from detox_guard.server.state import State
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server"]
 
 _log = logging.getLogger("detox_guard.server")
 _LAST_WORDS_S = 5
 """For the errors with which replies end that did not come to their end in time."""
 
 
-def serve(
-    models: Mapping[str, Any],
-    config: ServerConfig,
-    *,
-    keys: Keys | None = None,
-    reload: Callable[[State], Awaitable[None]] | None = None,
-    on_ready: Callable[[str], object] | None = None,
-) -> None:
-    """Serve until a signal says to stop; then close the models.
-
-    `reload` is awaited on SIGHUP; what it raises is logged, and all stays as it was. `on_ready` gets the address.
-    Raises `InvalidParamsError` for an address that others can reach without keys, or that cannot be had.
-    """
-    server = Server(models, config, keys=keys, reload=reload, on_ready=on_ready)
-    server.run()
-
-
 class Server(uvicorn.Server):
-    """uvicorn's, with our bounds and signals."""
+    """uvicorn's, with our bounds and signals: `run` serves until a signal says to stop, then closes the models."""
 
     def __init__(
         self,
@@ -62,6 +45,9 @@ class Server(uvicorn.Server):
         reload: Callable[[State], Awaitable[None]] | None = None,
         on_ready: Callable[[str], object] | None = None,
     ) -> None:
+        """`reload` is awaited on SIGHUP; what it raises is logged, and all stays as it was. `on_ready` gets the address.
+        Raises `InvalidParamsError` for an address that others can reach without keys, or that cannot be had.
+        """
         app = create_app(models, config, keys=keys, own=True)
         self.state: State = app.state.detox_guard
         if not (self.state.keys or is_loopback(config.host)):
