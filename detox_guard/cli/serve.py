@@ -75,6 +75,10 @@ def serve(
 
     server = Server(models, file.server, reload=None if config is None else reload, on_ready=_tell)
     log_to_stderr()
+    if file.server.telemetry:
+        from detox_guard.server.telemetry import export_traces
+
+        export_traces()
     server.run()
 
 

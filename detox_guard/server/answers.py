@@ -39,6 +39,11 @@ class Answer:
         self._choices = [_Choice(i, asked, chat=self._chat) for i in range(len(asked.prompts))]
 
     @property
+    def id(self) -> str:
+        """The answer's own name."""
+        return str(self._head["id"])
+
+    @property
     def replies(self) -> list[Generation]:
         """Those that are whole."""
         return [choice.reply for choice in self._choices if choice.reply is not None]

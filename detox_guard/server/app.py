@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -27,9 +28,11 @@ from detox_guard.server.page import add_page
 from detox_guard.server.replies import Gone, said, unless_gone
 from detox_guard.server.schemas import ChatRequest, CompletionRequest, ModerationRequest  # noqa: TC001  (FastAPI reads it)
 from detox_guard.server.state import State
+from detox_guard.server.telemetry import traced
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
+    from contextlib import AbstractContextManager
 
     from starlette.types import Receive, Scope, Send
 
@@ -143,11 +146,13 @@ async def _answered(
     answer = Answer(kind, served.name, asked)
     visit: Visit = request.scope["visit"]
     visit.told |= {"model": served.name, "stream": asked.stream, "choices": len(asked.prompts)}
+    operation = "chat" if kind == "chat" else "text_completion"
+    around = partial(traced, state, operation, served.name, asked, answer, request.headers)
     if asked.stream:
-        return _Stream(state, served, asked, answer, visit)
+        return _Stream(state, served, asked, answer, visit, around)
 
     async def whole() -> None:
-        with state.models.use(served) as model:
+        with state.models.use(served) as model, around():
             async with aclosing(said(model, asked, state.meters, served.name)) as chunks:
                 async for item in chunks:
                     assert item is not None, "no pings were asked for"
@@ -163,12 +168,20 @@ class _Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, state: State, served: Served, asked: Asked, answer: Answer, visit: Visit) -> None:
+    def __init__(
+        self,
+        state: State,
+        served: Served,
+        asked: Asked,
+        answer: Answer,
+        visit: Visit,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.headers["X-Accel-Buffering"] = "no"
         self._state, self._served, self._asked, self._answer, self._visit = state, served, asked, answer, visit
-        self._begun = False
+        self._around, self._begun = around, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's own. An error before the first word is raised; later it is an event, and so is the server's end."""
@@ -182,7 +195,7 @@ class _Stream(Response):
                 await send({"type": "http.response.body", "body": "".join(events).encode(), "more_body": True})
 
         async def run() -> None:
-            with self._state.models.use(self._served) as model:
+            with self._state.models.use(self._served) as model, self._around():
                 heard = said(
                     model, self._asked, self._state.meters, self._served.name, ping_s=self._state.config.ping_s
                 )

@@ -35,14 +35,16 @@ def moderate(body: ModerationRequest, config: ServerConfig) -> dict[str, Any]:
     wholes = [next(scores) for _ in texts]
     results = []
     for whole, each in zip(wholes, parts, strict=True):
-        own = [{"text": sentence, "score": next(scores)} for sentence in each]
+        own = [(sentence, next(scores)) for sentence in each]
         results.append(
             {
                 "flagged": whole > threshold,
                 "categories": {"toxicity": whole > threshold},
                 "category_scores": {"toxicity": whole},
                 "category_applied_input_types": {"toxicity": ["text"]},
-                "sentences": [{**one, "flagged": one["score"] > threshold} for one in own],
+                "sentences": [
+                    {"text": sentence, "score": score, "flagged": score > threshold} for sentence, score in own
+                ],
             }
         )
     return {"id": f"modr-{secrets.token_hex(12)}", "model": scorer.name, "threshold": threshold, "results": results}

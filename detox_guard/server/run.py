@@ -13,11 +13,11 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from detox_guard.errors import DetoxGuardError, InvalidParamsError
 from detox_guard.server.app import create_app
 from detox_guard.server.config import is_loopback
+from detox_guard.server.connection import PatientProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -45,8 +45,8 @@ class Server(uvicorn.Server):
         reload: Callable[[State], Awaitable[None]] | None = None,
         on_ready: Callable[[str], object] | None = None,
     ) -> None:
-        """`reload` is awaited on SIGHUP; what it raises is logged, and all stays as it was. `on_ready` gets the address.
-        Raises `InvalidParamsError` for an address that others can reach without keys, or that cannot be had.
+        """`reload` is awaited on SIGHUP; what it raises is logged, and all stays as it was. `on_ready` gets the
+        address. Raises `InvalidParamsError` for an address that others can reach without keys, or that cannot be had.
         """
         app = create_app(models, config, keys=keys, own=True)
         self.state: State = app.state.detox_guard
@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_PatientProtocol,
+                http=PatientProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -112,54 +112,6 @@ class Server(uvicorn.Server):
             _log.error("the configuration was not read again: %s", type(error).__name__)
         else:
             _log.info("the configuration was read again")
-
-
-class _PatientProtocol(H11Protocol):
-    """HTTP with an end to its patience: a request whose head does not arrive, or an answer that nobody takes."""
-
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        seconds = self._state_of_ours.config.write_timeout_s
-        own = transport.get_extra_info("socket")
-        if hasattr(socket, "TCP_USER_TIMEOUT") and own.family in (socket.AF_INET, socket.AF_INET6):
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
-        self._await_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._between_requests:
-            self._await_head()
-        else:
-            self._stop_waiting()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    @property
-    def _state_of_ours(self) -> State:
-        state: State = self.config.app.state.detox_guard  # type: ignore[union-attr]
-        return state
-
-    @property
-    def _between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _await_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._state_of_ours.config.body_timeout_s, self._give_up)
-
-    def _stop_waiting(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _give_up(self) -> None:
-        self._head_timer = None
-        if self._between_requests:
-            self.transport.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
