@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel
 from serving import listening
@@ -25,8 +27,10 @@ class Place(BaseModel):
 
 def say(prompt: Any, params: Any) -> str:
     """What the request calls for."""
+    if params.grammar is not None and params.grammar.kind == "tool_calls":
+        return tool_call(json.loads(params.grammar.body)[0][0], at="fox")
     if params.grammar is not None:
-        return tool_call("look", at="fox") if params.grammar.kind == "tool_calls" else '{"at": "fox"}'
+        return '{"at": "fox"}'
     if getattr(prompt, "tools", ()):
         return tool_call("look", at="fox")
     return "All is fine. You idiot. And so on." if params.seed == 13 else "Hello, dear reader."
@@ -104,9 +108,16 @@ def test_openai_raises_its_own_errors(url: str) -> None:
 
 async def test_langchain_chats_streams_calls_tools_and_gives_structures(url: str) -> None:
     openai = pytest.importorskip("langchain_openai")
-    llm = openai.ChatOpenAI(
-        base_url=url, api_key="none", model="scripted/words", max_retries=0, use_responses_api=False
-    )
+    with httpx.Client() as client:
+        async with httpx.AsyncClient() as aclient:
+            clients = {"http_client": client, "http_async_client": aclient}
+            llm = openai.ChatOpenAI(
+                base_url=url, api_key="none", model="scripted/words", max_retries=0, stream_usage=True, **clients
+            )
+            await langchain_uses(llm)
+
+
+async def langchain_uses(llm: Any) -> None:
     assert llm.invoke("Hi").content == "Hello, dear reader."
     chunks = [chunk async for chunk in llm.astream("Hi", seed=13)]
     assert "".join(chunk.text for chunk in chunks) == "All is fine. [removed]"
@@ -114,7 +125,7 @@ async def test_langchain_chats_streams_calls_tools_and_gives_structures(url: str
     reply = llm.bind_tools([TOOL], tool_choice="look").invoke("Hi")
     assert [(call["name"], call["args"]) for call in reply.tool_calls] == [("look", {"at": "fox"})]
     assert llm.with_structured_output(Place).invoke("Hi") == Place(at="fox")
-    assert await llm.with_structured_output(Place, method="function_calling").ainvoke("Hi") is not None
+    assert await llm.with_structured_output(Place, method="function_calling").ainvoke("Hi") == Place(at="fox")
 
 
 def test_litellm_chats_and_streams(url: str) -> None:
