@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "_strict": "field_of",
     "detoxifiers.soft_prompt": "Detoxifier DetoxifierCard SteeringStream",
+    "detoxifiers.text_view": "TextView",
     "detoxigen": "DetoxiGen",
     "engine": "EngineStats",
     "errors": (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         DetoxifierCard as DetoxifierCard,
         SteeringStream as SteeringStream,
     )
+    from detox_guard.detoxifiers.text_view import TextView as TextView
     from detox_guard.detoxigen import DetoxiGen as DetoxiGen
     from detox_guard.engine import EngineStats as EngineStats
     from detox_guard.errors import (

@@ -90,7 +90,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _place(name: Any) -> str | None:
-    """A folder or file by its real path, a hub id as it is; `()` is no detoxifier at all."""
+    """A folder or file by its real path, a hub id as it is; `()` is no detoxifier at all, None is "auto"."""
     if name == ():
         return "()"
-    return None if name is None else os.path.realpath(name) if os.path.exists(name) else str(name)
+    return None if name in (None, "auto") else os.path.realpath(name) if os.path.exists(name) else str(name)

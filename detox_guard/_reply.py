@@ -9,9 +9,9 @@ import secrets
 from typing import TYPE_CHECKING
 
 from detox_guard._adaptive import adaptive_alpha
-from detox_guard.engine import Ended, Finish, Request, Rewind, TokenStep
+from detox_guard.engine import End, Finish, Go, PromptIds, Request, Rewind, Sampling, TokenStep, Verdict
 from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, Trace, Usage
-from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts
+from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts, with_system_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,12 +33,18 @@ class Reply:
         prompt: Prompt,
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
-        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
+        check_fits: Callable[[PromptIds, int, bool], object] | None = None,
+        system_texts: Sequence[str] = (),
     ) -> None:
-        """`check_fits(prompt_ids, params)` raises for what is too long, before anything is scored."""
-        prompt_ids = encode_prompt(backbone, prompt)
+        """`check_fits` (`Engine.check`) raises for what cannot be served, before anything is scored. `system_texts`: of
+        the views that read the prompt with a text in its system message."""
+        may_rewind = params.guard is not None
+        steered = params.alpha > 0 or (self._may_steer and bool(detoxifiers))
+        contexts = [with_system_text(prompt, text) for text in system_texts] if steered else []
+        ids, *own = (tuple(encode_prompt(backbone, one)) for one in (prompt, *contexts))
+        prompt_ids = PromptIds(ids, steered, tuple(own))
         if check_fits is not None:
-            check_fits(prompt_ids, params)
+            check_fits(prompt_ids, params.max_new_tokens, may_rewind)
         params = params.replace(alpha=adaptive_alpha(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -47,29 +53,43 @@ class Reply:
             from detox_guard.text.llguidance import compile_grammar
 
             constraint = compile_grammar(params.grammar, backbone, params.max_new_tokens)
-        self.request = Request(prompt_ids, params, seed, end_ids, self, constraint=constraint)
+        self.request = Request(
+            prompt_ids,
+            Sampling.of(params),
+            params.max_new_tokens,
+            seed,
+            end_ids,
+            self,
+            constraint=constraint,
+            may_rewind=may_rewind,
+        )
         self.params = params
         self.put: Callable[[Chunk | Exception], object] = lambda item: None
         self._tokenizer = backbone.tokenizer
-        self._detokenizer = TextStream(backbone.tokenizer, prompt_ids)
+        self._detokenizer = TextStream(backbone.tokenizer, ids)
         self._matcher = StopMatcher(params.stop)
-        self._detoxifiers = tuple(detoxifiers) if self.request.steered else ()
+        self._detoxifiers = tuple(detoxifiers) if prompt_ids.steered else ()
         self._pieces: list[str] = []
         self._steps: list[tuple[TokenStep, str]] = []
         self._interventions: list[Intervention] = []
         self._discarded = 0
 
     @property
+    def _may_steer(self) -> bool:
+        """Whether a reply that begins with alpha 0 may come to be steered."""
+        return False
+
+    @property
     def refused(self) -> bool:
         """Nothing is to be decoded."""
         return False
 
-    def on_token(self, step: TokenStep) -> Ended | Rewind | None:
+    def on_token(self, step: TokenStep) -> Verdict:
         self._emit(self._matcher.push(self._take(step)))
-        return Ended("stop") if self._matcher.stopped else None
+        return End("stop") if self._matcher.stopped else Go()
 
-    def on_end(self, reason: Finish) -> Ended | Rewind | None:
-        return Ended(reason)
+    def on_end(self, reason: Finish) -> End | Rewind | None:
+        return End(reason)
 
     def on_finish(self, reason: Finish) -> None:
         tail = self._matcher.flush()
@@ -104,7 +124,7 @@ class Reply:
             replaced_tokens=sum(step.preferred_id != step.token_id for step in steps),
             fallbacks=sum(step.fallback for step in steps),
         )
-        usage = Usage(len(self.request.prompt_ids), len(steps), self._discarded)
+        usage = Usage(len(self.request.prompt.ids), len(steps), self._discarded)
         trace = self._trace(len(text)) if self.params.trace else None
         taken = tuple(self._interventions)
         return Generation(text, reason, usage, self.request.seed, trace, steering, taken, self.guard)

@@ -15,8 +15,10 @@ from detox_guard._asking import aask, ask
 from detox_guard._registry import shared_model
 from detox_guard._reply import Reply
 from detox_guard._threads import run_aside
-from detox_guard.detoxifiers.soft_prompt import as_streams
-from detox_guard.engine import Engine, EngineStats, StreamSpec
+from detox_guard.detoxifiers.base import most_beside
+from detox_guard.detoxifiers.resolve import AUTO, as_streams
+from detox_guard.detoxifiers.text_view import TextView
+from detox_guard.engine import Engine, EngineStats, Scheduler
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
@@ -32,12 +34,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
+    from detox_guard.detoxifiers.resolve import ManySteering
+    from detox_guard.detoxifiers.soft_prompt import SteeringStream
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Chunk, Generation
-
-    Source = str | Path | Detoxifier | SteeringStream
-    ManySteering = Source | Sequence[Source] | None
 
 __all__ = ["DetoxiGen"]
 
@@ -61,7 +61,7 @@ class DetoxiGen:
         params: DecodingParams | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        """`streams` are validated detoxifiers (`detoxifiers.soft_prompt.as_streams`); none serves `alpha=0` only."""
+        """`streams` are validated detoxifiers (`detoxifiers.resolve.as_streams`); none serves `alpha=0` only."""
         for name, value, kind in (("params", params, DecodingParams), ("config", config, EngineConfig)):
             if value is not None and not isinstance(value, kind):
                 raise InvalidParamsError(name, value, f"a {kind.__name__} or None")
@@ -69,17 +69,18 @@ class DetoxiGen:
         self.streams = tuple(streams)
         self.params = params or (DecodingParams() if streams else DecodingParams(alpha=0.0))
         self.config = config or EngineConfig()
-        specs = [
-            StreamSpec(s.detoxifier.embeddings, s.weight, s.detoxifier.card.position == "front") for s in self.streams
-        ]
-        self._engine: Engine = run_aside(lambda: Engine(TorchRunner(backbone, specs, self.config), self.config))
+        views = [stream.view(backbone) for stream in self.streams]
+        self._beside = most_beside(views)
+        self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
+                              and s.place == "system"]  # fmt: skip
+        self._engine: Engine = run_aside(lambda: Scheduler(TorchRunner(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path | PreTrainedModel | None = None,
         *,
-        detoxifier: ManySteering = None,
+        detoxifier: ManySteering = AUTO,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         params: DecodingParams | None = None,
         config: EngineConfig | None = None,
@@ -89,22 +90,22 @@ class DetoxiGen:
 
         `model`: hub id, folder, GGUF file, LoRA adapter, a loaded model or `PeftModel` (with `tokenizer`), or None for
         the embedded default (fetched once). `loading`: fields of `LoadOptions` (`device`, `dtype`, `device_map`,
-        `quantization_config`, `revision`, …). `detoxifier`: hub id, folder, `Detoxifier`, `SteeringStream` (signed
-        weight), or several; None is the one we ship, for the embedded default only; `()` is none at all. `params` are
-        the defaults of every call; a call's own take their place, all but a guard, which stays unless the call's own
-        set `guard`.
+        `quantization_config`, `revision`, …). `detoxifier`: "auto" is the one we ship for the embedded default, else
+        one that was trained here for this model, else texts that need no training (`detoxifiers` says which). Or a hub
+        id, a folder, a `Detoxifier`, a text (`Detoxifier.from_text`), a `SteeringStream` (signed weight), or several.
+        `()` is none at all. `params` are the defaults of every call; a call's own take their place, all but a guard,
+        which stays unless the call's own set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
         backbone = run_aside(lambda: load_backbone(model, tokenizer=tokenizer, **loading))
-        streams = () if detoxifier == () else as_streams(detoxifier, backbone)
-        return cls(backbone, streams, params=params, config=config)
+        return cls(backbone, as_streams(detoxifier, backbone), params=params, config=config)
 
     @classmethod
     def shared(
         cls,
         model: str | Path | None = None,
         *,
-        detoxifier: str | Path | tuple[()] | None = None,
+        detoxifier: str | Path | tuple[()] | None = AUTO,
         config: EngineConfig | None = None,
         **loading: Any,
     ) -> DetoxiGen:
@@ -225,8 +226,13 @@ class DetoxiGen:
 
     @property
     def detoxifier_ids(self) -> tuple[str, ...]:
-        """One a stream: sign and weight, and the start of the soft prompt's SHA-256."""
-        return tuple(f"{stream.weight:+g}:{stream.detoxifier.sha256[:12]}" for stream in self.streams)
+        """One a detoxifier: sign and weight, "text" where it is one, and the start of its SHA-256."""
+        return tuple(stream.id for stream in self.streams)
+
+    @property
+    def detoxifiers(self) -> tuple[str, ...]:
+        """Which detoxifiers serve, in words: what each is, its place and weight, who chose it, and its id."""
+        return tuple(map(str, self.streams))
 
     @property
     def has_chat_template(self) -> bool:
@@ -235,10 +241,10 @@ class DetoxiGen:
 
     @property
     def context_window(self) -> int | None:
-        """Tokens that prompt and reply may have together when steered; None = no bound known."""
-        virtual = max((stream.detoxifier.card.virtual_tokens for stream in self.streams), default=0)
-        most = self._engine.max_positions
-        return None if most is None else most - virtual
+        """Tokens that prompt and reply may have together when steered; None = no bound known. (A detoxifier of place
+        "system" takes those of its text and its message besides.)"""
+        most = self._engine.limits.max_positions
+        return None if most is None else most - self._beside
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text by itself, without the special tokens that a prompt begins with. May be empty."""
@@ -304,11 +310,7 @@ class DetoxiGen:
         prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
         kind = GuardedReply if params.guard else Reply
-        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._check_fits)
-
-    def _check_fits(self, prompt_ids: list[int], params: DecodingParams) -> None:
-        raised = params.guard is not None and params.guard.most_alpha > 0 and bool(self.streams)
-        self._engine.check(prompt_ids, params, params.alpha > 0 or raised)
+        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._engine.check, self._system_texts)
 
     def _prepares(
         self,

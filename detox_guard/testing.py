@@ -9,8 +9,8 @@ LangChain, `DetoxiGenLLM(detoxigen=…)` in LlamaIndex. It says what it is told 
     assert model.generate("Hi").text == "Hello, dear reader."
     assert model.calls[0].prompt == "Hi"
 
-A guard works as on the real one, but that nothing can be decoded again: a flagged sentence ends the reply at once.
-No time passes by itself. `hold` keeps requests waiting, and `wait_for` tells when so many are under way::
+A guard works as on the real one, but nothing can be decoded again: a flagged sentence ends the reply. No time passes by
+itself. `hold` keeps requests waiting, and `wait_for` tells when so many are under way::
 
     with model.hold():
         task = asyncio.create_task(model.agenerate("Hi"))
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from detox_guard.results import Intervention
     from detox_guard.settings import GuardPolicy
     from detox_guard.text.prompts import Prompt
+
+    OnChunk = Callable[[int, Chunk], object]
 
 __all__ = ["Call", "Said", "Script", "ScriptedDetoxiGen", "ScriptedScorer", "tool_call"]
 
@@ -193,6 +195,19 @@ class ScriptedDetoxiGen:
 
         return await asyncio.gather(*(one(*asked) for asked in _each(prompts, params)))
 
+    def as_completed(
+        self, prompts: Sequence[Prompt], params: Any = None, *, on_chunk: OnChunk | None = None, **how: Any
+    ) -> Generator[tuple[int, Any], None, None]:
+        """All replies of `batch`, each with its index; here in the order of the prompts."""
+        return _one_by_one(self.batch(prompts, params, **how), on_chunk)
+
+    async def aas_completed(
+        self, prompts: Sequence[Prompt], params: Any = None, *, on_chunk: OnChunk | None = None, **how: Any
+    ) -> AsyncGenerator[tuple[int, Any], None]:
+        """All replies of `abatch`, each with its index."""
+        for one in _one_by_one(await self.abatch(prompts, params, **how), on_chunk):
+            yield one
+
     def encode(self, text: str) -> list[int]:
         """An id a word: its length."""
         return [len(word) for word in text.split()]
@@ -216,8 +231,6 @@ class ScriptedDetoxiGen:
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         raise NotPicklableError(f"the engine of {self.model_id!r} belongs to its process")
-
-    # -- who waits for whom
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -371,6 +384,13 @@ def _read(prompt: Any) -> str:
     messages, tools = (prompt.messages, prompt.tools) if isinstance(prompt, ChatPrompt) else (prompt, ())
     said = [str(message.get("content") or "") for message in messages]
     return " ".join([*said, *map(json.dumps, tools)])
+
+
+def _one_by_one(replies: list[Any], on_chunk: OnChunk | None) -> Generator[tuple[int, Any], None, None]:
+    for index, reply in enumerate(replies):
+        if on_chunk is not None and isinstance(reply, Generation):
+            on_chunk(index, Chunk(reply.text, reply))
+        yield index, reply
 
 
 def _last(chunks: list[Chunk]) -> Generation:

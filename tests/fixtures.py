@@ -64,7 +64,7 @@ def model() -> Iterator[DetoxiGen]:
         # Whatever a test did, no seat is left taken and every token was steered.
         wait_until(lambda: held_by(model) == (0, 0, 0))
         stats = model.stats()
-        assert stats.tokens_guarded == stats.steps_guarded
+        assert stats.tokens_steered == stats.steps_steered
 
 
 def held_by(model: DetoxiGen) -> tuple[int, int, int]:

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from reference import Reference
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix, Place, TokenPrefix, View
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
-from detox_guard.engine import Ended, Engine, Request, StreamSpec, TokenStep
+from detox_guard.engine import (
+    End,
+    Engine,
+    Go,
+    PromptIds,
+    Request,
+    Sampling,
+    Scheduler,
+    TokenConstraint,
+    TokenStep,
+)
 from detox_guard.engine.torch.runner import TorchRunner
 from detox_guard.settings import EngineConfig
 
@@ -22,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """A sink that keeps everything. `react(step)` may return a verdict for the engine."""
+    """A sink that keeps everything. `react(step)` may return a verdict for the engine; None goes on."""
 
     def __init__(self, react: Callable[[TokenStep], Any] | None = None) -> None:
         self.steps: list[TokenStep] = []
@@ -32,10 +43,11 @@ class Recorder:
 
     def on_token(self, step: TokenStep) -> Any:
         self.steps.append(step)
-        return self.react(step) if self.react else None
+        verdict = self.react(step) if self.react else None
+        return Go() if verdict is None else verdict
 
     def on_end(self, reason: str) -> Any:
-        return Ended(reason)
+        return End(reason)
 
     def on_finish(self, reason: str) -> None:
         self.outcome = reason
@@ -54,9 +66,9 @@ class Recorder:
         return [step.token_id for step in self.steps]
 
 
-def torch_engine(backbone: Backbone, streams: Sequence[StreamSpec] = (), config: EngineConfig | None = None) -> Engine:
+def torch_engine(backbone: Backbone, streams: Sequence[View] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
-    return Engine(TorchRunner(backbone, streams, config), config)
+    return Scheduler(TorchRunner(backbone, streams, config), config)
 
 
 def request(
@@ -67,9 +79,30 @@ def request(
     seed: int = 1,
     end_ids: frozenset[int] = frozenset(),
     keep: bool = False,
+    constraint: TokenConstraint | None = None,
+    may_rewind: bool = True,
+    views: Sequence[View] = (),
 ) -> tuple[Request, Recorder]:
-    sink = sink or Recorder()
-    return Request(list(prompt), params, seed, end_ids, sink, keep_distributions=keep), sink
+    sink, steered = sink or Recorder(), params.alpha > 0
+    own = tuple(map(tuple, contexts_of(prompt, views))) if steered else ()
+    made = Request(
+        PromptIds(tuple(prompt), steered, own),
+        Sampling.of(params),
+        params.max_new_tokens,
+        seed,
+        end_ids,
+        sink,
+        constraint=constraint,
+        may_rewind=may_rewind,
+        keep_distributions=keep,
+    )
+    return made, sink
+
+
+def contexts_of(prompt: Sequence[int], views: Sequence[View]) -> list[list[int]]:
+    """What the views of place "system" read for this prompt: longer and shorter than it is, and never the same."""
+    own = [view for view in views if view.place == "system"]
+    return [[9 + i, *prompt[: 12 * i + 3], 7, *prompt[-8:], 5] for i, _ in enumerate(own)]
 
 
 def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingParams, **kw: Any) -> list[Recorder]:
@@ -84,23 +117,31 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], params: DecodingPar
     return [sink for _, sink in pairs]
 
 
-def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[StreamSpec]:
-    """One stream a letter: `f` front detoxifier, `r` reply detoxifier, `F`/`R` the same as experts (weight +1)."""
+def random_streams(backbone: Backbone, kinds: str, *, width: int = 5, scale: float = 1.0) -> list[View]:
+    """One view a letter: soft prompts of place `f`ront and `r`eply; texts `t` (front), `b` (between context and reply),
+    `e` (the same, with the context's end again) and `s` (system). A capital is an expert (weight +1)."""
     g = torch.Generator().manual_seed(7)
-    return [
-        StreamSpec(
-            torch.randn(width + i, backbone.hidden_size, generator=g) * scale, 1.0 if k.isupper() else -1.0, k in "fF"
-        )
-        for i, k in enumerate(kinds)
-    ]
+    views: list[View] = []
+    for i, kind in enumerate(kinds):
+        weight, at = 1.0 if kind.isupper() else -1.0, kind.lower()
+        if at in "fr":
+            soft = torch.randn(width + i, backbone.hidden_size, generator=g) * scale
+            views.append(EmbeddingPrefix(soft, weight, "front" if at == "f" else "reply"))
+        else:
+            ids = tuple(torch.randint(4, backbone.vocab_size, (width + i,), generator=g).tolist())
+            place: Place = "front" if at == "t" else "system" if at == "s" else "reply"
+            views.append(TokenPrefix(ids, weight, place, tail=6 if at == "e" else 0))
+    return views
 
 
-def random_prompts(
-    backbone: Backbone, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0
-) -> list[list[int]]:
+def random_prompts(backbone: Backbone, count: int, **lengths: int) -> list[list[int]]:
+    return random_ids(backbone.vocab_size, count, **lengths)
+
+
+def random_ids(vocab_size: int, count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=g).tolist()
-    return [torch.randint(4, backbone.vocab_size, (n,), generator=g).tolist() for n in lengths]
+    return [torch.randint(4, vocab_size, (n,), generator=g).tolist() for n in lengths]
 
 
 def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int = 5, seed: int = 7) -> Detoxifier:
@@ -118,20 +159,24 @@ def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int
 
 def check_against_oracle(
     backbone: Backbone,
-    streams: list[StreamSpec],
+    streams: list[View],
     prompts: list[list[int]],
     params: DecodingParams,
     *,
     on: Backbone | None = None,
     **config: int,
 ) -> None:
-    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss. `on`: the
-    copy of the backbone that the engine runs on."""
+    """`check_engine` on torch. `on`: the copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
+    check_engine(engine, oracle, prompts, params)
+
+
+def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams) -> None:
+    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
     steps = unsure_steps = 0
-    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True), strict=True):
-        p_ref, unsure = oracle.distributions(prompt, sink.ids, params)
+    for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=oracle.streams), strict=True):
+        p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, oracle.streams))
         for step, ref, close in zip(sink.steps, p_ref, unsure, strict=True):
             steps += 1
             unsure_steps += close
@@ -145,6 +190,6 @@ def check_against_oracle(
             if params.temperature == 0:
                 assert step.token_id == ref.argmax()
     stats = engine.stats()
-    assert stats.tokens_guarded == stats.steps_guarded == steps
+    assert stats.tokens_steered == stats.steps_steered == steps
     assert unsure_steps <= 2 + steps * 0.01
     engine.close()

@@ -1,7 +1,8 @@
 """The oracle: DetoxiGen the slow way, in float64, one request at a time, without cache, batch, padding or prefix.
 
-Two whole forward passes give the figures of every step: `[prompt][reply]` for the generator and, for each stream,
-`[virtual][prompt][reply]` (front) or `[prompt][virtual][reply]` (reply). Nothing here is shared with the engine.
+Two whole forward passes give the figures of every step: `[prompt][reply]` for the generator and, for each view,
+`[view][prompt][reply]` (front), `[prompt][view][tail][reply]` (reply) or `[its own context][reply]` (system). Nothing
+here is shared with the engine.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix
+
 if TYPE_CHECKING:
-    from detox_guard.engine import StreamSpec
+    from collections.abc import Sequence
+
+    from detox_guard.detoxifiers.base import View
     from detox_guard.settings import DecodingParams
 
 
@@ -24,28 +29,21 @@ class Reference:
     """A float64 copy of a model and the streams that steer it."""
 
     model: torch.nn.Module
-    streams: list[StreamSpec]
+    streams: list[View]
     edge: float = 1e-6
     """How near to top_p the nucleus' mass may end, or how near alike (relative) two tokens at its edge may be, before
     its last token is a coin toss in fp32."""
 
     @classmethod
-    def of(cls, model: torch.nn.Module, streams: list[StreamSpec]) -> Reference:
+    def of(cls, model: torch.nn.Module, streams: list[View]) -> Reference:
         return cls(copy.deepcopy(model).double(), streams)
 
-    def log_probs(self, prompt: list[int], reply: list[int], params: DecodingParams) -> tuple[Tensor, list[Tensor]]:
+    def log_probs(
+        self, prompt: list[int], reply: list[int], params: DecodingParams, contexts: Sequence[list[int]] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities after penalty and temperature, `[len(reply), vocab]`, of the generator and each stream."""
-        embed = self.model.get_input_embeddings()
-        p, r = embed(torch.tensor(prompt)), embed(torch.tensor(reply, dtype=torch.long))
-        views = [torch.cat([p, r])]
-        for spec in self.streams:
-            virtual = spec.embeddings.double()
-            views.append(torch.cat([virtual, p, r] if spec.front else [p, virtual, r]))
         out = []
-        for view in views:
-            with torch.no_grad():
-                logits = self.model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
-            steps = logits[len(view) - len(reply) - 1 : len(view) - 1].clone()
+        for steps in self.logits(prompt, reply, contexts):
             for i in range(len(reply) if params.repetition_penalty != 1 else 0):
                 for token in {*prompt, *reply[:i]}:
                     x = steps[i, token]
@@ -53,9 +51,30 @@ class Reference:
             out.append((steps / (params.temperature or 1.0)).log_softmax(-1))
         return out[0], out[1:]
 
-    def distributions(self, prompt: list[int], reply: list[int], params: DecodingParams) -> tuple[Tensor, list[bool]]:
+    def logits(self, prompt: list[int], reply: list[int], contexts: Sequence[list[int]]) -> list[Tensor]:
+        """What the model says before each reply token, `[len(reply), vocab]`, of each view; the generator first."""
+        embed = self.model.get_input_embeddings()
+        p, r = embed(torch.tensor(prompt)), embed(torch.tensor(reply, dtype=torch.long))
+        views = [torch.cat([p, r])]
+        own = iter(contexts)
+        for view in self.streams:
+            soft = isinstance(view, EmbeddingPrefix)
+            said = view.embeddings.double() if soft else embed(torch.tensor(view.ids, dtype=torch.long))
+            tail = p[:0] if soft or not view.tail else p[-view.tail :]
+            parts = {"front": [said, p, r], "reply": [p, said, tail, r]}
+            views.append(torch.cat(parts[view.place] if view.place in parts else [embed(torch.tensor(next(own))), r]))
+        out = []
+        for view in views:
+            with torch.no_grad():
+                logits = self.model(inputs_embeds=view.unsqueeze(0), use_cache=False).logits[0]
+            out.append(logits[len(view) - len(reply) - 1 : len(view) - 1].clone())
+        return out
+
+    def distributions(
+        self, prompt: list[int], reply: list[int], params: DecodingParams, contexts: Sequence[list[int]] = ()
+    ) -> tuple[Tensor, list[bool]]:
         """`p [len(reply), vocab]` to sample each reply token from; whether its nucleus' edge is unsure."""
-        gen, streams = self.log_probs(prompt, reply, params)
+        gen, streams = self.log_probs(prompt, reply, params, contexts)
         out = torch.zeros_like(gen)
         unsure = []
         for i in range(len(reply)):

@@ -34,6 +34,20 @@ def test_it_says_what_it_was_told_in_every_way_of_asking() -> None:
     assert (model.active, model.most_active, model.abandoned) == (0, 2, 0)
 
 
+async def test_many_are_told_one_by_one() -> None:
+    heard: list[tuple[int, str]] = []
+    model = ScriptedDetoxiGen(["One.", StepError("broken"), "Three."])
+    done = list(
+        model.as_completed(
+            ["a", "b", "c"], return_exceptions=True, on_chunk=lambda i, chunk: heard.append((i, chunk.text))
+        )
+    )
+    assert [index for index, _ in done] == [0, 1, 2]
+    assert isinstance(done[1][1], StepError)
+    assert heard == [(0, "One."), (2, "Three.")]
+    assert [reply.text async for _, reply in model.aas_completed(["a", "b"])] == ["Three.", "Three."]
+
+
 def test_a_function_may_answer_from_prompt_and_parameters() -> None:
     model = ScriptedDetoxiGen(lambda prompt, params: f"{prompt} at {params.alpha:g}")
     assert model.generate("Hi", alpha=4.0).text == "Hi at 4"

@@ -61,6 +61,24 @@ def utility(as_json: options.Json = False, **fields: Any) -> None:
 
 
 @app.command()
+def harness(
+    tasks: Annotated[list[str], typer.Option("--task", help="A task of lm-evaluation-harness; repeat.")],
+    alphas: Annotated[list[float] | None, typer.Option("--alpha", help="A strength; repeat (default 0, 3).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the documents and the replies.")] = 0,
+    model: options.Model = None,
+    detoxifier: options.Detoxifiers = None,
+) -> None:
+    """Tasks of lm-evaluation-harness, plain and steered. Needs the extra `harness`. Prints the figures as JSON."""
+    with session.needs_extra("harness", "lm-evaluation-harness"):
+        from detox_benchmarks.utility.harness import run_harness
+    from detox_guard import DetoxiGen
+
+    with DetoxiGen.from_pretrained(model, detoxifier=detoxifier or None) as loaded:
+        print(json.dumps(run_harness(loaded, tasks, alphas or (0.0, 3.0), limit=limit, seed=seed), default=str))
+
+
+@app.command()
 @options.config_options(AblationConfig, leave={"what"})
 def ablate(
     what: Annotated[str, typer.Argument(help=f"One of {', '.join(get_args(What))}.")],

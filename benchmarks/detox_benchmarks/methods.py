@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
 
 from detox_guard._files import read_text
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, SteeringStream
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.config import EvalConfig
 from detox_guard.evaluation.methods import METHODS, Ingredients, Method, Recipe
@@ -21,9 +20,8 @@ from detox_guard.settings import GuardPolicy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from detox_guard.models.backbone import Backbone
 
-__all__ = ["MoreConfig", "WordList", "more_methods", "read_words", "textual_detoxifier"]
+__all__ = ["MoreConfig", "WordList", "more_methods", "read_words"]
 
 POLITE = "Please stay polite, kind and respectful in every sentence."
 TOXIC_PREFIX = "The following text is rude, disrespectful, and full of insults, threats and swear words:\n\n"
@@ -54,8 +52,7 @@ def more_methods(
         return i.steered("dexperts-expert", "dexperts", alpha, streams=(*i.streams, SteeringStream(second, 1.0)))
 
     def toxic_prefix(i: Ingredients, alpha: float) -> Method:
-        stream = SteeringStream(textual_detoxifier(i.backbone, TOXIC_PREFIX))
-        return i.steered("toxic-prefix", "dexperts", alpha, streams=(stream,))
+        return i.steered("toxic-prefix", "dexperts", alpha, streams=(Detoxifier.from_text(TOXIC_PREFIX),))
 
     def without_words(i: Ingredients, _: float) -> Method:
         if not words:
@@ -93,23 +90,6 @@ def more_methods(
         # Rejection samples the plain model given that no banned word occurs, which banning their tokens approximates.
         "banned-words": Recipe("drawn again until none of your words is in it", without_words, steers=False),
     }
-
-
-def textual_detoxifier(backbone: Backbone, text: str) -> Detoxifier:
-    """Plain words before the context, as a soft prompt: the embeddings of their tokens."""
-    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        embed = backbone.model.get_input_embeddings()
-        rows = embed(torch.tensor(ids, device=backbone.device)).float().cpu().clone()
-    card = DetoxifierCard(
-        base_id=backbone.id,
-        hidden_size=backbone.hidden_size,
-        num_layers=backbone.num_layers,
-        virtual_tokens=len(ids),
-        position="front",
-        initial_text=text,
-    )
-    return Detoxifier(rows, card)
 
 
 class WordList:

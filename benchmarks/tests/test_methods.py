@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from detox_benchmarks.__main__ import app
-from detox_benchmarks.methods import WordList, more_methods, read_words, textual_detoxifier
+from detox_benchmarks.methods import WordList, more_methods, read_words
 from detox_benchmarks.speed.beside import run_speed
 from detox_benchmarks.speed.random_models import SHAPES, random_backbone
 from measuring import LengthJudge, rtp_row, written
 from tiny import SENTENCES
 from typer.testing import CliRunner
 
-from detox_guard.detoxifiers.soft_prompt import SteeringStream
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation import run_eval
@@ -51,7 +51,7 @@ def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
     params = DecodingParams(
         alpha=1.0, calm_share=1, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True
     )
-    towards = SteeringStream(textual_detoxifier(tiny_llama, prefix), 1.0)
+    towards = Detoxifier.from_text(prefix, "front", 1.0)
     with DetoxiGen(tiny_llama, [towards]) as guard:
         steered = guard.generate(prompt, params)
         read = guard.generate(prefix + prompt, params, alpha=0.0)

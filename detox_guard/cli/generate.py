@@ -240,6 +240,7 @@ def _half(reply: Exchange, scorer: ToxicityScorer | None, with_trace: bool) -> d
         "usage": usage,
         "seed": done.seed,
         "alpha": done.steering.alpha,
+        "detoxifiers": list(done.steering.detoxifiers),
     }
     if reply.params.guard is not None:
         half["interventions"] = [event.to_dict() for event in done.interventions]

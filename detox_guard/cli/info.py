@@ -67,10 +67,9 @@ def info(
     else:
         facts["backbone"] = {"id": "the embedded default", "state": NOT_FETCHED}
     facts["detoxifiers"] = []
-    sources: list[str | None] = [*detoxifier] if detoxifier else [None] if model is None else []
-    for source in sources:
+    for source in detoxifier or ["auto"]:
         try:
-            facts["detoxifiers"].append(_detoxifier(source, backbone))
+            facts["detoxifiers"] += _detoxifiers(source, backbone, model)
         except DetoxGuardError as error:
             errors.append(error)
             facts["detoxifiers"].append({"error": str(error)})
@@ -128,13 +127,32 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _detoxifier(source: str | None, backbone: Backbone | None) -> dict[str, Any]:
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier
+def _detoxifiers(source: str, backbone: Backbone | None, model: str | None) -> list[dict[str, Any]]:
+    """What `source` comes to: for "auto" that may be several. Without a backbone, the one it would be checked against,
+    only the file is described."""
+    from detox_guard.detoxifiers.resolve import AUTO, as_streams
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 
-    detoxifier = Detoxifier.load(source)
     if backbone is not None:
-        detoxifier.validate(backbone)
-    return {**detoxifier.card.model_dump(mode="json", exclude_none=True), "sha256": detoxifier.sha256}
+        streams = as_streams(source, backbone)
+    elif source == AUTO and model is not None:
+        return []  # nobody knows for a model that cannot be loaded
+    elif source == AUTO:
+        streams = (SteeringStream(Detoxifier.load(), source="shipped"),)
+    else:
+        streams = (SteeringStream(Detoxifier.load(source)),)
+    return [
+        {
+            "serves": str(stream),
+            **(
+                stream.detoxifier.card.model_dump(mode="json", exclude_none=True)
+                if isinstance(stream.detoxifier, Detoxifier)
+                else {"text": stream.detoxifier.text}
+            ),
+            "sha256": stream.detoxifier.sha256,
+        }
+        for stream in streams
+    ]
 
 
 def _scorer() -> dict[str, Any]:

@@ -56,7 +56,10 @@ Model = Annotated[
 Detoxifiers = Annotated[
     list[str] | None,
     typer.Option(
-        "--detoxifier", help="Folder or hub id; repeat for several; else the shipped one.", rich_help_panel=_LOADING
+        "--detoxifier",
+        help='Folder or hub id; repeat for several; else "auto": the shipped one for the default model, one trained '
+        "here, or texts that need no training.",
+        rich_help_panel=_LOADING,
     ),
 ]
 Device = Annotated[

@@ -79,7 +79,9 @@ def load_model(
         logging.disable_progress_bar()
         from detox_guard.detoxigen import DetoxiGen
 
-        detoxifier: Any = list(detoxifiers) if detoxifiers else (None if steered else ())
+        detoxifier: Any = "auto" if steered else ()
+        if detoxifiers and list(detoxifiers) != ["auto"]:
+            detoxifier = list(detoxifiers)
         return DetoxiGen.from_pretrained(
             model,
             detoxifier=detoxifier,

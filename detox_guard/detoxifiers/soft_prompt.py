@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from detox_guard._files import read_regular, sync, usable_path
+from detox_guard.detoxifiers.base import EmbeddingPrefix
+from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.errors import (
     DataError,
     DetoxifierError,
@@ -27,10 +29,11 @@ from detox_guard.errors import (
 from detox_guard.models.checks import CONFIG_FILE, NO_SOFT_PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
+    from detox_guard.detoxifiers.base import Place, View
     from detox_guard.models.backbone import Backbone
 
 __all__ = [
@@ -38,8 +41,8 @@ __all__ = [
     "Detoxifier",
     "DetoxifierCard",
     "Position",
+    "Source",
     "SteeringStream",
-    "as_streams",
     "last_part",
 ]
 
@@ -125,6 +128,29 @@ class Detoxifier:
         """Hex digest of the float32 bytes, row by row: equal for equal soft prompts, whatever their cards say."""
         return hashlib.sha256(self.embeddings.numpy().tobytes()).hexdigest()
 
+    @property
+    def place(self) -> Position:
+        """Where its virtual tokens stand."""
+        return self.card.position
+
+    def identity(self) -> dict[str, Any]:
+        """What it is, as JSON."""
+        card = self.card
+        return {"sha256": self.sha256, "position": card.position, "virtual_tokens": card.virtual_tokens}
+
+    def view(self, backbone: Backbone, weight: float) -> EmbeddingPrefix:
+        """What the engine serves."""
+        return EmbeddingPrefix(self.embeddings, weight, self.card.position)
+
+    @staticmethod
+    def from_text(text: str, place: Place = "front", weight: float = -1.0, *, tail: int = 0) -> SteeringStream:
+        """A text as a detoxifier: nothing is trained, and any model takes it.
+
+        Toxic text, or words that announce it, with a negative weight; kind words with a positive one (an expert).
+        `place` and `tail` as in `TextView`. Raises `InvalidParamsError`.
+        """
+        return SteeringStream(TextView(text, place, tail), weight)
+
     @classmethod
     def load(cls, source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Self:
         """Read a folder, or a hub id, in PEFT's prompt-tuning format; safetensors only, nothing is ever unpickled.
@@ -199,52 +225,49 @@ class Detoxifier:
             )
 
 
+Source = Literal["given", "shipped", "trained here", "untrained"]
+
+
 @dataclass(frozen=True)
 class SteeringStream:
-    """One soft prompt and its signed weight: negative pushes away from it (an anti-expert, the paper's method),
+    """One detoxifier and its signed weight: negative pushes away from it (an anti-expert, the paper's method),
     positive pulls towards it (an expert). Raises `InvalidParamsError` unless its size is from .001 to 1,000."""
 
-    detoxifier: Detoxifier
+    detoxifier: Detoxifier | TextView
     weight: float = -1.0
+    source: Source = "given"
+    """Who chose it: you, or `detoxifier="auto"`, and then what that found."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.detoxifier, Detoxifier):
-            raise InvalidParamsError("detoxifier", self.detoxifier, "a Detoxifier")
+        if not isinstance(self.detoxifier, Detoxifier | TextView):
+            raise InvalidParamsError("detoxifier", self.detoxifier, "a Detoxifier or a TextView")
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not number or not 1e-3 <= abs(self.weight) <= 1e3:
             raise InvalidParamsError("weight", self.weight, "a finite number other than 0, its size from .001 to 1,000")
 
+    @property
+    def place(self) -> Place:
+        """Where its tokens stand."""
+        return self.detoxifier.place
 
-Steering = str | Path | Detoxifier | SteeringStream
+    @property
+    def id(self) -> str:
+        """Sign and weight, "text" where it is one, and the start of its SHA-256."""
+        kind = "text:" if isinstance(self.detoxifier, TextView) else ""
+        return f"{self.weight:+g}:{kind}{self.detoxifier.sha256[:12]}"
 
+    def identity(self) -> dict[str, Any]:
+        """What it is, as JSON, without who chose it."""
+        return {**self.detoxifier.identity(), "weight": self.weight}
 
-def as_streams(detoxifier: Steering | Sequence[Steering] | None, backbone: Backbone) -> tuple[SteeringStream, ...]:
-    """Whatever a user may pass as `detoxifier`, as streams that were checked against `backbone`.
+    def __str__(self) -> str:
+        """For people: `a text of place "front", weight -1 (untrained)`."""
+        what = "a text" if isinstance(self.detoxifier, TextView) else "a soft prompt"
+        return f'{what} of place "{self.place}", weight {self.weight:+g} ({self.source}, {self.id})'
 
-    None is the shipped soft prompt, which serves the embedded default backbone only.
-    Raises `DetoxifierError` where there is none to take, and all that `Detoxifier.load` and `validate` raise.
-    """
-    if detoxifier is None:
-        shipped = Detoxifier.load()
-        if last_part(backbone.id) != last_part(shipped.card.base_id):
-            raise DetoxifierError(
-                f"no detoxifier was given, and the shipped one is not for {backbone.id!r}",
-                hint="train one: detox-guard train --model … --data … --output …, then pass its folder",
-            )
-        detoxifier = shipped
-    many: list[Any] = list(detoxifier) if isinstance(detoxifier, list | tuple) else [detoxifier]
-    if wrong := [one for one in many if not isinstance(one, str | os.PathLike | Detoxifier | SteeringStream)]:
-        raise InvalidParamsError("detoxifier", wrong[0], "a name, a path, a Detoxifier, a SteeringStream, or a list")
-    if not many:
-        raise DetoxifierError("an empty list of detoxifiers", hint="alpha=0 is the plain model")
-    streams = []
-    for one in many:
-        if isinstance(one, str | os.PathLike):
-            one = Detoxifier.load(one)
-        stream = one if isinstance(one, SteeringStream) else SteeringStream(one)
-        stream.detoxifier.validate(backbone)
-        streams.append(stream)
-    return tuple(streams)
+    def view(self, backbone: Backbone) -> View:
+        """What the engine serves."""
+        return self.detoxifier.view(backbone, self.weight)
 
 
 def last_part(model_id: str) -> str:

@@ -1,17 +1,35 @@
-"""The engine: token ids in, token ids out. Knows rows, caches and steps; knows no text and no framework."""
+"""The engine: token ids in, token ids out. Knows rows, prompts and steps; knows no text and no framework."""
 
-from detox_guard.engine.base import Ended, Finish, Request, Rewind, Sink, StreamSpec, TokenConstraint, TokenStep
-from detox_guard.engine.scheduler import Engine, EngineStats
+from detox_guard.engine.base import (
+    End,
+    Engine,
+    EngineStats,
+    Finish,
+    Go,
+    PromptIds,
+    Request,
+    Rewind,
+    Sampling,
+    Sink,
+    TokenConstraint,
+    TokenStep,
+    Verdict,
+)
+from detox_guard.engine.scheduler import Scheduler
 
 __all__ = [
-    "Ended",
+    "End",
     "Engine",
     "EngineStats",
     "Finish",
+    "Go",
+    "PromptIds",
     "Request",
     "Rewind",
+    "Sampling",
+    "Scheduler",
     "Sink",
-    "StreamSpec",
     "TokenConstraint",
     "TokenStep",
+    "Verdict",
 ]

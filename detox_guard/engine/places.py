@@ -40,6 +40,12 @@ class Places:
         """Nobody gets a place at once."""
         return self._free <= 0
 
+    @property
+    def waiting(self) -> int:
+        """Who waits for one."""
+        with self._lock:
+            return sum(ticket.state == "waiting" for ticket in self._waiting)
+
     def take(self) -> bool:
         """Whether there was one. Who waits already comes first: a place is only free where nobody waits."""
         with self._lock:

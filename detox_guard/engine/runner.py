@@ -4,7 +4,7 @@ A runner holds one batch of *rows*. A row is one view of one request: the genera
 step feeds one token to every row. What a prompt or a row holds can be put aside as a *saved* handle and joined again.
 
 To write a runner is to write the two classes below, `Prefill` and `Runner`; nothing else in the engine changes. All
-methods but the constructor are called by one thread, the engine's, in `torch.inference_mode`. An error that is raised
+methods but `slots` are called by one thread, the engine's, in `torch.inference_mode`. An error that is raised
 in `decode`, `join`, `leave` or `rewind` costs everybody in the batch, and `clear` follows; one of a prefill costs the
 requests of that prefill.
 """
@@ -12,7 +12,7 @@ requests of that prefill.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Computed", "Prefill", "Prompt", "Row", "Runner", "RunnerLimits", "Saved", "ViewKind"]
+    from detox_guard.engine.base import PromptIds, ViewKind
 
-ViewKind = Literal["embeddings", "tokens"]
-"""What a view adds to the context: rows of virtual tokens, or ids of its own."""
+__all__ = ["Computed", "Prefill", "Row", "Runner", "RunnerLimits", "Saved"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,6 @@ class RunnerLimits:
     """The kinds of view that it can give a row."""
     rewinds: bool = True
     """Whether a row can be rewound. One that cannot serves no guard."""
-
-
-class Prompt(NamedTuple):
-    """What a request reads, as far as its rows' contents depend on it: equal prompts are computed once."""
-
-    ids: tuple[int, ...]
-    steered: bool
-    """Whether it takes a row of every view besides the generator's."""
 
 
 @dataclass(eq=False)
@@ -106,10 +97,6 @@ class Runner(Protocol):
         """The signed weights of its views, in the order of a request's rows."""
 
     @property
-    def virtual_slots(self) -> int:
-        """The most slots that a view adds to a row."""
-
-    @property
     def device(self) -> torch.device:
         """Where its logits are."""
 
@@ -117,7 +104,10 @@ class Runner(Protocol):
     def rows(self) -> int:
         """Rows in the batch."""
 
-    def begin(self, prompts: Sequence[Prompt]) -> Prefill:
+    def slots(self, prompt: PromptIds) -> int:
+        """The most slots that a row of such a prompt holds before its reply. Any thread may ask."""
+
+    def begin(self, prompts: Sequence[PromptIds]) -> Prefill:
         """Start to compute prompts beside the batch, together. Several fit one chunk; a single one may be longer."""
 
     def join(self, saved: Saved) -> Row:

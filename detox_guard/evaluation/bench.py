@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from detox_guard._threads import run_aside
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard, as_streams
+from detox_guard.detoxifiers.resolve import as_streams
+from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import EngineError
 from detox_guard.evaluation.config import BenchConfig
@@ -149,7 +150,7 @@ def run_bench(
             "backbone": ours.id,
             "dtype": ours.identity["dtype"],
             "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in guard.streams],
-            "position": [s.detoxifier.card.position for s in guard.streams],
+            "position": [s.place for s in guard.streams],
             "tokens": tokens,
             "context": context,
             "runs": runs,

@@ -32,7 +32,7 @@ class EvalConfig(StrictModel):
     model: str | None = None
     """Hub id, folder or .gguf file; else the embedded default model."""
     detoxifier: Any = None
-    """Folder or hub id; else the shipped one."""
+    """Folder or hub id; else "auto"."""
     device: Any = None
     """cpu, cuda, cuda:N, mps; else the best there is."""
     dtype: Any = None
@@ -81,7 +81,7 @@ class BenchConfig(StrictModel):
     model: Any = None
     """Hub id, folder or .gguf file, or a backbone that is loaded; else the embedded default model."""
     detoxifier: Any = None
-    """Folder, hub id, or "random", which costs what a trained one costs and steers nowhere; else the shipped one."""
+    """Folder, hub id, or "random", which costs what a trained one costs and steers nowhere; else "auto"."""
     device: str | None = None
     """cpu, cuda, cuda:N, mps; else the best there is."""
     dtype: str | None = None

@@ -89,15 +89,7 @@ class Method:
         """What makes its samples what they are, as JSON: a run is resumed only with the same."""
         return {
             "params": self.params.model_dump(mode="json", exclude={"seed", "trace"}),
-            "streams": [
-                {
-                    "sha256": stream.detoxifier.sha256,
-                    "weight": stream.weight,
-                    "position": stream.detoxifier.card.position,
-                    "virtual_tokens": stream.detoxifier.card.virtual_tokens,
-                }
-                for stream in self.streams
-            ],
+            "streams": [stream.identity() for stream in self.streams],
             "lead": self.lead,
             "reject": self.reject and self.reject.name,
         }

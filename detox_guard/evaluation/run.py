@@ -78,7 +78,7 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
     with ExitStack() as stack:
         folder = Path(config.output or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(open_run(folder))
-        from detox_guard.detoxifiers.soft_prompt import as_streams
+        from detox_guard.detoxifiers.resolve import as_streams
         from detox_guard.models.load import load_backbone
 
         backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)

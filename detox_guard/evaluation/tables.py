@@ -181,7 +181,7 @@ def class_sheets(title: str, judges: Sequence[str], lm: str, lines: Sequence[Lin
                 "–" if ms is None else f"{ms:.1f}",
             ]
         )
-    columns = ["method", "perplexity", "× plain", "dist-2", "broken", "tokens", "steering, nats", "ms/token"]
+    columns = ["method", "perplexity", "× plain", "dist-2", "broken", "tokens", "steering", "ms/token"]
     return [*sheets, Sheet(f"{title}: text", columns, rows)]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from detox_guard._reply import Reply
-from detox_guard.engine import Ended, Finish, Rewind, TokenStep
+from detox_guard.engine import End, Finish, Go, Rewind, Sampling, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.guard.audit import check_log, report_intervention
 from detox_guard.guard.units import Asked, Reading, read_whole
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from detox_guard.engine import PromptIds, Verdict
     from detox_guard.models.backbone import Backbone
     from detox_guard.scorers.batcher import Batcher
     from detox_guard.settings import DecodingParams, GuardPolicy
@@ -96,7 +97,8 @@ class GuardedReply(Reply):
         prompt: Prompt,
         params: DecodingParams,
         detoxifiers: Sequence[str] = (),
-        check_fits: Callable[[list[int], DecodingParams], object] | None = None,
+        check_fits: Callable[[PromptIds, int, bool], object] | None = None,
+        system_texts: Sequence[str] = (),
     ) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
@@ -104,10 +106,7 @@ class GuardedReply(Reply):
         self.guard = self._batcher.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers, check_fits)
-        if detoxifiers and self.policy.most_alpha > 0:
-            self.request.steered = True
-            self._detoxifiers = tuple(detoxifiers)
+        super().__init__(backbone, prompt, params, detoxifiers, check_fits, system_texts)
         self._can_steer = bool(detoxifiers)
         self._open = _Unit(0, Reading(self.policy.context_chars), 0, "", False)
         self._pending: deque[_Unit] = deque()
@@ -116,27 +115,31 @@ class GuardedReply(Reply):
             self._scan_input(prompt)
 
     @property
+    def _may_steer(self) -> bool:
+        return self.policy.most_alpha > 0
+
+    @property
     def refused(self) -> bool:
         """The prompt itself was flagged: nothing is to be decoded."""
         return self._over == "guard"
 
     # -- the engine's calls
 
-    def on_token(self, step: TokenStep) -> Ended | Rewind | None:
+    def on_token(self, step: TokenStep) -> Verdict:
         unit = self._open
         unit.text += self._matcher.push(self._take(step))
         unit.places.append(_Place(len(unit.text), self._matcher.held, self._detokenizer.whole))
         verdict = self._poll()
         if verdict is None and self._matcher.stopped:
-            verdict = Ended("stop")
+            return End("stop")
         if verdict is None:
             self._cut()
-        self._set_course()
+            return Go(*self._course())
         return verdict
 
-    def on_end(self, reason: Finish) -> Ended | Rewind | None:
+    def on_end(self, reason: Finish) -> End | Rewind | None:
         if self._over == "guard":
-            return Ended("guard")
+            return End("guard")
         if self._over is None:
             self._open.text += self._matcher.flush()
             self._close(self._open, len(self._open.places), len(self._open.text), final=True)
@@ -144,9 +147,7 @@ class GuardedReply(Reply):
         verdict = self._poll()
         if isinstance(verdict, Rewind):
             self._over = None
-            self._set_course()
-            return verdict
-        return verdict or (None if self._pending else Ended(reason))
+        return verdict or (None if self._pending else End(reason))
 
     def on_finish(self, reason: Finish) -> None:
         unread = "".join(self._pieces) if self._interventions and self._interventions[0].unit < 0 else ""
@@ -183,7 +184,7 @@ class GuardedReply(Reply):
         self._open = _Unit(unit.index + 1, reading, unit.start + tokens, held, in_code(unit.text, unit.code), rest)
         self._open.places = [replace(place, chars=place.chars - chars) for place in later]
 
-    def _poll(self) -> Ended | Rewind | None:
+    def _poll(self) -> End | Rewind | None:
         """Release what was found fit, in order; deal with the first unit that was not."""
         while self._pending:
             unit = self._pending[0]
@@ -244,9 +245,9 @@ class GuardedReply(Reply):
         tokens = self._forget(unit)
         unit.text, unit.places, unit.score, unit.probe = "", [], None, None
         self._open = unit
-        return Rewind(tokens)
+        return Rewind(tokens, *self._course())
 
-    def _exhaust(self, unit: _Unit, score: float) -> Ended:
+    def _exhaust(self, unit: _Unit, score: float) -> End:
         action = self.policy.on_exhausted
         self._book(unit, score, action, self._alpha(unit), None, None)
         if action == "raise":
@@ -260,7 +261,7 @@ class GuardedReply(Reply):
         elif action == "replace":
             self._emit(_joined("".join(self._pieces), self.policy.replacement))
         self._over = "guard"
-        return Ended("guard")
+        return End("guard")
 
     def _forget(self, unit: _Unit) -> int:
         """Drop the unit and all behind it; how many tokens that were."""
@@ -307,23 +308,23 @@ class GuardedReply(Reply):
 
     # -- how the open unit is decoded
 
-    def _set_course(self) -> None:
-        """The parameters and bans of the token to come."""
-        unit, place = self._open, len(self._steps)
-        self.request.params = self._params(unit)
-        self.request.banned = unit.banned.get(place, frozenset())
+    def _course(self) -> tuple[Sampling, frozenset[int]]:
+        """Sampling and bans of the token to come."""
+        return self._sampling(self._open), self._open.banned.get(len(self._steps), frozenset())
 
     def _alpha(self, unit: _Unit) -> float:
-        return self._params(unit).alpha
+        return self._sampling(unit).alpha
 
-    def _params(self, unit: _Unit) -> DecodingParams:
+    def _sampling(self, unit: _Unit) -> Sampling:
+        own = self.request.sampling
         if not unit.rewinds or not self.policy.ladder or not self._can_steer:
-            return self.params
+            return own
         rung = self.policy.ladder[min(unit.rewinds, len(self.policy.ladder)) - 1]
-        return self.params.replace(
-            alpha=max(rung.alpha, self.params.alpha),
-            rule=rung.rule or self.params.rule,
-            temperature=self.params.temperature if rung.temperature is None else rung.temperature,
+        return replace(
+            own,
+            alpha=max(rung.alpha, own.alpha),
+            rule=rung.rule or own.rule,
+            temperature=own.temperature if rung.temperature is None else rung.temperature,
         )
 
     def _scan_input(self, prompt: Prompt) -> None:

@@ -13,14 +13,12 @@ import torch
 
 from detox_guard.errors import StepError
 from detox_guard.steering.contrast import RULES, kl_divergence, plausible
-from detox_guard.steering.sampling import Nucleus, nuclei, penalize_repetition, race, uniforms
+from detox_guard.steering.sampling import Nucleus, Sampling, nuclei, penalize_repetition, race, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-    from detox_guard.settings import DecodingParams
 
 __all__ = ["COLDEST", "Chooser", "TokenStep", "Turn"]
 
@@ -40,7 +38,7 @@ class TokenStep:
     p_after: float
     """What the contrast gave it."""
     kl_detoxifier: float
-    """`KL(p_gen‖p_detox)` over the vocabulary, nats; of the first negative stream (0 for an unguarded step)."""
+    """`KL(p_gen‖p_detox)` over the vocabulary, nats; of the first negative stream (0 for a plain step)."""
     kl_steering: float
     """`KL(p‖p_gen)` within the nucleus, nats: how hard this step was steered."""
     clipped_mass: float
@@ -51,7 +49,7 @@ class TokenStep:
     """The generator's own most probable token…"""
     preferred_p: float
     """…and its probability before."""
-    guarded: bool
+    steered: bool
     """A whole set of stream rows took part in this step."""
     distribution: tuple[Tensor, Tensor] | None = None
     """`(ids [K], p [K])`, only where the request asked for it (`keep_distributions`)."""
@@ -61,12 +59,12 @@ class TokenStep:
 class Turn:
     """What one request brings to a step."""
 
-    params: DecodingParams
+    sampling: Sampling
     seed: int
     index: int
     """Place of the token to choose in the reply; also the RNG's counter."""
     rows: Sequence[int]
-    """Rows of the logits: the generator's, then one a stream; the generator's alone if unguarded."""
+    """Rows of the logits: the generator's, then one a stream; the generator's alone if it is plain."""
     seen: Tensor | None
     """Unique ids of prompt and reply, where a repetition penalty asks for them."""
     banned: frozenset[int] = frozenset()
@@ -76,8 +74,8 @@ class Turn:
     """`[vocab]` bool: the tokens that its constraint leaves; all its streams live in them."""
 
     @property
-    def guarded(self) -> bool:
-        return self.params.alpha > 0
+    def steered(self) -> bool:
+        return self.sampling.alpha > 0
 
 
 class Chooser:
@@ -92,24 +90,24 @@ class Chooser:
     def choose(self, logits: Tensor, turns: Sequence[Turn]) -> list[TokenStep | StepError]:
         """One token for each turn from `logits [rows, vocab]` (float32, overwritten).
 
-        A turn whose rows hold a NaN or +inf, or whose stream rows are missing, gets a `StepError` in its place and
-        samples nothing; the others are not touched by it.
+        A turn whose rows hold a NaN or +inf gets a `StepError` in its place and samples nothing; the others are not
+        touched by it. Raises `StepError` where a steered turn lacks rows.
         """
         logits = logits.to(self.device)
         streams = len(self.weights)
         for turn in turns:
-            if turn.guarded and len(turn.rows) != 1 + streams:
-                raise StepError(f"a guarded request has {len(turn.rows)} rows, {1 + streams} are needed")
+            if turn.steered and len(turn.rows) != 1 + streams:
+                raise StepError(f"a steered request has {len(turn.rows)} rows, {1 + streams} are needed")
             if turn.banned or turn.allowed is not None:
                 logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(_ruled_out(turn, logits), -torch.inf)
             if turn.seen is not None:
                 for row in turn.rows:
-                    penalize_repetition(logits[row], turn.seen, turn.params.repetition_penalty)
-        # An unguarded turn reads its own generator as its streams: the direction is then exactly zero.
+                    penalize_repetition(logits[row], turn.seen, turn.sampling.repetition_penalty)
+        # A plain turn reads its own generator as its streams: the direction is then exactly zero.
         rows = torch.tensor(
-            [list(t.rows) if t.guarded else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
+            [list(t.rows) if t.steered else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
         )
-        warmth = self._column([max(t.params.temperature, COLDEST) if t.params.temperature else 1.0 for t in turns])
+        warmth = self._column([max(t.sampling.temperature, COLDEST) if t.sampling.temperature else 1.0 for t in turns])
         plain = logits.argmax(-1)[rows[:, 0]]
         log_p = self._warmed(logits, rows, warmth).log_softmax(-1)
         log_gen, log_streams = log_p[rows[:, 0]], log_p[rows[:, 1:]]
@@ -118,11 +116,11 @@ class Chooser:
         if not all(sane):
             log_gen = log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
-        top_p = self._column([t.params.top_p for t in turns])
+        top_p = self._column([t.sampling.top_p for t in turns])
         kl_detox = kl_divergence(log_gen, log_streams[:, self._detoxifier]) if streams else torch.zeros_like(top_p)
         steps: list[TokenStep | StepError | None] = [None] * len(turns)
         every = torch.arange(streams, device=self.device).unsqueeze(-1)
-        for places, nuc in nuclei(log_gen, top_p, self._integers([t.params.top_k for t in turns])):
+        for places, nuc in nuclei(log_gen, top_p, self._integers([t.sampling.top_k for t in turns])):
             at = places.tolist()
             gathered = log_streams[places.view(-1, 1, 1), every, nuc.ids.unsqueeze(1)]
             p, figures = self._decide([turns[i] for i in at], nuc, gathered, plain[places], kl_detox[places])
@@ -136,9 +134,9 @@ class Chooser:
     ) -> tuple[Tensor, list[list[float]]]:
         """Mix and draw: the probabilities `[N, K]`, and each turn's figures in the order of `_token_step`, the last of
         them 1 if they are numbers. `log_streams [N, S, K]`; `plain [N]` ids, `kl_detox [N]` are passed on."""
-        greedy = torch.tensor([t.params.temperature == 0 for t in turns], device=self.device)
-        alpha = self._column([t.params.alpha for t in turns])
-        keep = nuc.keep & plausible(nuc.log_p, self._column([t.params.plausibility for t in turns]))
+        greedy = torch.tensor([t.sampling.temperature == 0 for t in turns], device=self.device)
+        alpha = self._column([t.sampling.alpha for t in turns])
+        keep = nuc.keep & plausible(nuc.log_p, self._column([t.sampling.plausibility for t in turns]))
         p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams, alpha, keep)
 
         drawn = race(
@@ -183,7 +181,7 @@ class Chooser:
         """Each turn by its own rule."""
         by_rule: dict[str, list[int]] = {}
         for i, turn in enumerate(turns):
-            by_rule.setdefault(turn.params.rule, []).append(i)
+            by_rule.setdefault(turn.sampling.rule, []).append(i)
         p = torch.empty_like(log_gen)
         clipped, fallback = torch.empty_like(alpha), torch.empty_like(alpha, dtype=torch.bool)
         for rule, members in by_rule.items():
@@ -221,7 +219,7 @@ def _token_step(turn: Turn, figures: Sequence[float], distribution: tuple[Tensor
         fallback=bool(figures[6]),
         preferred_id=int(figures[7]),
         preferred_p=figures[8],
-        guarded=turn.guarded and len(turn.rows) > 1,
+        steered=turn.steered and len(turn.rows) > 1,
         distribution=(distribution[0].cpu(), distribution[1].cpu()) if turn.keep_distribution else None,
     )
 

@@ -1,8 +1,10 @@
-"""Nucleus, top-k, repetition penalty the per-request counter RNG: pure tensor functions. Knows no contrast."""
+"""What a request may say of how its tokens are chosen, and nucleus, top-k, repetition penalty and the per-request
+counter RNG as pure tensor functions. Knows no contrast."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 
@@ -11,12 +13,30 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Nucleus", "nuclei", "penalize_repetition", "race", "uniforms"]
+__all__ = ["Nucleus", "Sampling", "nuclei", "penalize_repetition", "race", "uniforms"]
 
 _WIDTHS = (256, 1024, 4096)
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are chosen. `settings.DecodingParams` says what each of these means, and its bounds."""
+
+    alpha: float
+    rule: str
+    plausibility: float
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+
+    @classmethod
+    def of(cls, settings: object) -> Self:
+        """From anything that has these attributes."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 class Nucleus(NamedTuple):

@@ -29,6 +29,7 @@ __all__ = [
     "encode_prompt",
     "prompt_texts",
     "strings_in",
+    "with_system_text",
     "with_template_kwargs",
 ]
 
@@ -80,6 +81,22 @@ def with_template_kwargs(prompt: Prompt, kwargs: Mapping[str, Any] | None) -> Pr
     if not isinstance(prompt, ChatPrompt):
         return ChatPrompt(prompt, chat_template_kwargs=kwargs)
     return replace(prompt, chat_template_kwargs={**prompt.chat_template_kwargs, **kwargs})
+
+
+def with_system_text(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with `text` as a system message, or added to the one that it has; before a plain prompt, as text.
+
+    Raises `PromptError` as `encode_prompt`.
+    """
+    if isinstance(prompt, str):
+        return f"{text}\n\n{checked_text('prompt', prompt)}"
+    chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(prompt)
+    first, *rest = messages = read_messages(chat.messages)
+    if first["role"] == "system":
+        messages = [{**first, "content": f"{first['content']}\n\n{text}".strip()}, *rest]
+    else:
+        messages = [{"role": "system", "content": text}, *messages]
+    return replace(chat, messages=messages)
 
 
 def encode_prompt(backbone: Backbone, prompt: Prompt) -> list[int]:

@@ -99,7 +99,8 @@ def sample(
     `chat`: prompts are user turns. `progress` hears how many prompts are done. Raises `DetoxifierError` where the two
     do not fit, and what decoding raises.
     """
-    from detox_guard.detoxifiers.soft_prompt import SteeringStream, as_streams
+    from detox_guard.detoxifiers.resolve import as_streams
+    from detox_guard.detoxifiers.soft_prompt import SteeringStream
     from detox_guard.detoxigen import DetoxiGen
     from detox_guard.settings import DecodingParams
 

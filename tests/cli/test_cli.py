@@ -14,9 +14,11 @@ from tiny import make_tiny_config, make_tiny_model
 
 from detox_guard.cli import EXIT_CODES
 from detox_guard.cli.prompts import as_chat, read_prompts
+from detox_guard.detoxifiers import registry
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig, EvalConfig
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams
 from detox_guard.training.config import TrainingConfig
 
@@ -151,6 +153,27 @@ def test_info(loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (facts,) = rows(run("info", "--json", *DEVICE))
     assert "--fetch" in facts["backbone"]["state"]
+
+
+def test_ones_own_model_needs_no_detoxifier(
+    model: Path, detoxifier: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path))
+    short = ("--max-new-tokens", "3", "--seed", "1")
+    (said,) = rows(run("generate", PROMPT, "--model", model, "--json", *short, *DEVICE))
+    assert said["detoxifiers"]
+    assert all(":text:" in one for one in said["detoxifiers"])
+    again = run("generate", PROMPT, "--model", model, "--detoxifier", "auto", "--json", *short, *DEVICE)
+    assert rows(again) == [said]
+    (facts,) = rows(run("info", "--json", "--model", model, *DEVICE))
+    assert all("untrained" in one["serves"] and one["text"] for one in facts["detoxifiers"])
+    registry.register(detoxifier, load_backbone(model, device="cpu", dtype="float32"))
+    (facts,) = rows(run("info", "--json", "--model", model, *DEVICE))
+    (one,) = facts["detoxifiers"]
+    assert "trained here" in one["serves"]
+    assert one["sha256"] == Detoxifier.load(detoxifier).sha256
+    (said,) = rows(run("generate", PROMPT, "--model", model, "--json", *short, *DEVICE))
+    assert said["detoxifiers"] == [f"-1:{one['sha256'][:12]}"]
 
 
 def test_info_shows_the_rest_when_a_detoxifier_does_not_fit(model: Path, tmp_path: Path) -> None:

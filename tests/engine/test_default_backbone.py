@@ -12,10 +12,10 @@ from harness import decode, random_streams, torch_engine
 from reference import Reference
 
 from detox_guard import DecodingParams, DetoxiGen
-from detox_guard.detoxifiers.soft_prompt import as_streams
-from detox_guard.engine import StreamSpec
+from detox_guard.detoxifiers.resolve import as_streams
 
 if TYPE_CHECKING:
+    from detox_guard.detoxifiers.base import View
     from detox_guard.models.backbone import Backbone
 
 OPENINGS = [
@@ -35,9 +35,9 @@ def unpacked(default_backbone: Backbone) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def streams(default_backbone: Backbone) -> list[StreamSpec]:
+def streams(default_backbone: Backbone) -> list[View]:
     (shipped,) = as_streams(None, default_backbone)
-    return [StreamSpec(shipped.detoxifier.embeddings, -1.0, shipped.detoxifier.card.position == "front")]
+    return [shipped.view(default_backbone)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def prompts(default_backbone: Backbone) -> list[list[int]]:
 
 @pytest.mark.parametrize(("which", "rule"), [("shipped", "bounded"), ("shipped", "dexperts"), ("front", "detoxigen")])
 def test_twenty_prompts_equal_the_float64_oracle(
-    unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]], which: str, rule: str
+    unpacked: Backbone, streams: list[View], prompts: list[list[int]], which: str, rule: str
 ) -> None:
     """Tokens equal; probabilities within 1e-4: thirty layers' fp32 rounding times the rule's gain (3.6e-5 was seen)."""
     if which == "front":
@@ -68,9 +68,7 @@ def test_twenty_prompts_equal_the_float64_oracle(
     engine.close()
 
 
-def test_alpha_zero_equals_model_generate(
-    unpacked: Backbone, streams: list[StreamSpec], prompts: list[list[int]]
-) -> None:
+def test_alpha_zero_equals_model_generate(unpacked: Backbone, streams: list[View], prompts: list[list[int]]) -> None:
     packed = dataclasses.replace(unpacked, model=copy.deepcopy(unpacked.model))
     engine = torch_engine(packed, streams)
     for prompt, sink in zip(prompts, decode(engine, prompts, GREEDY.replace(alpha=0.0)), strict=True):

@@ -47,12 +47,19 @@ def model_of(**config: Any) -> DetoxiGen:
 
 @pytest.fixture
 def narrow() -> Iterator[DetoxiGen]:
-    """Two seats and one place in the queue; at the end, nobody holds either."""
+    """Two seats and one place in the queue; at the end they are free, and there are no more of them."""
     with model_of(max_rows=2, max_queue=1) as model:
         yield model
         wait_until(lambda: (model.stats().seats, model.stats().queued) == (0, 0))
         assert model.generate("x").finish_reason == "length"
-        assert model._engine._worker.places._free == 1
+        held = fill(model)
+        late = threading.Thread(target=model.generate, args=("x",))
+        late.start()
+        wait_until(lambda: model.stats().waiting == 1)
+        assert model.stats().queued == 1
+        let_go(held)
+        late.join(60)
+        assert not late.is_alive()
 
 
 def fill(model: DetoxiGen) -> list[Any]:
@@ -127,7 +134,7 @@ def test_a_closed_loop_frees_seats_and_places(narrow: DetoxiGen) -> None:
         for stream in streams:
             await anext(stream)
         waiting = [asyncio.ensure_future(narrow.agenerate("x", LONG)) for _ in range(4)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # each of them begins to wait
         return [*streams, *waiting, asyncio.ensure_future(narrow.abatch(["x"] * 3, LONG))]
 
     left = loop.run_until_complete(begin())
@@ -139,7 +146,7 @@ def test_a_closed_loop_frees_seats_and_places(narrow: DetoxiGen) -> None:
     def settled() -> bool:
         gc.collect()
         batches = [thread for thread in threading.enumerate() if thread.name.startswith("detox-guard-batch")]
-        return not batches and not narrow._engine._worker.places._waiting
+        return not batches and not narrow.stats().waiting
 
     wait_until(settled)
     gc.collect()
@@ -182,7 +189,7 @@ def test_closing_tells_those_who_wait() -> None:
     threads.append(threading.Thread(target=lambda: errors.extend(asyncio.run(ask_async()))))
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(model._engine._worker.places._waiting) == 6)
+    wait_until(lambda: model.stats().waiting == 6)
     model.close()
     for thread in threads:
         thread.join(60)
@@ -238,7 +245,7 @@ def test_first_come_first_served_and_nobody_overtakes() -> None:
     for i in range(6):
         threads.append(threading.Thread(target=wait, args=(i,)))
         threads[-1].start()
-        wait_until(lambda i=i: len(places._waiting) == i + 1)
+        wait_until(lambda i=i: places.waiting == i + 1)
     assert not places.take()
     places.give_back()
     for thread in threads:

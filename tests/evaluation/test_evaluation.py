@@ -1,4 +1,4 @@
-"""Evaluation: figures against hand-computed ones, files good and bad, and one small run from end to end."""
+"""Small runs from end to end, and the page about them."""
 
 from __future__ import annotations
 
@@ -13,39 +13,31 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from measuring import LengthJudge, rtp_row, text_of, written
+from measuring import LengthJudge, text_of, written
 from tiny import SENTENCES
 
-from detox_guard.detoxifiers.soft_prompt import SteeringStream
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, ScorerError
 from detox_guard.evaluation import (
-    EvalPrompt,
     EvalReport,
     choose_prompts,
-    read_passages,
     read_prompts,
     rescore,
     run_eval,
 )
 from detox_guard.evaluation.bench import random_detoxifier
-from detox_guard.evaluation.lms import LMJudge, reply_nll
-from detox_guard.evaluation.methods import METHODS, Ingredients, Method, make_methods
-from detox_guard.evaluation.metrics import Bootstrap, Interval, distinct_n, junk, repeats, toxicity
+from detox_guard.evaluation.methods import Method
 from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.samples import Job, decode, seed_of
 from detox_guard.evaluation.store import KEY, Journal, open_run
 from detox_guard.evaluation.summary import summarize
-from detox_guard.evaluation.tables import shown
 from detox_guard.models.load import load_backbone
-from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
@@ -54,376 +46,6 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
 
 DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
-
-
-@pytest.fixture
-def prompts_file(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    rows = [rtp_row(text, 0.9 if i % 2 else 0.1) for i, text in enumerate(SENTENCES)]
-    path.write_text("\n".join([*rows, rtp_row("No label here", None), ""]))
-    return path
-
-
-# --- figures
-
-
-def test_toxicity_figures_by_hand() -> None:
-    scores = np.array([[0.1, 0.9], [0.2, 0.4], [0.5, 0.1], [0.0, 0.0]])
-    plain = np.array([[0.8, 0.9], [0.6, 0.4], [0.5, 0.1], [0.4, 0.4]])
-    bootstrap = Bootstrap(4)
-    own, other = toxicity(scores, bootstrap), toxicity(plain, bootstrap)
-    wanted = {"expected_max": 1.8 / 4, "probability": 2 / 4, "share": 2 / 8, "mean": 2.2 / 8}  # .5 itself counts
-    assert {name: bootstrap.figure(found).value.value for name, found in own.items()} == pytest.approx(wanted)
-    figure = bootstrap.figure(own["expected_max"], other["expected_max"])
-    assert figure.ratio is not None
-    assert figure.ratio.value == pytest.approx(1.8 / 2.4)
-    assert figure.difference is not None
-    assert figure.difference.value == pytest.approx((1.8 - 2.4) / 4)
-    assert bootstrap.figure(other["mean"]).ratio is None
-
-
-def test_bootstrap_covers_the_truth() -> None:
-    rng = np.random.default_rng(1)
-    hits = 0
-    for trial in range(200):
-        bootstrap = Bootstrap(60, seed=trial, resamples=400)
-        interval = bootstrap.figure(bootstrap.rate(rng.beta(2, 5, size=60))).value
-        assert interval.low is not None
-        assert interval.high is not None
-        hits += interval.low <= 2 / 7 <= interval.high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_bootstrap_pairs_prompts_and_repeats() -> None:
-    plain = np.random.default_rng(2).uniform(0.1, 1.0, 50)
-    bootstrap = Bootstrap(50, seed=3)
-    # the same cut on every prompt: no spread at all
-    ratio = bootstrap.figure(bootstrap.rate(plain * 0.6), bootstrap.rate(plain)).ratio
-    assert ratio is not None
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.6, 0.6, 0.6))
-    assert np.array_equal(bootstrap.rate(plain), Bootstrap(50, seed=3).rate(plain))
-    assert not np.array_equal(bootstrap.rate(plain), Bootstrap(50, seed=4).rate(plain))
-
-
-def test_figures_without_a_denominator_are_undefined() -> None:
-    bootstrap = Bootstrap(3)
-    nothing = bootstrap.figure(bootstrap.rate([0.1, 0.2, 0.3]), bootstrap.rate([0.0, 0.0, 0.0])).ratio
-    assert nothing is not None
-    assert (nothing.value, nothing.low, nothing.high) == (None, None, None)
-    assert bootstrap.figure(bootstrap.rate([0.0] * 3, [0.0] * 3)).value.value is None
-
-
-def test_a_bound_that_resamples_do_not_give_is_none() -> None:
-    bootstrap = Bootstrap(40)
-
-    def ratio(own: int, plain: int) -> Interval:
-        """Of two rates, each of the first so many of 40 prompts."""
-        rates = [bootstrap.rate(np.arange(40) < count) for count in (own, plain)]
-        found = bootstrap.figure(*rates).ratio
-        assert found is not None
-        return found
-
-    for own, plain, low, high in (
-        (5, 2, 1.0, None),  # one resample in nine divides by zero
-        (1, 1, None, None),  # one in three is zero by zero, which may be anything
-        (0, 1, None, None),
-        (0, 20, 0.0, 0.0),
-    ):
-        assert ratio(own, plain) == Interval(own / plain, low, high)
-    assert shown(asdict(ratio(5, 2)), change=True) == "+150% [+0%, –]"
-
-
-@pytest.mark.parametrize(
-    ("text", "token_ids", "wanted"),
-    [
-        ("A quiet walk in the park.", range(7), False),
-        ("la la la la la", [5, 5, 5, 5, 5], True),
-        ("la la la la", [5, 5, 5, 5], False),
-        ("on and on and on and on and on and", [1, 2, 1, 2, 1, 2, 1, 2, 1, 2], True),
-        ("}{;;<|>?/)(_-", range(8), True),
-        ("half a char \ufffd", range(4), True),
-        ("今天天气很好，我们去公园散步吧。", range(9), False),
-        ("नमस्ते दुनिया", range(9), False),
-        ("!!!", range(2), False),
-        ("", [], False),
-    ],
-)
-def test_broken_text(text: str, token_ids: Sequence[int], wanted: bool) -> None:
-    assert (repeats(token_ids) or junk(text)) is wanted
-
-
-@pytest.mark.parametrize(
-    ("texts", "n", "wanted"),
-    [
-        (["a b a b"], 1, 2 / 4),
-        (["a b a b"], 2, 2 / 3),
-        (["a b", "a b"], 2, 1 / 2),
-        (["a b c", ""], 3, 1.0),
-        (["a", ""], 2, None),
-        ([], 1, None),
-    ],
-)
-def test_distinct_n(texts: list[str], n: int, wanted: float | None) -> None:
-    assert distinct_n(texts, n) == wanted
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_nll_is_the_models_own_loss(kind: str, request: pytest.FixtureRequest) -> None:
-    backbone: Backbone = request.getfixturevalue(f"tiny_{kind}")
-    prompt = backbone.tokenizer(SENTENCES[0])["input_ids"]
-    replies = [backbone.tokenizer(text)["input_ids"] for text in SENTENCES[1:4]]
-    nats = reply_nll(backbone, prompt, [*replies, []])
-    assert nats[-1] == 0.0
-    for reply, ours in zip(replies, nats, strict=False):
-        ids = torch.tensor([prompt + reply])
-        labels = ids.clone()
-        labels[:, : len(prompt)] = -100
-        with torch.no_grad():
-            loss = backbone.model(input_ids=ids, labels=labels).loss
-        assert math.exp(ours / len(reply)) == pytest.approx(math.exp(float(loss)), rel=1e-4)
-
-
-# --- files and judges
-
-
-def test_likelihoods_do_not_depend_on_the_batch(tiny_llama: Backbone) -> None:
-    prompt = tiny_llama.tokenizer(SENTENCES[0])["input_ids"]
-    replies = [tiny_llama.tokenizer(SENTENCES[1 + i % 3])["input_ids"][: 3 + i % 5] for i in range(70)]
-    together = reply_nll(tiny_llama, prompt, replies)
-    alone = [reply_nll(tiny_llama, prompt, [reply])[0] for reply in replies[::9]]
-    assert together[::9] == pytest.approx(alone, rel=1e-4)
-
-
-def test_another_model_judges_in_its_own_tokens(tiny_gpt2: Backbone) -> None:
-    judge = LMJudge(tiny_gpt2)
-    ids = tiny_gpt2.tokenizer(" kind words")["input_ids"]
-    (nats, tokens), empty = judge.judge("So many", [" kind words", ""], [[1], []])
-    assert (tokens, empty) == (len(ids), (0.0, 0))
-    assert nats == pytest.approx(reply_nll(tiny_gpt2, tiny_gpt2.tokenizer("So many")["input_ids"], [ids])[0])
-    assert judge.judge([{"role": "user", "content": "So many"}], [" kind"], [[1]])[0][0] > 0
-
-
-def test_prompts_are_read_and_chosen_by_label(prompts_file: Path) -> None:
-    prompts = read_prompts(prompts_file)
-    assert [prompt.text for prompt in prompts] == SENTENCES  # the row without a label is left out
-    chosen = choose_prompts(prompts, 2, seed=5)
-    assert [prompt.classes for prompt in chosen] == [("toxic",), ("toxic",), ("non-toxic",), ("non-toxic",)]
-    assert chosen == choose_prompts(prompts, 2, seed=5)
-    assert len({tuple(choose_prompts(prompts, 2, seed=seed)) for seed in range(10)}) > 1
-    assert EvalPrompt("at the border", 0.5).group == "toxic"
-    with pytest.raises(InvalidParamsError, match="limit"):
-        choose_prompts(prompts, 0, seed=5)
-
-
-def test_challenging_prompts_count_where_they_were_drawn() -> None:
-    prompts = [EvalPrompt(f"toxic {i}", 0.9) for i in range(9)] + [EvalPrompt("hard", 0.1, challenging=True)]
-    classes = {prompt.text: prompt.classes for prompt in choose_prompts(prompts, 3, seed=0)}
-    assert classes.pop("hard") == ("non-toxic", "challenging")
-    assert set(classes.values()) == {("toxic",)}
-    # a limit that leaves it out of its label's class leaves it in the other
-    prompts = [EvalPrompt("hard", 0.9, challenging=True), *(EvalPrompt(f"toxic {i}", 0.9) for i in range(99))]
-    drawn = [prompt.classes for prompt in choose_prompts(prompts, 1, seed=1) if prompt.challenging]
-    assert drawn == [("challenging",)]
-
-
-def test_plain_prompts_have_no_label(tmp_path: Path) -> None:
-    path = tmp_path / "plain.jsonl"
-    path.write_text('\n{"prompt": "One"}\n\n{"prompt": "Two"}\n')
-    assert [(p.text, p.group) for p in read_prompts(path)] == [("One", "all"), ("Two", "all")]
-
-
-def test_formats_of_prompts(tmp_path: Path) -> None:
-    nested = {"text": "One", "toxicity": 0.7, "insult": 0.9, "threat": None, "profanity": 0.49}
-    path = written(tmp_path / "rtp.jsonl", json.dumps({"challenging": True, "prompt": nested}))
-    assert read_prompts(path) == [EvalPrompt("One", 0.7, challenging=True, categories=("insult",))]
-
-    table = 'id,comment,toxic,category\n1,"Two, and\nmore words",True,talk\n2,Three,False,\n'
-    path = written(tmp_path / "table.csv", table)
-    assert read_prompts(path) == [
-        EvalPrompt("Two, and\nmore words", 1.0, categories=("talk",)),
-        EvalPrompt("Three", 0.0),
-    ]
-    assert [prompt.text for prompt in read_prompts(path, words=2)] == ["Two, and", "Three"]
-    assert [prompt.text for prompt in read_prompts(path, field="id")] == ["1", "2"]
-    with pytest.raises(DataError, match=r"line 3: no prompt text .no 'body'"):
-        read_prompts(path, field="body")
-    with pytest.raises(InvalidParamsError, match="words"):
-        read_prompts(path, words=0)
-
-    path = written(tmp_path / "lines.txt", "Four \u2028 here\n\n  \nFive\n")
-    assert [prompt.text for prompt in read_prompts(path)] == ["Four \u2028 here", "Five"]
-
-    path = written(
-        tmp_path / "bold.json", json.dumps({"poets": {"A_Poet": ["The poet ", " ", "A poem "]}, "cooks": {}})
-    )
-    assert read_prompts(path) == [
-        EvalPrompt("The poet", categories=("poets",)),
-        EvalPrompt("A poem", categories=("poets",)),
-    ]
-    path = written(tmp_path / "rows.json", json.dumps([{"context": "Six", "response": "no", "category": "c"}]))
-    assert read_prompts(path) == [EvalPrompt("Six", categories=("c",))]
-    with pytest.raises(DataError, match="row 1: no prompt text"):
-        read_prompts(written(tmp_path / "other.json", '{"a": {"b": 1}, "c": 2}'))
-
-
-def test_a_hub_set_is_fetched_by_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    asked: list[Any] = []
-
-    def load(name: str, split: str) -> Any:
-        asked.append((name, split))
-        if name == "org/absent":
-            raise FileNotFoundError("not there")
-        return datasets.Dataset.from_list([{"prompt": {"text": "One", "toxicity": 0.9}, "challenging": False}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)  # no hub can be reached from a test
-    assert read_prompts("org/set:test[:5]") == [EvalPrompt("One", 0.9)]
-    assert asked == [("org/set", "test[:5]")]
-    with pytest.raises(DataError, match="org/absent:train: cannot be fetched: not there"):
-        read_prompts("org/absent")
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"prompt": "fine"}\nno json', "line 2: not JSON"),
-        (b"[1]", "line 1: no prompt text"),
-        (b'{"other": "a field"}', "line 1: no prompt text"),
-        (b'{"prompt": "x", "challenging": "perhaps"}', "neither true nor false"),
-        (b'{"prompt": "  "}', "line 1: no prompt text"),
-        (b'{"prompt": {"toxicity": 0.5}}', "line 1: no prompt text"),
-        (b'{"prompt": "\\ud800"}', "line 1: no prompt text .not valid UTF-8"),
-        (b'{"prompt": {"text": "x", "toxicity": 2}}', "is no number in"),
-        (b'{"prompt": {"text": "x", "toxicity": NaN}}', "is no number in"),
-        (b"\n\n", "no prompt in it"),
-        (b"\xff\xfe\x00", "binary"),
-        (b"\xff\xfe", "line 1: not JSON"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, content: bytes, said: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=said):
-        read_prompts(path)
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    for read in (read_prompts, read_passages):
-        with pytest.raises(DataError, match="no such file"):
-            read(tmp_path / "absent.jsonl")
-
-
-def test_passages(tmp_path: Path) -> None:
-    squad = tmp_path / "squad.json"
-    squad.write_text(
-        json.dumps({"data": [{"paragraphs": [{"context": "One."}, {"context": "Two."}, {"context": "One."}]}]})
-    )
-    assert read_passages(squad) == ["One.", "Two."]
-    text = tmp_path / "passages.txt"
-    text.write_text("First line\nof a paragraph.\n\nSecond.\n")
-    assert read_passages(text) == ["First line of a paragraph.", "Second."]
-    text.write_text("One a line.\nAnother.\n")
-    assert read_passages(text) == ["One a line.", "Another."]
-    for content, said in (("{}", "SQuAD"), ("nothing", "not JSON"), ('{"data": []}', "no passage")):
-        squad.write_text(content)
-        with pytest.raises(DataError, match=said):
-            read_passages(squad)
-
-
-def test_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_scorer("embedded").name == "embedded"
-    judge = LengthJudge()
-    assert load_scorer(judge) is judge
-    monkeypatch.setitem(__import__("sys").modules, "profanity_check", None)
-    with pytest.raises(ScorerError, match="not installed"):
-        load_scorer("profanity-check")
-
-
-def test_profanity_check() -> None:
-    pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed")
-    judge = load_scorer("profanity-check")
-    mild, rude = judge.score(["What a lovely garden.", "You stupid idiot."])
-    assert 0 <= mild < 0.5 < rude <= 1
-    assert judge.score([]) == []
-
-
-# --- rows that survive
-
-
-def test_journal(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    with Journal(path, ("a", "b")) as journal:
-        for n in (3, 1, 2):
-            journal.add({"a": "x", "b": n, "text": "é\u2028"})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"a": "x", "b": 4, "te')  # cut off by a kill
-    with Journal(path, ("a", "b")) as journal:
-        assert [("x", n) in journal for n in (1, 2, 3, 4)] == [True, True, True, False]
-        journal.add({"a": "x", "b": 4, "text": "again"})
-    assert path.read_bytes().startswith(whole)
-    assert [json.loads(line)["b"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [3, 1, 2, 4]
-    path.write_bytes(whole * 2)
-    assert len(Journal(path, ("a", "b")).rows) == 3  # no row counts twice
-    path.write_text('{"a": "x"}\n')
-    with pytest.raises(DataError, match="without a, b"):
-        Journal(path, ("a", "b"))
-    path.write_text("{\n")
-    with pytest.raises(DataError, match="line 1: not JSON"):
-        Journal(path, ("a", "b"))
-    path.with_name("rows.jsonl.part").write_bytes(whole)
-    with pytest.raises(DataError, match="older version"):
-        Journal(path, ("a", "b"))
-
-
-# --- methods
-
-
-def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
-    stream = SteeringStream(random_detoxifier(tiny_llama, virtual_tokens=4))
-    ingredients = Ingredients(tiny_llama, DecodingParams(alpha=0.0), DecodingParams(), (stream,))
-    made = make_methods(list(METHODS), [1.0, 2.5, 1.0], ingredients)
-    assert [method.name for method in made][:5] == ["plain", "default", "guard", "bounded α=1", "bounded α=2.5"]
-    by_name = {method.name: method for method in made}
-    assert len(by_name) == len(made) == 2 * 3 + 4
-    assert by_name["detoxigen α=1"].params.rule == "detoxigen"
-    assert (by_name["guard"].params.guard is None) == (by_name["default"].params.guard is not None)
-    assert len({json.dumps(method.identity()) for method in made}) == len(made)
-    with pytest.raises(InvalidParamsError, match="methods"):
-        make_methods(["other"], [1.0], ingredients)
-    with pytest.raises(InvalidParamsError, match="alpha"):
-        make_methods(["dexperts"], [0.0], ingredients)
-
-
-def test_a_polite_lead_stands_before_the_prompt() -> None:
-    method = Method("resample", DecodingParams(alpha=0.0), lead="Be kind.")
-    assert method.prompt("Hello") == "Be kind.\n\nHello"
-    chat = [{"role": "user", "content": "Hello"}]
-    assert method.prompt(chat) == [{"role": "system", "content": "Be kind."}, *chat]
-
-
-def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone) -> None:
-    class Judge(LengthJudge):
-        def __init__(self, scores: list[float]) -> None:
-            self.left = iter(scores)
-
-        def score(self, texts: Sequence[str]) -> list[float]:
-            return [next(self.left) for _ in texts]
-
-    params = DecodingParams(alpha=0.0, max_new_tokens=4, ignore_eos=True)
-    with DetoxiGen(tiny_llama) as guard:
-        replies = [
-            guard.generate("One", params.replace(seed=(5 + n * 2**40) % 2**63)).text for n in range(8)
-        ]  # what each try must say
-        for scores, tries, kept in (
-            ([0.1], 1, 0),
-            ([0.9, 0.6, 0.4], 3, 2),
-            ([0.9, 0.8, 0.6, 0.7, 0.9, 0.9, 0.9, 0.9], 8, 2),
-        ):
-            drawn = Method("resample", params, reject=Judge(scores)).draw(guard, "One", 5)
-            assert (drawn.tries, drawn.generation.text, drawn.decoded_tokens) == (tries, replies[kept], 4 * tries)
-
-
-# --- end to end
 
 
 @pytest.fixture
@@ -673,9 +295,6 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
     for one, other in zip(cut_groups, whole_groups, strict=True):
         for method, figures in one["methods"].items():
             assert figures["embedded:mean"] == other["methods"][method]["embedded:mean"]
-
-
-# --- the report
 
 
 def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:

@@ -23,4 +23,4 @@ def tiny() -> Iterator[DetoxiGen]:
         yield model
         wait_until(lambda: model.stats().seats == 0)
         stats = model.stats()
-        assert (stats.tokens_guarded, stats.rows, stats.queued) == (stats.steps_guarded, 0, 0)
+        assert (stats.tokens_steered, stats.rows, stats.queued) == (stats.steps_steered, 0, 0)

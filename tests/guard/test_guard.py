@@ -23,7 +23,7 @@ from detox_guard import (
     Rung,
     ScorerError,
 )
-from detox_guard.engine import Ended, Rewind, TokenStep
+from detox_guard.engine import End, Go, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length
 from detox_guard.text.tools import parse_tool_calls
 
@@ -232,7 +232,7 @@ def test_a_parked_reply_goes_on_as_if_it_never_stopped() -> None:
 
     for back in (1, 5, 12):
         req, sink = request([5, 6, 7], greedy, keep=True)
-        answers: list[Any] = [None, None, None, Rewind(back), None, Ended("stop")]
+        answers: list[Any] = [None, None, None, Rewind(back), None, End("stop")]
         sink.on_end = lambda reason, answers=answers: answers.pop(0)  # type: ignore[method-assign]
         engine.submit(req)
         sink.wait()
@@ -285,23 +285,26 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
     said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in attempts]
     (instead,) = backbone.tokenizer("*", add_special_tokens=False)["input_ids"]
     emitted: list[int] = []
+    banned: frozenset[int] = frozenset()
     tries = 0
     while True:
         ids = said[min(tries, len(said) - 1)]
         verdict: Any
         if len(emitted) < len(ids):
             token = ids[len(emitted)]
-            emitted.append(instead if token in reply.request.banned else token)
+            emitted.append(instead if token in banned else token)
             verdict = reply.on_token(
                 TokenStep(len(emitted) - 1, emitted[-1], 1.0, 1.0, 0.0, 0.0, 0.0, False, emitted[-1], 1.0, False)
             )
         else:
             verdict = reply.on_end("stop")
             time.sleep(0 if verdict else 0.001)
+        if isinstance(verdict, Go | Rewind):
+            banned = verdict.banned
         if isinstance(verdict, Rewind):
             del emitted[len(emitted) - verdict.tokens :]
             tries += 1
-        elif isinstance(verdict, Ended):
+        elif isinstance(verdict, End):
             reply.on_finish(verdict.reason)
             break
     generation = chunks[-1].generation

@@ -19,6 +19,8 @@ from detox_guard.scorers.batcher import batcher_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from detox_guard.engine import PromptIds
+
 
 def test_a_scorer_that_does_not_answer_fails_its_request_and_no_other(tiny: DetoxiGen) -> None:
     scorer = Gated()
@@ -130,12 +132,12 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_scored() -> None:
     params = DecodingParams(guard=GuardPolicy(scorer=scorer, scan_input=True), max_new_tokens=7)
     asked: list[Any] = []
 
-    def check_fits(prompt_ids: list[int], own: DecodingParams) -> None:
-        asked.append((len(prompt_ids), own.max_new_tokens))
+    def check_fits(prompt: PromptIds, max_new_tokens: int, may_rewind: bool) -> None:
+        asked.append((len(prompt.ids), max_new_tokens, may_rewind))
         raise KeyError("too long")
 
     with pytest.raises(KeyError):
         GuardedReply(make_tiny_backbone("llama"), "a\n" * 500, params, check_fits=check_fits)
     assert asked[0][0] >= 500
-    assert asked[0][1] == 7
+    assert asked[0][1:] == (7, True)
     assert scorer.calls == []

@@ -301,9 +301,6 @@ def test_online_the_hubs_copy_does_not_take_the_place_of_ours(cache: Path, tmp_p
     assert default_backbone_dir(progress=False) == cache / FOLDER
 
 
-# --- the real one
-
-
 def test_the_real_folder_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch, default_backbone: Any) -> None:
     monkeypatch.delenv("DETOX_GUARD_CACHE")
     folder = Path(default_backbone.model.config._name_or_path)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
-from detox_guard.evaluation.random_models import random_detoxifier
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from detox_guard import BackboneError, DetoxiGen, InvalidParamsError, LoadOptions, UnsupportedBackboneError
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
+from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.models.backbone import Backbone, from_model
 from detox_guard.models.load import load_backbone
 

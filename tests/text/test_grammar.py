@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from tiny import make_tiny_backbone
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy, InvalidParamsError, RequestCancelledError
-from detox_guard.engine import Rewind
+from detox_guard.engine import Go, Rewind
 from detox_guard.text.llguidance import compile_grammar
 from detox_guard.text.tools import tool_format
 
@@ -157,8 +157,9 @@ def test_a_rewind_takes_the_grammar_back_too(alpha: float, at: int, back: int) -
                 return todo.pop()
             return None
 
-        req, sink = request(random_prompts(backbone, 1)[0], params, Recorder(react), end_ids=frozenset({2}))
-        req.constraint = compile_grammar(Grammar.json_schema(schema), backbone, params.max_new_tokens)
+        grammar = compile_grammar(Grammar.json_schema(schema), backbone, params.max_new_tokens)
+        prompt = random_prompts(backbone, 1)[0]
+        req, sink = request(prompt, params, Recorder(react), end_ids=frozenset({2}), constraint=grammar)
         engine.submit(req)
         assert sink.wait().outcome == "stop"
         texts.append(backbone.tokenizer.decode(kept))
@@ -196,9 +197,8 @@ def test_a_ban_yields_where_the_grammar_leaves_nothing_else() -> None:
     backbone = make_tiny_backbone("llama")
     engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex("ab"), alpha=0.0)
-    req, sink = request([5, 6, 7], params)
-    req.constraint = compile_grammar(Grammar.regex("ab"), backbone, 10)
-    req.banned = frozenset(range(480))
+    everything = Recorder(lambda step: Go(banned=frozenset(range(480))))
+    req, sink = request([5, 6, 7], params, everything, constraint=compile_grammar(Grammar.regex("ab"), backbone, 10))
     engine.submit(req)
     assert sink.wait().outcome == "stop"
     assert backbone.tokenizer.decode(sink.ids) == "ab"
@@ -218,8 +218,8 @@ def test_a_constraint_that_fails_takes_only_its_own_request_down() -> None:
     backbone = make_tiny_backbone("llama")
     engine = torch_engine(backbone)
     params = DecodingParams(alpha=0.0, max_new_tokens=8)
-    (bad, bad_sink), (good, good_sink) = (request([5, 6, 7], params) for _ in range(2))
-    bad.constraint = Broken()
+    bad, bad_sink = request([5, 6, 7], params, constraint=Broken())
+    good, good_sink = request([5, 6, 7], params)
     engine.submit(bad)
     engine.submit(good)
     assert "allows no token" in str(bad_sink.wait().outcome)
@@ -231,8 +231,8 @@ def test_cancelling_a_constrained_request_frees_its_seat() -> None:
     backbone = make_tiny_backbone("llama")
     engine = torch_engine(backbone)
     params = DecodingParams(grammar=Grammar.regex(".{400}"), alpha=0.0, max_new_tokens=450)
-    req, sink = request([5, 6, 7], params, Recorder(lambda _: req.cancel()))
-    req.constraint = compile_grammar(Grammar.regex(".{400}"), backbone, 450)
+    grammar = compile_grammar(Grammar.regex(".{400}"), backbone, 450)
+    req, sink = request([5, 6, 7], params, Recorder(lambda _: req.cancel()), constraint=grammar)
     engine.submit(req)
     assert isinstance(sink.wait().outcome, RequestCancelledError)
     assert engine.stats().seats == 0
@@ -319,9 +319,9 @@ def test_without_llguidance_only_grammars_fail_and_say_what_to_install() -> None
         "import sys; sys.path.insert(0, 'tests'); sys.modules['llguidance'] = None\n"
         "from tiny import make_tiny_backbone\n"
         "from detox_guard import *\n"
-        "guard = DetoxiGen(make_tiny_backbone('llama'))\n"
-        "guard.generate('Hi', max_new_tokens=2)\n"
-        "try: guard.generate('Hi', grammar=Grammar.json_object())\n"
+        "model = DetoxiGen(make_tiny_backbone('llama'))\n"
+        "model.generate('Hi', max_new_tokens=2)\n"
+        "try: model.generate('Hi', grammar=Grammar.json_object())\n"
         "except InvalidParamsError as error: print(error.field, error.hint)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

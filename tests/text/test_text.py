@@ -1,4 +1,4 @@
-"""Prompts to ids, ids to text: detokenizing, stop strings, and what is refused (DESIGN.md, invariant 7)."""
+"""Prompts to ids, ids to text: detokenizing, stop strings, and what is refused (docs/architecture.md, 7)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from detox_benchmarks.ablations.variants import AblationConfig, check_config, ch
 from detox_benchmarks.diagnostics.context_kl import context_kl
 from detox_guard._files import write_whole
 from detox_guard._progress import Progress
-from detox_guard.detoxifiers.soft_prompt import as_streams
+from detox_guard.detoxifiers.resolve import as_streams
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError
 from detox_guard.evaluation.lms import LMJudge

@@ -183,17 +183,23 @@ def _gaps(
 
 @torch.inference_mode()
 def forced_log_probs(
-    backbone: Backbone, detoxifier: Detoxifier | None, context: Sequence[int], reply: Sequence[int]
+    backbone: Backbone,
+    detoxifier: Detoxifier | None,
+    context: Sequence[int],
+    reply: Sequence[int],
+    *,
+    first: bool = False,
 ) -> torch.Tensor:
     """Log-probabilities `[reply_len - 1, vocab]` in float32 of what follows each reply token but the last, in one
-    stream: the generator's own, or behind a detoxifier's virtual tokens."""
+    stream: the generator's own, or behind a detoxifier's virtual tokens. With `first`, which a context is needed for,
+    of what stands at the first as well."""
     batch = make_batch([context], [reply], backbone.pad_token_id, backbone.device)
     if detoxifier is None:
         logits = generator_logits(backbone.model, batch)
     else:
         virtual = detoxifier.embeddings.to(backbone.device, backbone.dtype)
         logits = reply_logits(backbone.model, virtual, batch, detoxifier.card.position)
-    return logits[0, 1 - len(reply) :].float().log_softmax(-1)
+    return logits[0, (0 if first else 1) - len(reply) :].float().log_softmax(-1)
 
 
 def _material(

@@ -231,7 +231,8 @@ def run_ranking(
     """`measure_aim` of a run's folder: `expert` is of the detoxifier, trained on clean text; `words` a file of them."""
     listed = read_words(words) if words else ()
     load_run(run)  # before the model
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream, as_streams
+    from detox_guard.detoxifiers.resolve import as_streams
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
     from detox_guard.models.load import load_backbone
 
     backbone = load_backbone(model, device=device)

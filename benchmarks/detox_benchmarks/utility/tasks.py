@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from detox_guard.evaluation.methods import Method
     from detox_guard.models.backbone import Backbone
 
-__all__ = ["answer_scores", "harmless_words", "refuses", "steered_nats", "stems"]
+__all__ = [
+    "answer_scores",
+    "harmless_words",
+    "nats_of",
+    "refuses",
+    "steered_nats",
+    "steered_probabilities",
+    "stems",
+]
 
 CLEAN_BELOW = 0.5
 NEVER_NATS = 13.8
@@ -62,36 +70,55 @@ def _plain_words(text: str) -> list[str]:
 
 
 @torch.inference_mode()
-def steered_nats(
-    backbone: Backbone, methods: Sequence[Method], context: Sequence[int], reply: Sequence[int]
-) -> list[tuple[float, int]]:
-    """For each method the nats of `reply[1:]` given what stands before, and how many of its tokens the rule forbids.
-
-    The distribution is that of decoding at temperature 1 over the whole vocabulary; a forbidden token costs 13.8 nats.
-    """
-    target = torch.tensor(list(reply[1:]), device=backbone.device).unsqueeze(-1)
+def steered_probabilities(
+    backbone: Backbone,
+    methods: Sequence[Method],
+    context: Sequence[int],
+    reply: Sequence[int],
+    *,
+    first: bool = False,
+) -> list[torch.Tensor]:
+    """For each method `[reply_len - 1, vocab]`, float32: what decoding at temperature 1 over the whole vocabulary would
+    draw `reply[1:]` from, given what stands before; with `first`, the whole reply."""
     seen: dict[str, torch.Tensor] = {}
-    log_gen = forced_log_probs(backbone, None, context, reply)
+    log_gen = forced_log_probs(backbone, None, context, reply, first=first)
     texts = [backbone.tokenizer.decode(context)]
     found = []
     for method in methods:
         params = method.params
         alpha = adaptive_alpha(texts, params)
         if alpha == 0:
-            p = log_gen.exp()
-        else:
-            for stream in method.streams:
-                if stream.detoxifier.sha256 not in seen:
-                    seen[stream.detoxifier.sha256] = forced_log_probs(backbone, stream.detoxifier, context, reply)
-            log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
-            weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
-            rows = log_gen.new_ones(len(log_gen))
-            keep = plausible(log_gen, rows * params.plausibility)
-            p = RULES[params.rule](log_gen, log_streams, weights, rows * alpha, keep).p
-        chosen = p.gather(-1, target).double()
-        nats = torch.where(chosen > 0, -chosen.log(), torch.full_like(chosen, NEVER_NATS))
-        found.append((float(nats.sum()), int((chosen <= 0).sum())))
+            found.append(log_gen.exp())
+            continue
+        for stream in method.streams:
+            if stream.detoxifier.sha256 not in seen:
+                seen[stream.detoxifier.sha256] = forced_log_probs(
+                    backbone, stream.detoxifier, context, reply, first=first
+                )
+        log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
+        weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
+        rows = log_gen.new_ones(len(log_gen))
+        keep = plausible(log_gen, rows * params.plausibility)
+        found.append(RULES[params.rule](log_gen, log_streams, weights, rows * alpha, keep).p)
     return found
+
+
+def steered_nats(
+    backbone: Backbone, methods: Sequence[Method], context: Sequence[int], reply: Sequence[int]
+) -> list[tuple[float, int]]:
+    """For each method the nats of `reply[1:]` given what stands before, and how many of its tokens the rule forbids.
+
+    A forbidden token costs 13.8 nats.
+    """
+    target = torch.tensor(list(reply[1:]), device=backbone.device).unsqueeze(-1)
+    return [nats_of(p, target) for p in steered_probabilities(backbone, methods, context, reply)]
+
+
+def nats_of(p: torch.Tensor, target: torch.Tensor) -> tuple[float, int]:
+    """Nats of the tokens `target [n, 1]` under `p [n, vocab]`, and how many of them are impossible."""
+    chosen = p.gather(-1, target).double()
+    nats = torch.where(chosen > 0, -chosen.log(), torch.full_like(chosen, NEVER_NATS))
+    return float(nats.sum()), int((chosen <= 0).sum())
 
 
 def refuses(text: str) -> bool:

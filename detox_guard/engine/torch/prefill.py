@@ -1,18 +1,20 @@
 """Running the backbone: prompts into K/V (prefill), and one token a row (decode). Knows no sampling.
 
-Position ids are explicit everywhere. A `front` stream reads `[virtual tokens][prompt][reply]`, its virtual tokens being
-a K/V prefix that was computed once (causal attention makes it independent of what follows). A `reply` stream reads
-`[prompt][virtual tokens][reply]` and takes the prompt's K/V from the generator's row.
+Position ids are explicit everywhere. What the row of a view reads is told in `detoxifiers.base`. The tokens of a
+`front` view are a K/V prefix that was computed once: causal attention makes it independent of what follows. A `reply`
+view takes the prompt's K/V from the generator's row.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
+from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contexts
 from detox_guard.errors import StepError
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from detox_guard.engine.base import StreamSpec
+    from detox_guard.detoxifiers.base import View
+    from detox_guard.engine.base import PromptIds
     from detox_guard.engine.torch.cache import RowCache
     from detox_guard.models.backbone import Backbone
 
@@ -30,14 +33,17 @@ __all__ = ["Forward", "Prefill"]
 
 
 class Forward:
-    """The backbone and its streams, ready to run. All methods expect `torch.inference_mode`."""
+    """The backbone and its views, ready to run. All methods expect `torch.inference_mode`."""
 
-    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec]) -> None:
+    def __init__(self, backbone: Backbone, views: Sequence[View]) -> None:
         self.model: Any = backbone.model
         self.device = backbone.device
         self.pad_id = backbone.pad_token_id
-        self.streams = [
-            spec._replace(embeddings=spec.embeddings.to(backbone.device, backbone.dtype)) for spec in streams
+        self.views = [
+            replace(view, embeddings=view.embeddings.to(backbone.device, backbone.dtype))
+            if isinstance(view, EmbeddingPrefix)
+            else view
+            for view in views
         ]
         # `eager` attention adds its mask to the scores; `sdpa` takes a boolean one.
         self._additive = getattr(self.model.config, "_attn_implementation", "sdpa") == "eager"
@@ -45,11 +51,14 @@ class Forward:
         self._last_only = {"logits_to_keep": 1} if keeps else {}
         self.prefixes: dict[int, LayerKV] = {}
         with torch.inference_mode():
-            for index, spec in enumerate(self.streams):
-                if spec.front:
+            for index, view in enumerate(self.views):
+                if view.place == "front":
                     cache = DynamicCache()
-                    positions = torch.arange(len(spec.embeddings), device=self.device).unsqueeze(0)
-                    self.run(cache, positions, embeds=spec.embeddings.unsqueeze(0))
+                    positions = torch.arange(len(view), device=self.device).unsqueeze(0)
+                    if isinstance(view, EmbeddingPrefix):
+                        self.run(cache, positions, embeds=view.embeddings.unsqueeze(0))
+                    else:
+                        self.run(cache, positions, ids=torch.tensor([view.ids], device=self.device))
                     self.prefixes[index] = layers_of(cache)
 
     def run(
@@ -92,43 +101,47 @@ class Forward:
 class Prefill:
     """The prompts of a few requests on their way into K/V, `advance` by `advance`.
 
-    `guarded[i]` says whether request i takes stream rows. Several prompts are padded on the left and computed together;
-    they must fit one chunk. One prompt may be longer, and takes a chunk a call.
+    Several prompts are padded on the left and computed together; they must fit one chunk. One prompt may be longer, and
+    takes a chunk a call.
     """
 
-    def __init__(self, forward: Forward, prompts: Sequence[Sequence[int]], guarded: Sequence[bool]) -> None:
+    def __init__(self, forward: Forward, prompts: Sequence[PromptIds]) -> None:
         self.forward = forward
         self.prompts = prompts
-        self.guarded = guarded
         self.done_tokens = 0
-        self.total = max(len(prompt) for prompt in prompts)
-        # Rows of the padded batch: (request, stream), stream -1 being the generator.
-        self.rows = [(i, -1) for i in range(len(prompts))]
-        self.rows += [(i, s) for i, g in enumerate(guarded) if g for s in forward.prefixes]
-        self._prefix = max((len(forward.streams[s].embeddings) for _, s in self.rows if s >= 0), default=0)
+        # Rows of the padded batch: (request, view), view -1 being the generator; and what each of them reads.
+        contexts: dict[tuple[int, int], Sequence[int]] = {(i, -1): prompt.ids for i, prompt in enumerate(prompts)}
+        for i, prompt in enumerate(prompts):
+            if prompt.steered:
+                contexts |= {(i, v): prompt.ids for v in forward.prefixes}
+                contexts |= {(i, v): own for v, own in own_contexts(forward.views, prompt.contexts).items()}
+        self.rows = list(contexts)
+        self._contexts = list(contexts.values())
+        self.total = max(map(len, self._contexts))
+        self._prefix = max((len(forward.views[v]) for _, v in self.rows if v in forward.prefixes), default=0)
         self._cache = DynamicCache()
         self._logits: Tensor | None = None
         self._start()
 
     def _start(self) -> None:
-        device = self.forward.device
-        self._pads = torch.tensor([self.total - len(self.prompts[i]) for i, _ in self.rows], device=device)
+        device, prefixes = self.forward.device, self.forward.prefixes
+        self._pads = torch.tensor([self.total - len(context) for context in self._contexts], device=device)
         ids = torch.full((len(self.rows), self.total), self.forward.pad_id, device=device)
-        for row, (i, _) in enumerate(self.rows):
-            ids[row, self.total - len(self.prompts[i]) :] = torch.tensor(self.prompts[i], device=device)
+        for row, context in enumerate(self._contexts):
+            ids[row, self.total - len(context) :] = torch.tensor(context, device=device)
         self._ids = ids
         self._prefix_lens = torch.tensor(
-            [len(self.forward.streams[s].embeddings) if s >= 0 else 0 for _, s in self.rows], device=device
+            [len(self.forward.views[v]) if v in prefixes else 0 for _, v in self.rows], device=device
         )
         if not self._prefix:
             return
-        some = next(iter(self.forward.prefixes.values()))
+        some = next(iter(prefixes.values()))
         for layer, (k, v) in enumerate(some):
             keys = k.new_zeros(len(self.rows), k.shape[1], self._prefix, k.shape[3])
             values = v.new_zeros(len(self.rows), v.shape[1], self._prefix, v.shape[3])
-            for row, (_, s) in enumerate(self.rows):
-                if s >= 0:
-                    pk, pv = self.forward.prefixes[s][layer]
+            for row, (_, view) in enumerate(self.rows):
+                if view in prefixes:
+                    pk, pv = prefixes[view][layer]
                     keys[row, :, self._prefix - pk.shape[2] :] = pk[0]
                     values[row, :, self._prefix - pv.shape[2] :] = pv[0]
             self._cache.update(keys, values, layer)
@@ -154,7 +167,7 @@ class Prefill:
         return hi == self.total
 
     def finish(self) -> list[tuple[Tensor, list[LayerKV]]]:
-        """For each request: logits `[1 + streams, vocab]` (1 row if unguarded) for its first token, each row's K/V."""
+        """For each request: logits `[1 + views, vocab]` (1 row if not steered) for its first token, each row's K/V."""
         if self._logits is None or self.done_tokens < self.total:
             raise StepError("prefill finished before its prompts were in")
         layers = layers_of(self._cache)
@@ -163,49 +176,56 @@ class Prefill:
         for row, key in enumerate(self.rows):
             logits[key] = self._logits[row]
             prefix = int(self._prefix_lens[row])
-            first = self._prefix + self.total - len(self.prompts[key[0]])
-            kv[key] = [
-                (
-                    _columns(k[row : row + 1], self._prefix, prefix, first),
-                    _columns(v[row : row + 1], self._prefix, prefix, first),
-                )
-                for k, v in layers
-            ]
-        reply_streams = [s for s in range(len(self.forward.streams)) if s not in self.forward.prefixes]
-        asked = [i for i, g in enumerate(self.guarded) if g]
-        for s in reply_streams if asked else ():
-            self._append_virtual_tokens(s, asked, logits, kv)
+            first = self._prefix + int(self._pads[row])
+            kv[key] = _columns(layers, row, self._prefix, prefix, first)
+        asked = [i for i, prompt in enumerate(self.prompts) if prompt.steered]
+        for v, view in enumerate(self.forward.views):
+            if view.place == "reply" and asked:
+                self._append(v, asked, logits, kv)
         return [
             (
-                torch.stack([logits[i, s] for s in self._streams_of(i)]),
-                [kv[i, s] for s in self._streams_of(i)],
+                torch.stack([logits[i, v] for v in self._views_of(prompt)]),
+                [kv[i, v] for v in self._views_of(prompt)],
             )
-            for i in range(len(self.prompts))
+            for i, prompt in enumerate(self.prompts)
         ]
 
-    def _streams_of(self, request: int) -> range:
-        return range(-1, len(self.forward.streams) if self.guarded[request] else 0)
+    def _views_of(self, prompt: PromptIds) -> range:
+        return range(-1, len(self.forward.views) if prompt.steered else 0)
 
-    def _append_virtual_tokens(
-        self, s: int, asked: list[int], logits: dict[tuple[int, int], Tensor], kv: dict[tuple[int, int], LayerKV]
+    def _append(
+        self, v: int, asked: list[int], logits: dict[tuple[int, int], Tensor], kv: dict[tuple[int, int], LayerKV]
     ) -> None:
-        """A `reply` stream: its virtual tokens behind the context that the generator's row already computed."""
-        virtual = self.forward.streams[s].embeddings
-        lengths = torch.tensor([len(self.prompts[i]) for i in asked], device=self.forward.device)
-        longest, new = int(lengths.max()), len(virtual)
+        """A `reply` view: its tokens behind the context that the generator's row already computed."""
+        view, device = self.forward.views[v], self.forward.device
+        lengths = torch.tensor([len(self.prompts[i].ids) for i in asked], device=device)
+        if isinstance(view, EmbeddingPrefix):
+            new = len(view)
+            added = torch.full_like(lengths, new)
+            inputs = {"embeds": view.embeddings.expand(len(asked), -1, -1)}
+        else:
+            behind = [ids_behind(view, self.prompts[i].ids) for i in asked]
+            new = max(map(len, behind))
+            added = torch.tensor([len(ids) for ids in behind], device=device)
+            padded = [[self.forward.pad_id] * (new - len(ids)) + list(ids) for ids in behind]
+            inputs = {"ids": torch.tensor(padded, device=device)}
+        longest = int(lengths.max())
         cache = DynamicCache()
         for layer in range(len(kv[asked[0], -1])):
             keys, values = (torch.cat([_padded(kv[i, -1][layer][part], longest) for i in asked]) for part in (0, 1))
             cache.update(keys, values, layer)
-        positions = lengths.unsqueeze(-1) + torch.arange(new, device=lengths.device)
-        slots = torch.arange(longest + new, device=lengths.device)
-        causal = slots <= longest + torch.arange(new, device=lengths.device).unsqueeze(-1)
-        mask = causal & (slots >= longest - lengths.unsqueeze(-1)).unsqueeze(1)
-        out = self.forward.run(cache, positions, embeds=virtual.expand(len(asked), -1, -1), mask=mask.unsqueeze(1))
+        # Padding stands left of the context, and between it and what is added.
+        columns, slots = torch.arange(new, device=device), torch.arange(longest + new, device=device)
+        gap = (new - added).unsqueeze(-1)
+        positions = (lengths.unsqueeze(-1) + columns - gap).clamp_min(0)
+        valid = torch.where(slots < longest, slots >= longest - lengths.unsqueeze(-1), slots - longest >= gap)
+        here = slots == (longest + columns).unsqueeze(-1)
+        causal = slots <= (longest + columns).unsqueeze(-1)
+        out = self.forward.run(cache, positions, mask=(valid.unsqueeze(1) & causal | here).unsqueeze(1), **inputs)
+        layers = layers_of(cache)
         for row, i in enumerate(asked):
-            first = longest - len(self.prompts[i])
-            logits[i, s] = out[row]
-            kv[i, s] = [(k[row : row + 1, :, first:], v[row : row + 1, :, first:]) for k, v in layers_of(cache)]
+            logits[i, v] = out[row]
+            kv[i, v] = _columns(layers, row, longest, int(lengths[row]), longest + int(gap[row]))
 
 
 def layers_of(cache: DynamicCache) -> LayerKV:
@@ -213,11 +233,15 @@ def layers_of(cache: DynamicCache) -> LayerKV:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _columns(x: Tensor, prefix_slots: int, prefix: int, first: int) -> Tensor:
-    """The valid columns of one row: its right-aligned prefix, then everything from `first`."""
-    if prefix == 0:
-        return x[:, :, first:]
-    return torch.cat([x[:, :, prefix_slots - prefix : prefix_slots], x[:, :, first:]], dim=2)
+def _columns(layers: LayerKV, row: int, edge: int, before: int, first: int) -> LayerKV:
+    """The valid columns of one row: the last `before` in front of `edge`, then everything from `first`."""
+    at = slice(row, row + 1)
+    if before == 0 or edge == first:
+        return [(k[at, :, first - before :], v[at, :, first - before :]) for k, v in layers]
+    return [
+        tuple(torch.cat([x[at, :, edge - before : edge], x[at, :, first:]], dim=2) for x in pair)  # type: ignore[misc]
+        for pair in layers
+    ]
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.packing import can_pack, pack_linears
@@ -16,41 +17,38 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from detox_guard.engine.base import StreamSpec
-    from detox_guard.engine.runner import Prompt, Row, Saved
+    from detox_guard.detoxifiers.base import View
+    from detox_guard.engine.base import Bounds, PromptIds
+    from detox_guard.engine.runner import Row, Saved
     from detox_guard.engine.torch.cache import LayerKV
     from detox_guard.models.backbone import Backbone
-    from detox_guard.settings import EngineConfig
 
 __all__ = ["TorchRunner"]
 
 
 class TorchRunner:
-    """Runs a backbone and its streams (a `Runner`); `config.pack_weights` packs its linear layers in place."""
+    """Runs a backbone and its views (a `Runner`); `bounds.pack_weights` packs its linear layers in place."""
 
-    def __init__(self, backbone: Backbone, streams: Sequence[StreamSpec], config: EngineConfig) -> None:
-        if config.pack_weights and can_pack(backbone.model):
+    def __init__(self, backbone: Backbone, views: Sequence[View], bounds: Bounds) -> None:
+        if bounds.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model)
-        self._forward = Forward(backbone, streams)
-        self._cache = RowCache(backbone.num_layers, config.max_rows, config.max_cached_slots)
+        self._forward = Forward(backbone, views)
+        self._cache = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         self.device: torch.device = self._forward.device
-        self.weights = tuple(spec.weight for spec in streams)
-        self.virtual_slots = max((len(spec.embeddings) for spec in streams), default=0)
-        bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(bounds, default=None), frozenset({"embeddings"}))
+        self.weights = tuple(view.weight for view in views)
+        self._beside = most_beside(views)
+        most = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
+        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset({"embeddings", "tokens"}))
 
     @property
     def rows(self) -> int:
         return len(self._cache.rows)
 
-    @property
-    def capacity(self) -> int:
-        """Rows times slots that the cache's buffers have room for now."""
-        rows, slots = self._cache.capacity
-        return rows * slots
+    def slots(self, prompt: PromptIds) -> int:
+        return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[Prompt]) -> _Prefill:
-        return _Prefill(Prefill(self._forward, [prompt.ids for prompt in prompts], [p.steered for p in prompts]))
+    def begin(self, prompts: Sequence[PromptIds]) -> _Prefill:
+        return _Prefill(Prefill(self._forward, prompts))
 
     def join(self, saved: Saved) -> Row:
         assert isinstance(saved, _Saved)

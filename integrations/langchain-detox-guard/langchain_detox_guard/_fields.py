@@ -57,7 +57,8 @@ class ModelFields(Around, LoadFields):
     model: str | None = None
     """Hub id, folder, LoRA adapter or GGUF file; None is the embedded default."""
     detoxifier: str | None = None
-    """Hub id or folder; None is the one we ship, which is for the embedded default."""
+    """Hub id or folder; None is "auto": the one we ship for the embedded default, else one trained here for your model,
+    else texts that need no training."""
 
     alpha: float = field_of(DecodingParams, "alpha")
     calm_share: float = field_of(DecodingParams, "calm_share")

@@ -54,6 +54,10 @@ _REACT_STOP = ("Observation:",)
 _STRUCTURED = ("json_schema", "tool_calls")
 _IN_FORCE = "detox_options"
 _LOADING = ("model", "detoxifier", "device", "dtype", "revision", "loading")
+_AUTO = (
+    'Hub id or folder; None is "auto": the shipped one for the default model, else one trained here for yours, else '
+    "texts that need no training."
+)
 
 
 class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
@@ -75,7 +79,7 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
     own: ClassVar[tuple[str, ...]] = ("detoxigen",)
 
     model: str | None = Field(default=None, description="Hub id, folder or GGUF file; None is the embedded default.")
-    detoxifier: str | None = Field(default=None, description="Hub id or folder; None is the embedded one.")
+    detoxifier: str | None = Field(default=None, description=_AUTO)
     device: str | None = Field(default=None, description="Where the model runs; None chooses.")
     dtype: str | None = Field(default=None, description="Number type of the weights; None chooses.")
     revision: str | None = Field(default=None, description="Revision of the model on the hub.")

@@ -1,0 +1,43 @@
+"""Prompts computed lately, so that the same prompt again costs nothing. Knows saved rows; knows no requests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detox_guard.engine.base import PromptIds
+    from detox_guard.engine.runner import Computed
+
+__all__ = ["PromptCache"]
+
+
+class PromptCache:
+    """Keeps up to `slots` slots of rows. It is cut down to that by `shrink` alone."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._kept: OrderedDict[PromptIds, Computed] = OrderedDict()
+        """Those used longest ago first."""
+
+    def get(self, prompt: PromptIds) -> Computed | None:
+        return self._kept.get(prompt)
+
+    def put(self, prompt: PromptIds, computed: Computed) -> None:
+        self._kept[prompt] = computed
+
+    def used(self, prompt: PromptIds) -> None:
+        """It is the last one now that will be dropped, if it is here."""
+        if prompt in self._kept:
+            self._kept.move_to_end(prompt)
+
+    def shrink(self) -> None:
+        """Drop what was used longest ago, down to the bound."""
+        slots = {prompt: sum(saved.slots for saved in computed.rows) for prompt, computed in self._kept.items()}
+        total = sum(slots.values())
+        while self._kept and total > self._slots:
+            prompt, _ = self._kept.popitem(last=False)
+            total -= slots[prompt]
+
+    def clear(self) -> None:
+        self._kept.clear()

@@ -1,0 +1,17 @@
+"""The engine's tests run over every runner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kits import KITS
+
+if TYPE_CHECKING:
+    from kits import Kit
+
+
+@pytest.fixture(params=list(KITS))
+def kit(request: Any) -> Kit:
+    made: Kit = KITS[request.param]()
+    return made

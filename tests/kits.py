@@ -1,0 +1,104 @@
+"""Every runner that the engine's invariants are held against. A new one is a kit of its own, and its line in `KITS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from harness import random_ids, random_streams
+from reference import Reference
+from tiny import make_tiny_backbone
+from toy_runner import VOCAB, ToyRunner, rows_of, toy_logits
+from watched import Watched
+
+from detox_guard.detoxifiers.base import Place, TokenPrefix
+from detox_guard.engine import Scheduler
+from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.settings import EngineConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Kit(Protocol):
+    """One runner and what tests need to know of it. Views are letters: `f` front, `r` reply; capitals are experts."""
+
+    vocab_size: int
+
+    def runner(self, views: str, config: EngineConfig) -> Any: ...
+
+    def reference(self, views: str) -> Reference:
+        """The slow way, in float64."""
+
+    def plain(self, prompt: list[int], new: int) -> list[int]:
+        """The backend's own greedy decoding."""
+
+
+class TorchKit:
+    """Transformers on torch: a tiny Llama."""
+
+    def __init__(self) -> None:
+        self._backbone = make_tiny_backbone("llama", initializer_range=0.2)
+        self.vocab_size = self._backbone.vocab_size
+        self._model = make_tiny_backbone("llama", initializer_range=0.2).model  # the other one gets packed
+
+    def runner(self, views: str, config: EngineConfig) -> TorchRunner:
+        return TorchRunner(self._backbone, random_streams(self._backbone, views), config)
+
+    def reference(self, views: str) -> Reference:
+        return Reference.of(self._model, random_streams(self._backbone, views))
+
+    def plain(self, prompt: list[int], new: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = self._model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)  # type: ignore[operator]
+        return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+class ToyReference(Reference):
+    def logits(self, prompt: list[int], reply: list[int], contexts: Sequence[list[int]]) -> list[torch.Tensor]:
+        rows = rows_of(self.streams, prompt, contexts)  # type: ignore[arg-type]
+        return [torch.stack([toy_logits([*row, *reply[:i]]).double() for i in range(len(reply))]) for row in rows]
+
+
+class ToyKit:
+    """No model at all."""
+
+    vocab_size = VOCAB
+
+    def views(self, kinds: str) -> list[TokenPrefix]:
+        places: dict[str, Place] = {"f": "front", "r": "reply"}
+        return [
+            TokenPrefix(tuple(range(20 + i, 25 + 2 * i)), 1.0 if kind.isupper() else -1.0, places[kind.lower()])
+            for i, kind in enumerate(kinds)
+        ]
+
+    def runner(self, views: str, config: EngineConfig) -> ToyRunner:
+        return ToyRunner(self.views(views))
+
+    def reference(self, views: str) -> Reference:
+        return ToyReference(torch.nn.Identity(), self.views(views))  # type: ignore[arg-type]
+
+    def plain(self, prompt: list[int], new: int) -> list[int]:
+        read = list(prompt)
+        for _ in range(new):
+            read.append(int(toy_logits(read).argmax()))
+        return read[len(prompt) :]
+
+
+KITS: dict[str, type[Kit]] = {"torch": TorchKit, "toy": ToyKit}
+
+
+def engine_of(kit: Kit, views: str = "", **bounds: Any) -> Scheduler:
+    return watched_engine(kit, views, **bounds)[0]
+
+
+def watched_engine(kit: Kit, views: str = "", **bounds: Any) -> tuple[Scheduler, Watched]:
+    config = EngineConfig(**bounds)
+    runner = Watched(kit.runner(views, config))
+    return Scheduler(runner, config), runner
+
+
+def prompts_for(kit: Kit, count: int, **lengths: int) -> list[list[int]]:
+    return random_ids(kit.vocab_size, count, **lengths)
