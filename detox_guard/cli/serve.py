@@ -17,7 +17,7 @@ from detox_guard.server.keys import new_key
 from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:
-    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.server.models import Model
     from detox_guard.server.state import State
 
 __all__ = ["key", "serve"]
@@ -33,6 +33,13 @@ def serve(
     ] = None,
     model: options.Model = None,
     detoxifier: options.Detoxifiers = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            help="Load nothing: guard the model of this endpoint of OpenAI's form. --model is its name there.",
+            rich_help_panel="What is loaded",
+        ),
+    ] = None,
     no_guard: Annotated[bool, typer.Option("--no-guard", help="Guard nothing.", rich_help_panel="Guarding")] = False,
     guard_threshold: options.GuardThreshold = None,
     audit_log: options.AuditLog = None,
@@ -47,14 +54,14 @@ def serve(
     params = options.given(fields)
     read = _Reader(config, typed, _guard(no_guard, guard_threshold, audit_log))
     file = read()
-    if model is not None or detoxifier or loading or params:
+    if model is not None or upstream is not None or detoxifier or loading or params:
         if config is not None and len(file.models) > 1:
             raise DataError("one model was given beside a file with several", hint="write it into the file")
         ((name, one),) = file.models.items()
         changes: dict[str, Any] = {"loading": {**one.loading, **loading}} if loading else {}
         if params:
             changes["params"] = (one.params or DecodingParams()).replace(**params)
-        changes |= {} if model is None else {"model": model}
+        changes |= options.given({"model": model, "upstream": upstream})
         changes |= {"detoxifier": tuple(detoxifier)} if detoxifier else {}
         file = file.replace(models={name: one.replace(**changes)})
     held = {name: (one, _loaded(one)) for name, one in file.models.items()}
@@ -119,8 +126,14 @@ def _guard(no_guard: bool, threshold: float | None, audit_log: Path | None) -> d
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _loaded(one: ModelConfig) -> DetoxiGen:
+def _loaded(one: ModelConfig) -> Model:
     asked = one.params
+    if one.upstream is not None:
+        from detox_guard.server.upstream import Upstream
+
+        behind = Upstream(one.upstream, one.model, key=one.upstream_key or os.environ.get("DETOX_GUARD_UPSTREAM_KEY"))
+        behind.params = behind.params if asked is None else behind.params.replace(**_set(asked))
+        return behind
     unsteered = one.detoxifier == () or (one.detoxifier is None and asked is not None and asked.alpha == 0)
     loaded = session.load_model(one.model, one.detoxifier, steered=not unsteered, config=one.engine, **one.loading)
     if asked is not None:
@@ -129,7 +142,11 @@ def _loaded(one: ModelConfig) -> DetoxiGen:
     return loaded
 
 
-def _name(name: str, loaded: DetoxiGen) -> str:
+def _set(params: DecodingParams) -> dict[str, Any]:
+    return {name: getattr(params, name) for name in params.model_fields_set}
+
+
+def _name(name: str, loaded: Model) -> str:
     """A file's name for it; the model's own where there is no file."""
     return loaded.model_id if name == "default" else name
 

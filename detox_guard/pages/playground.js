@@ -50,6 +50,7 @@ function request(text, detox, turns = []) {
 }
 
 function steered() {
+  if (!modelNow()?.detox.steered) return { alpha: 0 };
   return { alpha: Number($("alpha").value), rule: $("rule").value };
 }
 
@@ -64,6 +65,10 @@ const WAYS = {
   steered: () => ({ ...steered(), guard: false }),
   guarded,
 };
+
+function canBeShown(way) {
+  return way !== "steered" || modelNow()?.detox.steered;
+}
 
 // --- what comes
 
@@ -191,7 +196,7 @@ function panelOf(title) {
 
 async function send(text) {
   const three = state.view === "compare";
-  const names = three ? (state.loose ? Object.keys(WAYS) : ["guarded"]) : ["guarded"];
+  const names = three && state.loose ? Object.keys(WAYS).filter(canBeShown) : ["guarded"];
   const panels = names.map((name) => panelOf(three ? name : "Reply"));
   const replies = element("div", { className: three ? "replies three" : "replies" }, ...panels);
   $("log").append(element("p", { className: "asked", textContent: text }), replies);
