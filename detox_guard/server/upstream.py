@@ -1,4 +1,5 @@
-"""A model behind another endpoint of OpenAI's form, guarded and not steered. Knows that form as a client; knows no route.
+"""A model behind another endpoint of OpenAI's form, guarded and not steered. Knows that form as a client; no
+route.
 
 What comes is held until each unit of it is scored (`guard_text`). Calls of tools are read as text in the one form that
 a guard decodes string by string, and become calls again in the answer.
