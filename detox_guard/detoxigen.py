@@ -19,7 +19,7 @@ from detox_guard.detoxifiers.base import most_beside
 from detox_guard.detoxifiers.resolve import AUTO, as_streams
 from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.engine import Engine, EngineStats, Scheduler
-from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.engine.torch.runner import torch_runner
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
 from detox_guard.models.load import load_backbone
@@ -73,7 +73,7 @@ class DetoxiGen:
         self._beside = most_beside(views)
         self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
                               and s.place == "system"]  # fmt: skip
-        self._engine: Engine = run_aside(lambda: Scheduler(TorchRunner(backbone, views, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(torch_runner(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
