@@ -91,10 +91,12 @@ def from_model(
     revision: str | None = None,
     adapter: str | None = None,
     base_id: str | None = None,
+    quantization: str | None = None,
 ) -> Backbone:
     """Wrap a model that is already loaded, where it is; it is put into eval mode and its gradients are turned off.
 
-    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged.
+    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged,
+    `quantization` of rounding that the config does not name.
 
     Runs one forward pass over four tokens to see that the model is causal, finite and has a plain K/V cache.
     Raises `UnsupportedBackboneError`, `BackboneError`, or `InvalidParamsError` if either argument is of the wrong type.
@@ -156,7 +158,7 @@ def from_model(
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         running=running_of(model),
         spread=spread,
-        quantization=quantization_of(config),
+        quantization=quantization or quantization_of(config),
         adapter=adapter,
         base_id=base_id,
     )

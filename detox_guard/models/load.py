@@ -19,7 +19,7 @@ from detox_guard.models.adapters import adapter_of, put_on
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 from detox_guard.models.checks import CONFIG_FILE, auto_class, causal_class, check_config
 from detox_guard.models.options import LoadOptions
-from detox_guard.models.quantization import as_config, is_quantized, need
+from detox_guard.models.quantization import INT4, as_config, is_quantized, need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,9 @@ def load_backbone(
     options = LoadOptions(**loading)
     if model is not None and not isinstance(model, str | os.PathLike):
         return _wrapped(model, tokenizer, options)
-    pick_dtype(options.dtype, pick_device(options.one_device))  # a bad one is told of before anything is looked for
+    # What is bad is told of before anything is looked for.
+    pick_dtype(options.dtype, pick_device(options.one_device))
+    _check_int4(options)
     if model is None:
         place = _default(options)
     else:
@@ -78,11 +80,44 @@ def load_backbone(
                 loaded = put_on(loaded, its_tokenizer, adapter)
             revision = adapter.commit or options.revision
             return from_model(
-                loaded, its_tokenizer, id=place.id, revision=revision, adapter=adapter.kind, base_id=base.id
+                loaded,
+                its_tokenizer,
+                id=place.id,
+                revision=revision,
+                adapter=adapter.kind,
+                base_id=base.id,
+                quantization=_rounded(loaded, options),
             )
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
-    return from_model(loaded, its_tokenizer, id=place.id, revision=revision)
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
+
+
+def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
+    """Round a model in place, where `options` ask for what is ours to do; how."""
+    if options.quantization_config != "int4":
+        return None
+    from detox_guard.models.four_bit import round_to_grid
+
+    if not round_to_grid(model):
+        raise BackboneError(
+            f"{model.config.model_type}: it has no layer that int4 could round", hint="Load it without int4."
+        )
+    return INT4
+
+
+def _check_int4(options: LoadOptions) -> None:
+    """int4 is computed with in bfloat16, on a CPU. Raises `InvalidParamsError`."""
+    if options.quantization_config != "int4":
+        return
+    device = pick_device(options.one_device)
+    if options.spreads or device.type != "cpu":
+        where = options.device_map if options.spreads else device
+        raise InvalidParamsError(
+            "quantization_config", "int4", f"on a CPU only, not {where}", hint="On a GPU take nf4 or int8."
+        )
+    if options.dtype is not None and pick_dtype(options.dtype, device) != pick_dtype("bfloat16", device):
+        raise InvalidParamsError("dtype", options.dtype, 'bfloat16, or none, with quantization_config="int4"')
 
 
 def _wrapped(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
@@ -161,15 +196,17 @@ def _how(config: PreTrainedConfig, gguf_file: str | None, options: LoadOptions) 
     on_device = pick_device(options.one_device)
     rounded = gguf_file is None and is_quantized(config)
     # What was saved rounded has kernels for one number type only, which its config names.
-    dtype = "auto" if options.dtype == "auto" or (rounded and options.dtype is None) else None
-    how: dict[str, Any] = {"dtype": dtype or pick_dtype(options.dtype, on_device), **options.weights}
+    asked = "auto" if options.dtype == "auto" or (rounded and options.dtype is None) else None
+    ours = options.quantization_config == "int4"
+    dtype = pick_dtype("bfloat16", on_device) if ours else asked or pick_dtype(options.dtype, on_device)
+    how: dict[str, Any] = {"dtype": dtype, **options.weights}
     if gguf_file is None:
         how["use_safetensors"] = True
-    if options.quantization_config is not None:
+    if options.quantization_config is not None and not ours:
         how["quantization_config"] = as_config(options.quantization_config, how["dtype"])
     if options.spreads:
         how["device_map"] = options.device_map
-    elif rounded or options.quantization_config is not None:
+    elif rounded or "quantization_config" in how:
         need("accelerate", "a quantized model")
         how["device_map"] = {"": on_device}  # rounded weights are made where they stay
     return how

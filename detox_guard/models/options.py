@@ -16,8 +16,9 @@ __all__ = ["DTYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(DtypeName)
-QUANTIZATIONS = ("int8", "fp8", "nf4", "bnb-int8")
-"""Short names: the weights of the linear layers are rounded. `quantization.as_config` says what each stands for."""
+QUANTIZATIONS = ("int4", "int8", "fp8", "nf4", "bnb-int8")
+"""Short names: the weights of the linear layers are rounded. `quantization.as_config` says what each stands for, but
+for int4, which is `four_bit.round_to_grid`."""
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _OURS = {
     "use_safetensors": "pickled weights are never read",
@@ -53,7 +54,8 @@ class LoadOptions(StrictModel):
     offload_folder: str | None = None
     """Folder for weights that device_map puts on disk."""
     quantization_config: Any = None
-    """int8, fp8 (torchao), nf4, bnb-int8 (bitsandbytes), or a quantization config of transformers, also as JSON."""
+    """int4 (in bfloat16 on a CPU), int8, fp8 (torchao), nf4, bnb-int8 (bitsandbytes), or a quantization config of
+    transformers, also as JSON."""
     attn_implementation: Literal["eager", "sdpa"] | None = None
     """eager or sdpa: those that take the engine's masks."""
     revision: str | None = None
