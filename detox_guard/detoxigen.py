@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from detox_guard.detoxifiers.base import View
     from detox_guard.detoxifiers.resolve import ManySteering
     from detox_guard.detoxifiers.soft_prompt import SteeringStream
+    from detox_guard.engine.runner import Runner
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Chunk, Generation
 
@@ -73,7 +75,7 @@ class DetoxiGen:
         self._beside = most_beside(views)
         self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
                               and s.place == "system"]  # fmt: skip
-        self._engine: Engine = run_aside(lambda: Scheduler(TorchRunner(backbone, views, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(_runner(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -89,8 +91,9 @@ class DetoxiGen:
         """Load a backbone and its detoxifier.
 
         `model`: hub id, folder, GGUF file, LoRA adapter, a loaded model or `PeftModel` (with `tokenizer`), or None for
-        the embedded default (fetched once). `loading`: fields of `LoadOptions` (`device`, `dtype`, `device_map`,
-        `quantization_config`, `revision`, …). `detoxifier`: "auto" is the one we ship for the embedded default, else
+        the embedded default (fetched once); "ollama:name" is the file of an Ollama model. `loading`: fields of
+        `LoadOptions` (`device`, `dtype`, `device_map`, `quantization_config`, `revision`, …). With `engine="llamacpp"`,
+        llama.cpp serves a GGUF file. `detoxifier`: "auto" is the one we ship for the embedded default, else
         one that was trained here for this model, else texts that need no training (`detoxifiers` says which). Or a hub
         id, a folder, a `Detoxifier`, a text (`Detoxifier.from_text`), a `SteeringStream` (signed weight), or several.
         `()` is none at all. `params` are the defaults of every call; a call's own take their place, all but a guard,
@@ -358,6 +361,14 @@ class DetoxiGen:
             async for index, item in said:
                 if (result := _result(index, item, return_exceptions, on_chunk)) is not None:
                     yield index, result
+
+
+def _runner(backbone: Backbone, views: Sequence[View], config: EngineConfig) -> Runner:
+    if backbone.gguf is None:
+        return TorchRunner(backbone, views, config)
+    from detox_guard.engine.llamacpp.runner import LlamaRunner
+
+    return LlamaRunner(backbone, views, config)
 
 
 def _raised(item: Chunk | Exception) -> Chunk:
