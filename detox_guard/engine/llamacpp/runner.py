@@ -56,6 +56,7 @@ class LlamaRunner:
         self._model = LoadedModel(backbone.gguf)
         try:
             block = how.get("n_batch") or (_BLOCK_GPU if self._model.on_gpu else _BLOCK_CPU)
+            block = min(block, bounds.prefill_chunk)
             self._desk = Desk(self._model, block, self._most)
             self._check_itself(backbone.id)
             self._prefixes = {i: self._prefix(view) for i, view in enumerate(self._views) if view.place == "front"}
