@@ -30,6 +30,7 @@ from detox_guard.errors import (
 )
 from detox_guard.models.load import load_backbone
 from detox_guard.settings import EngineConfig
+from detox_guard.testing import ScriptedScorer
 
 if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
@@ -146,7 +147,7 @@ def test_a_guarded_model_of_a_gguf(tiny: tuple[Path, Any]) -> None:
     assert (backbone.id, backbone.hidden_size, backbone.num_layers) == ("tiny-llama.F32.gguf", 48, 3)
     assert backbone.identity["engine"] == "llamacpp"
     stream = SteeringStream(random_detoxifier(backbone))
-    with DetoxiGen(backbone, [stream], params=SAMPLED.replace(guard=GuardPolicy(scorer="words"), seed=4)) as model:
+    with DetoxiGen(backbone, [stream], params=SAMPLED.replace(guard=GuardPolicy(scorer=ScriptedScorer("zzz")), seed=4)) as model:
         first, again = model.generate("So, what now?"), model.generate("So, what now?")
         assert first.text == again.text
         assert "".join(chunk.text for chunk in model.stream("So, what now?")) == first.text
