@@ -8,7 +8,7 @@ LLAMA_INDEX = integrations/llama-index-llms-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test check wheels docs bench bench-rag bench-chains ablate eval clean
+.PHONY: demo test check wheels docs bench bench-rag bench-chains ablate eval registry clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -43,6 +43,10 @@ docs: .venv/.installed-dev
 # Speed against plain generate, on the default backbone.
 bench: .venv/.installed-dev
 	.venv/bin/python -m detox_benchmarks speed
+
+# Which types of transformers can be steered: the table in docs/models.md, in about ten minutes.
+registry: .venv/.installed-dev
+	.venv/bin/python -m detox_benchmarks registry --into docs/models.md
 
 # Toxicity, perplexity and diversity on your copy of RealToxicityPrompts-style rows: make eval PROMPTS=file.jsonl
 # A run that was cut off goes on where it was; SAMPLES=8 is enough for a first look on a CPU.

@@ -7,12 +7,17 @@ import json
 import os
 import stat
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import DataError, DetoxGuardError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = [
+    "hold_folder",
     "prepare_file",
     "prepare_folder",
     "read_json",
@@ -57,6 +62,24 @@ def prepare_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error}") from error
+
+
+@contextmanager
+def hold_folder(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder, made unless it is there, against every other process that would. `doing` says what for, in the
+    words of the refusal. Raises `DataError` while another holds it."""
+    from filelock import FileLock, Timeout
+
+    prepare_folder(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"{folder}: another process is {doing}", hint="wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def prepare_file(path: Path) -> None:

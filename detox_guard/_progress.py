@@ -22,6 +22,10 @@ class Stage:
         """So many more are done."""
         self._update(advance=steps)
 
+    def at(self, done: int) -> None:
+        """So many are done."""
+        self._update(completed=done)
+
     def say(self, what: str) -> None:
         """What is worked on now, or how it goes."""
         self._update(what=what)

@@ -19,7 +19,7 @@ from detox_guard.detoxifiers.base import most_beside
 from detox_guard.detoxifiers.resolve import AUTO, as_streams
 from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.engine import Engine, EngineStats, Scheduler
-from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.engine.backends import runner_of
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
 from detox_guard.models.load import load_backbone
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from detox_guard.detoxifiers.base import View
     from detox_guard.detoxifiers.resolve import ManySteering
     from detox_guard.detoxifiers.soft_prompt import SteeringStream
-    from detox_guard.engine.runner import Runner
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Chunk, Generation
 
@@ -75,7 +73,7 @@ class DetoxiGen:
         self._beside = most_beside(views)
         self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
                               and s.place == "system"]  # fmt: skip
-        self._engine: Engine = run_aside(lambda: Scheduler(_runner(backbone, views, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(runner_of(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -361,14 +359,6 @@ class DetoxiGen:
             async for index, item in said:
                 if (result := _result(index, item, return_exceptions, on_chunk)) is not None:
                     yield index, result
-
-
-def _runner(backbone: Backbone, views: Sequence[View], config: EngineConfig) -> Runner:
-    if backbone.gguf is None:
-        return TorchRunner(backbone, views, config)
-    from detox_guard.engine.llamacpp.runner import LlamaRunner
-
-    return LlamaRunner(backbone, views, config)
 
 
 def _raised(item: Chunk | Exception) -> Chunk:

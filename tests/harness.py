@@ -22,7 +22,7 @@ from detox_guard.engine import (
     TokenConstraint,
     TokenStep,
 )
-from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.engine.torch.runner import torch_runner
 from detox_guard.settings import EngineConfig
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Recorder:
 
 def torch_engine(backbone: Backbone, streams: Sequence[View] = (), config: EngineConfig | None = None) -> Engine:
     config = config or EngineConfig()
-    return Scheduler(TorchRunner(backbone, streams, config), config)
+    return Scheduler(torch_runner(backbone, streams, config), config)
 
 
 def request(
@@ -164,16 +164,19 @@ def check_against_oracle(
     params: DecodingParams,
     *,
     on: Backbone | None = None,
+    tolerance: float = 1e-5,
     **config: int,
 ) -> None:
     """`check_engine` on torch. `on`: the copy of the backbone that the engine runs on."""
     oracle = Reference.of(backbone.model, streams)
     engine = torch_engine(on or backbone, streams, EngineConfig(max_rows=16, **config))
-    check_engine(engine, oracle, prompts, params)
+    check_engine(engine, oracle, prompts, params, tolerance)
 
 
-def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams) -> None:
-    """Greedy tokens equal, and every distribution within 1e-5, except where the nucleus' edge is a coin toss."""
+def check_engine(
+    engine: Engine, oracle: Reference, prompts: list[list[int]], params: DecodingParams, tolerance: float = 1e-5
+) -> None:
+    """Greedy tokens equal, and every distribution within `tolerance`, except where the nucleus' edge is a coin toss."""
     steps = unsure_steps = 0
     for prompt, sink in zip(prompts, decode(engine, prompts, params, keep=True, views=oracle.streams), strict=True):
         p_ref, unsure = oracle.distributions(prompt, sink.ids, params, contexts_of(prompt, oracle.streams))
@@ -185,7 +188,7 @@ def check_engine(engine: Engine, oracle: Reference, prompts: list[list[int]], pa
             assert step.distribution is not None
             ids, p = step.distribution
             dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
-            assert (dense - ref).abs().max() <= 1e-5
+            assert (dense - ref).abs().max() <= tolerance
             assert ref[step.token_id] > 0
             if params.temperature == 0:
                 assert step.token_id == ref.argmax()

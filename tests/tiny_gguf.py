@@ -27,7 +27,9 @@ _LAYER = {
 }
 
 
-def make_tiny_gguf(file: Path, *, name: str = "Tiny Llama", rounded: str | None = None, **config: Any) -> PreTrainedModel:
+def make_tiny_gguf(
+    file: Path, *, name: str = "Tiny Llama", rounded: str | None = None, **config: Any
+) -> PreTrainedModel:
     """Write a tiny Llama; `rounded`: a name of `GGMLQuantizationType` for its matrices. Gives the torch model."""
     model = make_tiny_model(make_tiny_config("llama", **config))
     write_gguf(file, model, name=name, rounded=rounded)

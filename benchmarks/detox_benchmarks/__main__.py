@@ -171,5 +171,24 @@ def measured(
     print(measure_scorer(data, scorer, show_over))
 
 
+@app.command()
+def registry(
+    kinds: Annotated[list[str] | None, typer.Argument(help="Types (llama, qwen3_next, …); else all.")] = None,
+    into: Annotated[Path | None, typer.Option(help="A page with the marks of the table (docs/models.md).")] = None,
+) -> None:
+    """Which types of transformers can be steered: a tiny random model of each, held against whole forward passes."""
+    from detox_benchmarks.registry.run import table, try_all, types_of, write_into
+
+    results = []
+    for part in types_of(kinds or ()):
+        tried = []
+        for one in try_all(part):
+            typer.echo(f"{one.kind}: {one.verdict}: {one.how}" + ("" if one.error is None else f" ({one.error:.0e})"))
+            tried.append(one)
+        results.append(tried)
+    if into is not None:
+        write_into(into, table(*results))
+
+
 if __name__ == "__main__":
     app()

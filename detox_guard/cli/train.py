@@ -8,11 +8,10 @@ import typer
 
 from detox_guard.cli import options, session
 from detox_guard.cli.console import EXIT_INTERRUPTED, print_json, stderr_console, stdout_console
+from detox_guard.cli.measure import quiet_libraries
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
 
     from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
@@ -42,45 +41,21 @@ def train(as_json: options.Json = False, **fields: Any) -> None:
 
 
 def _run(config: TrainingConfig) -> Detoxifier:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = stderr_console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     if config.model is None:
         from detox_guard.models.default import default_backbone_dir
 
         default_backbone_dir()  # has its own bar
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Loading, measuring", total=config.steps, loss="")
-
-        def step(done: int, steps: int, loss: float) -> None:
-            words = "Training" if done < steps else "Measuring"
-            bar.update(task, description=words, completed=done, loss=f"loss {loss:.3f}")
-
-        return _train(config, step)
-
-
-def _train(config: TrainingConfig, step: Callable[[int, int, float], None]) -> Detoxifier:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet_libraries()
+    from detox_guard._progress import Progress
     from detox_guard.training import train_detoxifier
 
-    return train_detoxifier(config, progress=step)
+    with Progress(True) as bars, bars.stage("training", config.steps) as stage:
+
+        def step(done: int, steps: int, loss: float) -> None:
+            stage.say(f"loss {loss:.3f}" if done < steps else "measuring")
+            stage.at(done)
+
+        return train_detoxifier(config, progress=step)
 
 
 def losses_table(card: DetoxifierCard) -> Table:

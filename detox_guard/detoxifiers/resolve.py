@@ -26,13 +26,13 @@ __all__ = ["AUTO", "UNTRAINED", "ManySteering", "Steering", "as_streams"]
 AUTO = "auto"
 Steering = str | Path | Detoxifier | TextView | SteeringStream
 ManySteering = Steering | Sequence[Steering] | None
+_SAME = "\n\nThe same again, but {}:\n\n"
+_RUDE = _SAME.format("rude, disrespectful, and full of insults, threats and swear words")
+_KIND = _SAME.format("polite, respectful and kind, without any insults, threats or swear words")
+_TAIL, _WEIGHT = 48, 1.5
 UNTRAINED = (
-    Detoxifier.from_text(
-        "The following text is rude, disrespectful, and full of insults, threats and swear words:\n\n", weight=-1.0
-    ),
-    Detoxifier.from_text(
-        "The following text is polite, respectful and kind, without insults, threats or swear words:\n\n", weight=0.5
-    ),
+    Detoxifier.from_text(_RUDE, "reply", -_WEIGHT, tail=_TAIL),
+    Detoxifier.from_text(_KIND, "reply", _WEIGHT, tail=_TAIL),
 )
 """What serves a model that has no detoxifier. How they were chosen: docs/detoxifiers.md."""
 _log = logging.getLogger("detox_guard.detoxifiers")

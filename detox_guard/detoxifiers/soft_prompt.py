@@ -209,7 +209,7 @@ class Detoxifier:
         if card.base_id and last_part(card.base_id) not in fits:
             raise DetoxifierMismatchError(
                 f"the detoxifier was trained for {card.base_id!r}, the backbone is {backbone.id!r}",
-                hint="train one for this backbone: detox-guard train --model … --data … --output …",
+                hint="make one for this model: detox-guard adapt MODEL",
             )
         for name, ours, theirs in (
             ("hidden size", card.hidden_size, backbone.hidden_size),
@@ -256,6 +256,13 @@ class SteeringStream:
         """Sign and weight, "text" where it is one, and the start of its SHA-256."""
         kind = "text:" if isinstance(self.detoxifier, TextView) else ""
         return f"{self.weight:+g}:{kind}{self.detoxifier.sha256[:12]}"
+
+    @property
+    def soft_prompt(self) -> Detoxifier:
+        """For what can be told of virtual tokens only. Raises `DetoxifierError` for a text."""
+        if isinstance(self.detoxifier, Detoxifier):
+            return self.detoxifier
+        raise DetoxifierError("a text has no virtual tokens", hint="name a trained detoxifier")
 
     def identity(self) -> dict[str, Any]:
         """What it is, as JSON, without who chose it."""
@@ -314,7 +321,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DetoxifierNotFoundError(
             f"{repo_id}: no such folder, and not on the hub: {error}",
-            hint="a folder made by `detox-guard train` or PEFT, or a hub id that can be reached or is cached",
+            hint="a folder made by `detox-guard adapt`, `train` or PEFT, or a hub id that can be reached or is cached",
         ) from error
 
 

@@ -27,7 +27,7 @@ from detox_guard.errors import EngineClosedError
 from detox_guard.steering.choose import Chooser
 
 if TYPE_CHECKING:
-    from detox_guard.engine.base import Bounds, PromptIds, Request
+    from detox_guard.engine.base import Bounds, Request
     from detox_guard.engine.groups import Group
     from detox_guard.engine.places import Places
     from detox_guard.engine.runner import Runner
@@ -52,7 +52,7 @@ class Loop:
         self._closed = self._forked = False
         self._stats = EngineStats()
         self._reports = Reports(self._stats)
-        self._chooser = Chooser(runner.weights, runner.device)
+        self._chooser = Chooser(runner.weights)
         self._make_rooms()
         around_forks_of(self, Loop._hold, Loop._release)
         in_children_of(self, Loop._fork)
@@ -64,9 +64,9 @@ class Loop:
         self._holders = 0
         """Threads that are about to fork: nothing is computed until they have."""
         # A request is in one of these, in this order.
-        self._queue = Queue(self._bounds, lambda request: self.room(request.prompt, request.max_new_tokens))
+        self._queue = Queue(self._bounds, self._runner)
         self._groups = Groups(self._runner, self._bounds)
-        self._seats = Seats(self._runner, self._chooser.device, self._wake)
+        self._seats = Seats(self._runner, self._runner.device, self._wake)
         self._decoder = Decoder(self._runner, self._seats, self._chooser, self._reports, self._stats)
 
     def _hold(self) -> None:
@@ -93,11 +93,6 @@ class Loop:
     @property
     def places(self) -> Places:
         return self._queue.places
-
-    def room(self, prompt: PromptIds, max_new_tokens: int) -> tuple[int, int]:
-        """The rows that a request takes, and the most slots that one of them comes to hold."""
-        rows = 1 + len(self._runner.weights) if prompt.steered else 1
-        return rows, self._runner.slots(prompt) + max_new_tokens
 
     def submit(self, request: Request) -> None:
         """Queue a request that has a place."""

@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING
 from detox_guard.engine.places import Places
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from detox_guard.engine.base import Bounds, Request
+    from detox_guard.engine.base import Bounds, PromptIds, Request
+    from detox_guard.engine.runner import Runner
 
-__all__ = ["Queue"]
+__all__ = ["Queue", "room_for"]
+
+
+def room_for(prompt: PromptIds, max_new_tokens: int, runner: Runner) -> tuple[int, int]:
+    """The rows that a request takes, and the most slots that one of them comes to hold."""
+    return 1 + len(runner.weights) if prompt.steered else 1, runner.slots(prompt) + max_new_tokens
 
 
 class Queue:
     """Requests that are prepared. Each has one of the `places`; all else is under its owner's lock."""
 
-    def __init__(self, bounds: Bounds, room: Callable[[Request], tuple[int, int]]) -> None:
-        """`room(request)`: the rows that it takes, and the most slots that one of them comes to hold."""
+    def __init__(self, bounds: Bounds, runner: Runner) -> None:
         self.places = Places(bounds.max_queue)
         self._bounds = bounds
-        self._room = room
+        self._runner = runner
         self._waiting: deque[Request] = deque()
 
     def __len__(self) -> int:
@@ -46,6 +51,9 @@ class Queue:
             admitted.append(self._waiting.popleft())
             self.places.give_back()
         return admitted
+
+    def _room(self, request: Request) -> tuple[int, int]:
+        return room_for(request.prompt, request.max_new_tokens, self._runner)
 
     def drop_cancelled(self) -> list[Request]:
         dropped = [request for request in self._waiting if request.cancelled]

@@ -31,7 +31,7 @@ class RunnerLimits:
 
     vocab_size: int
     max_positions: int | None
-    """Positions a row may have: the model's, or its window where that is less. None is no bound."""
+    """Positions a row may have. None is no bound."""
     views: frozenset[ViewKind]
     """The kinds of view that it can give a row."""
     rewinds: bool = True

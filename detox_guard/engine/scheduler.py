@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from detox_guard.engine.base import EngineLimits
 from detox_guard.engine.loop import Loop
+from detox_guard.engine.queue import room_for
 from detox_guard.errors import EngineBusyError, EngineError, PromptError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Scheduler:
             raise PromptError("prompt", prompt.ids, f"token ids from 0 to {vocab - 1}")
 
     def _check_length(self, prompt: PromptIds, max_new_tokens: int) -> None:
-        rows, asked = self._loop.room(prompt, max_new_tokens)
+        rows, asked = room_for(prompt, max_new_tokens, self._runner)
         own, most = len(prompt.ids), self.limits.max_positions
         if most is not None and asked > most:
             raise PromptTooLongError(

@@ -31,6 +31,8 @@ class EvalConfig(StrictModel):
     """How much of it."""
     model: str | None = None
     """Hub id, folder or .gguf file; else the embedded default model."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
     detoxifier: Any = None
     """Folder or hub id; else "auto"."""
     device: Any = None

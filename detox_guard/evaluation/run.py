@@ -81,7 +81,7 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
         from detox_guard.detoxifiers.resolve import as_streams
         from detox_guard.models.load import load_backbone
 
-        backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
+        backbone = load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
         streams = as_streams(config.detoxifier, backbone) if steered and config.detoxifier != () else ()
         made = make_methods(config.methods, config.alphas, Ingredients(backbone, plain, default, streams), table)
         bars = stack.enter_context(Progress(progress))

@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
-from detox_guard._files import prepare_folder, read_json
+from detox_guard._files import hold_folder, read_json
 from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,18 +112,8 @@ class Journal:
 @contextmanager
 def open_run(folder: Path) -> Iterator[None]:
     """Hold a run's folder, made unless it is there. Raises `DataError` while another process holds it."""
-    from filelock import FileLock, Timeout
-
-    prepare_folder(folder)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DataError(f"{folder}: another process is measuring into it") from None
-    try:
+    with hold_folder(folder, "measuring into it"):
         yield
-    finally:
-        lock.release()
 
 
 def load_run(folder: Path) -> dict[str, Any]:

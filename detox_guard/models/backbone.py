@@ -7,13 +7,20 @@ from (`load`), what can be steered (`checks`), soft prompts, decoding, text.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard.errors import BackboneError, InvalidParamsError, NotPicklableError, UnsupportedBackboneError
 from detox_guard.models.adapters import kind_of, unwrapped
-from detox_guard.models.checks import check_config, learned_positions, max_positions, probe
+from detox_guard.models.checks import (
+    Running,
+    check_config,
+    learned_positions,
+    max_positions,
+    probe,
+    running_of,
+)
 from detox_guard.models.quantization import quantization_of
 
 if TYPE_CHECKING:
@@ -58,6 +65,7 @@ class Backbone:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     has_chat_template: bool
+    running: Running = field(default_factory=Running)
     spread: bool = False
     quantization: str | None = None
     adapter: str | None = None
@@ -129,7 +137,8 @@ def from_model(
     device = _input_device(model)
     window = probe(model, name, device)
 
-    vocab_size = int(config.vocab_size)
+    text = config.get_text_config(decoder=True)
+    vocab_size = int(text.vocab_size)
     if max(tokenizer("The quick brown fox").input_ids, default=0) >= vocab_size:
         raise BackboneError(f"{name}: wrong tokenizer: it gives ids past the vocabulary of {vocab_size}")
     eos_token_ids = tuple(token for token in _eos_token_ids(model, tokenizer) if token < vocab_size)
@@ -144,14 +153,15 @@ def from_model(
         device=device,
         dtype=model.dtype,
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
-        num_layers=int(config.num_hidden_layers),
+        num_layers=int(getattr(text, "num_hidden_layers", 0)),
         vocab_size=vocab_size,
-        max_positions=max_positions(config, name),
+        max_positions=max_positions(text, name),
         learned_positions=learned_positions(model),
         window=window,
         eos_token_ids=eos_token_ids,
         pad_token_id=int(pad),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        running=running_of(model),
         spread=spread,
         quantization=quantization_of(config),
         adapter=adapter,

@@ -1,19 +1,19 @@
 """What kinds of model can be steered. Knows configs and one trial forward pass; loads nothing.
 
-Steering needs a decoder-only text model whose every layer keeps plain keys and values, which takes `inputs_embeds` and
-explicit `position_ids`, and in which no token sees a later one. Each thing else is refused with its reason.
+Steering needs a decoder-only text model in which no token sees a later one. Each thing else is refused with its reason.
+How a model that is served can be run, `Layout`, is told from its config and its class too.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from detox_guard.errors import BackboneError, UnsupportedBackboneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Container
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,25 +21,89 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "NO_SOFT_PROMPT",
+    "REFUSED",
+    "Layout",
+    "Running",
+    "auto_class",
     "causal_class",
     "check_config",
     "learned_positions",
     "max_positions",
     "probe",
+    "running_of",
 ]
+
+Layout = Literal["padded", "rows", "alone", "recompute"]
+
+
+class Running(NamedTuple):
+    """How a model is run without an error in any digit but the last."""
+
+    layout: Layout = "padded"
+    """padded: prompts padded and computed together, then one pass for all rows, the engine's masks. rows: each prompt
+    alone, then one pass for all rows, the model's own masks. alone: a pass a row, the model's own cache. recompute: a
+    pass a row, which reads all of it again, for want of a cache."""
+    stepwise: bool = False
+    """What follows a past is read a token a pass: the model's recurrence begins anew in a longer one."""
+    takes_embeddings: bool = True
+    """Virtual tokens can be fed. Not where layers look the token ids up once more."""
+    first_position: int = 0
+    """The position of a row's first token."""
+
+
+_ROW_LAYERS = {
+    "DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer", "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
+}  # fmt: skip
+"""transformers' kinds of cache layer that a batch of rows can hold."""
+_ALONE = frozenset(
+    {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
+)
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache."""
+_NO_CACHE = frozenset({"recurrent_gemma", "xlstm", "moss_transcribe_diarize", "blt"})
+"""Types that keep their states in the module, where no two rows can have their own, or whose cache takes no second part
+of a prompt."""
+_STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
+"""Types of the first Mamba, whose scan takes no state to begin with."""
+_PAD_FIRST = frozenset(
+    {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Types that count positions from behind the padding's."""
+_IDS_ONLY = frozenset({"deepseek_v4", "blt"})
+"""Types that route or patch tokens by their ids."""
+REFUSED = {
+    "cpmant": "its context is read in both directions",
+    "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
+    "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
+    "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
+    "reformer": "its attention hashes tokens at random, and whole chunks of them",
+    "xlnet": "its context is read in both directions",
+}
+"""Types that no engine could steer exactly, and why."""
+
+_PROBE = 6
 
 CONFIG_FILE = "adapter_config.json"
 """Of every PEFT adapter."""
 NO_SOFT_PROMPT = "Another adapter (LoRA, say) is part of the model: pass its folder as the model."
 
 
-def causal_class(config: PreTrainedConfig, name: str) -> Any:
-    """The class `AutoModelForCausalLM` will build. Raises `UnsupportedBackboneError` if there is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What of transformers loads such a model: as a causal one if it can, else as one of images and text, of which the
+    text alone is used."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedBackboneError(f"{name}: {config.model_type} is no causal language model")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def causal_class(config: PreTrainedConfig, name: str) -> Any:
+    """The class that `auto_class` will build. Raises `UnsupportedBackboneError` if there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise UnsupportedBackboneError(f"{name}: {config.model_type} is no causal language model")
 
 
 def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
@@ -48,49 +112,55 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
     `cls` None: not known yet (remote code); `from_model` checks again with the class.
     Raises `UnsupportedBackboneError`.
     """
-    from transformers import DynamicCache
 
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(
             f"{name} ({config.model_type}) cannot be steered: {reason}",
-            hint="Use a text-only decoder with a key/value cache in every layer (Llama, Qwen, Mistral, GPT-2, …).",
+            hint="Nearly every decoder-only model can be: docs/models.md has the table.",
         )
 
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
-    if config.get_text_config(decoder=True) is not config or any(
-        getattr(config, part, None) is not None for part in ("vision_config", "audio_config")
-    ):
-        raise refuse("it is a multimodal wrapper; only its text model alone could be served")
-    if getattr(config, "hidden_size_per_layer_input", None):
-        raise refuse("its per-layer embeddings need token ids, which virtual tokens do not have")
-    if getattr(config, "alibi", False):
-        raise refuse("ALiBi takes its distances from the padding mask, not from position ids")
-    if getattr(cls, "_is_stateful", False):
-        raise refuse("it keeps a recurrent state, not a key/value cache")
-    if cls is not None:
-        # some forwards swallow unknown arguments, and would then place tokens by the padding mask
-        takes = inspect.signature(cls.forward).parameters
-        if lacks := {"inputs_embeds", "position_ids", "past_key_values"} - set(takes):
-            raise refuse(f"its forward takes no {', '.join(sorted(lacks))}")
-    try:
-        layers = DynamicCache(config=config).layers
-    except Exception as error:
-        raise refuse("transformers can build no key/value cache from its config") from error
-    _check_layers(layers, refuse)
+    if config.model_type in REFUSED:
+        raise refuse(REFUSED[config.model_type])
 
 
-def _check_layers(layers: list[Any], refuse: Callable[[str], UnsupportedBackboneError]) -> None:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+def running_of(model: PreTrainedModel) -> Running:
+    """How this model is run."""
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    text = config.get_text_config(decoder=True)
+    kind = str(text.model_type)
+    return Running(
+        layout=_layout(config, takes),
+        stepwise=kind in _STEPWISE,
+        takes_embeddings=_takes_embeddings(config, takes),
+        first_position=int(text.pad_token_id or 0) + 1 if kind in _PAD_FIRST else 0,
+    )
 
-    # exact types: the subclasses carry more than keys and values (recurrent state, indexer keys)
-    odd = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    if odd:
-        raise refuse(f"some layers keep no plain key/value cache ({', '.join(sorted(odd))})")
+
+def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
+    from transformers import DynamicCache
+
+    text = config.get_text_config(decoder=True)
+    if config.model_type in _NO_CACHE or not ("past_key_values" in takes or "cache_params" in takes):
+        return "recompute"
+    names = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    if text.model_type in _ALONE or not names <= _ROW_LAYERS:
+        return "alone"
+    own = text is not config or text.model_type in _PAD_FIRST or getattr(text, "alibi", False)
+    if own or "position_ids" not in takes or "local" in getattr(text, "attention_layers", ()):
+        return "rows"
+    return "padded" if names == {"DynamicLayer"} else "rows"
+
+
+def _takes_embeddings(config: PreTrainedConfig, takes: Container[str]) -> bool:
+    text = config.get_text_config(decoder=True)
+    per_layer = getattr(text, "hidden_size_per_layer_input", None) or text.model_type in _IDS_ONLY
+    return "inputs_embeds" in takes and not per_layer
 
 
 def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None:
-    """One pass over `[[0, 1], [0, 2]]`: finite, causal, cached? Returns the smallest attention window, if any.
+    """One pass over two rows that end differently: finite, causal? Returns the smallest attention window, if any.
 
     `device` is where its inputs go.
 
@@ -101,38 +171,35 @@ def probe(model: PreTrainedModel, name: str, device: torch.device) -> int | None
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(f"{name} ({type(model).__name__}) cannot be steered: {reason}")
 
-    ids = torch.tensor([[0, 1], [0, 2]], device=device)
+    config = model.config.get_text_config(decoder=True)
+    takes = inspect.signature(model.forward).parameters
+    ids = torch.arange(_PROBE, device=device).repeat(2, 1)
+    ids[1, -1] += 1
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if _takes_embeddings(model.config, takes):
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
     try:
         with torch.inference_mode():
-            out = model(
-                inputs_embeds=model.get_input_embeddings()(ids),
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.tensor([[0, 1], [0, 1]], device=device),
-                use_cache=True,
-            )
-    except TypeError as error:
-        raise refuse("its forward takes no inputs_embeds or position_ids") from error
+            out = model(**inputs)
     except Exception as error:  # kernels of rounded weights assert, too
-        raise BackboneError(f"{name}: a trial pass over two tokens failed: {error}") from error
-    if out.logits.shape[-1] != model.config.vocab_size:
+        raise BackboneError(f"{name}: a trial pass over {_PROBE} tokens failed: {error}") from error
+    if out.logits.shape[-1] != config.vocab_size:
         raise BackboneError(
-            f"{name}: {out.logits.shape[-1]} logits for a vocabulary of {model.config.vocab_size} in config.json"
+            f"{name}: {out.logits.shape[-1]} logits for a vocabulary of {config.vocab_size} in config.json"
         )
     if not torch.isfinite(out.logits).all():
         raise BackboneError(
             f"{name}: the logits are not finite in {model.dtype}",
             hint='The weights are damaged, or overflow in this dtype: try dtype="float32".',
         )
-    if not torch.allclose(out.logits[0, 0], out.logits[1, 0], rtol=1e-2, atol=1e-2):
+    if not torch.allclose(out.logits[0, :-1], out.logits[1, :-1], rtol=1e-2, atol=1e-2):
         raise refuse("a later token changes what an earlier one sees, so it is not causal")
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
-    if not layers:
-        raise refuse("it returns no key/value cache")
-    _check_layers(layers, refuse)
-    windows = [int(layer.sliding_window) for layer in layers if layer.is_sliding]
-    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's own way to say it
-        windows.append(int(model.config.window_size))
-    return min(windows, default=None)
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own way to say it
+        windows.append(int(config.window_size))
+    return min((int(window) for window in windows if window), default=None)
 
 
 def max_positions(config: PreTrainedConfig, name: str) -> int | None:

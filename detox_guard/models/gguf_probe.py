@@ -96,9 +96,7 @@ def _scales(facts: dict[str, Any]) -> tuple[float, bool] | None:
     return (float(stated), True) if stated is not None and architecture.startswith("granite") else None
 
 
-def _tried(
-    lib: Any, model: Any, facts: dict[str, Any], path: str, scales: tuple[float, bool] | None
-) -> float | None:
+def _tried(lib: Any, model: Any, facts: dict[str, Any], path: str, scales: tuple[float, bool] | None) -> float | None:
     """Decode a few tokens. The factor that a virtual token is to be multiplied by; None: virtual tokens cannot be
     served."""
     import numpy as np

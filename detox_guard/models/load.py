@@ -17,7 +17,7 @@ from detox_guard._files import usable_path
 from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardError, InvalidParamsError
 from detox_guard.models.adapters import adapter_of, put_on
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
-from detox_guard.models.checks import CONFIG_FILE, causal_class, check_config
+from detox_guard.models.checks import CONFIG_FILE, auto_class, causal_class, check_config
 from detox_guard.models.default import (
     DEFAULT_ID,
     DEFAULT_REVISION,
@@ -209,7 +209,7 @@ def _commit(place: _Place, options: LoadOptions) -> str | None:
 
 def _loaded(place: _Place, tokenizer: Any, options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model where `options` want it, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     source, gguf_file = place.source, place.gguf_file
     on_device = pick_device(options.one_device)
@@ -227,7 +227,7 @@ def _loaded(place: _Place, tokenizer: Any, options: LoadOptions) -> tuple[PreTra
             its_tokenizer = AutoTokenizer.from_pretrained(source, **where)
         else:
             its_tokenizer = _tokenizer(tokenizer, options)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(config).from_pretrained(
             source, output_loading_info=True, **_how(config, gguf_file, options), **where
         )
         _check_whole(source, loaded, info)

@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from detox_guard.errors import StepError
-from detox_guard.steering.contrast import RULES, kl_divergence, plausible
-from detox_guard.steering.sampling import Nucleus, Sampling, nuclei, penalize_repetition, race, uniforms
+from detox_guard.steering.contrast import RULES, Mixed, kl_divergence, plausible, softmax
+from detox_guard.steering.sampling import Sampling, nucleus, penalize_repetition, race, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["COLDEST", "Chooser", "TokenStep", "Turn"]
@@ -79,12 +81,14 @@ class Turn:
 
 
 class Chooser:
-    """Chooses tokens under `weights [S]`, the signed weights of the engine's streams."""
+    """Chooses tokens under `weights [S]`, the signed weights of the engine's streams.
 
-    def __init__(self, weights: Sequence[float], device: torch.device) -> None:
-        # float64 draws and KL sums do not exist on MPS; the vocabulary-wide work is small enough for the CPU there.
-        self.device = torch.device("cpu") if device.type == "mps" else device
-        self.weights = torch.tensor(list(weights), dtype=torch.float32, device=self.device)
+    What is as wide as the vocabulary is normalised where the logits are. The rest is done on the host, request by
+    request, so that a token depends on nobody else in the batch.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = np.array(weights, dtype=np.float64)
         self._detoxifier = next((i for i, w in enumerate(weights) if w < 0), 0)
 
     def choose(self, logits: Tensor, turns: Sequence[Turn]) -> list[TokenStep | StepError]:
@@ -93,144 +97,76 @@ class Chooser:
         A turn whose rows hold a NaN or +inf gets a `StepError` in its place and samples nothing; the others are not
         touched by it. Raises `StepError` where a steered turn lacks rows.
         """
-        logits = logits.to(self.device)
-        streams = len(self.weights)
         for turn in turns:
-            if turn.steered and len(turn.rows) != 1 + streams:
-                raise StepError(f"a steered request has {len(turn.rows)} rows, {1 + streams} are needed")
-            if turn.banned or turn.allowed is not None:
-                logits[list(turn.rows)] = logits[list(turn.rows)].masked_fill(_ruled_out(turn, logits), -torch.inf)
-            if turn.seen is not None:
-                for row in turn.rows:
-                    penalize_repetition(logits[row], turn.seen, turn.sampling.repetition_penalty)
-        # A plain turn reads its own generator as its streams: the direction is then exactly zero.
-        rows = torch.tensor(
-            [list(t.rows) if t.steered else [t.rows[0]] * (1 + streams) for t in turns], device=self.device
-        )
-        warmth = self._column([max(t.sampling.temperature, COLDEST) if t.sampling.temperature else 1.0 for t in turns])
-        plain = logits.argmax(-1)[rows[:, 0]]
-        log_p = self._warmed(logits, rows, warmth).log_softmax(-1)
-        log_gen, log_streams = log_p[rows[:, 0]], log_p[rows[:, 1:]]
+            if turn.steered and len(turn.rows) != 1 + len(self.weights):
+                raise StepError(f"a steered request has {len(turn.rows)} rows, {1 + len(self.weights)} are needed")
+            _rule_out(logits, turn)
+        first = [int(logits[turn.rows[0]].argmax()) for turn in turns]
+        for turn in turns:
+            if turn.sampling.temperature not in (0, 1):
+                logits[list(turn.rows)] /= max(turn.sampling.temperature, COLDEST)
+        log_p = logits.log_softmax(-1).cpu().numpy()
+        with np.errstate(all="ignore"):
+            return [self._one(turn, log_p, plain) for turn, plain in zip(turns, first, strict=True)]
+
+    def _one(self, turn: Turn, log_p: NDArray[np.float32], plain: int) -> TokenStep | StepError:
+        """`log_p [rows, vocab]`; `plain` is the generator's own best token."""
+        sampling, gen = turn.sampling, log_p[turn.rows[0]]
+        streams = [log_p[row] for row in turn.rows[1:]] if turn.steered else []
         # A NaN or +inf anywhere in a row makes the whole row NaN, so one column tells.
-        sane = (~(log_gen[:, 0].isnan() | log_streams[:, :, 0].isnan().any(-1))).tolist()
-        if not all(sane):
-            log_gen = log_gen.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-
-        top_p = self._column([t.sampling.top_p for t in turns])
-        kl_detox = kl_divergence(log_gen, log_streams[:, self._detoxifier]) if streams else torch.zeros_like(top_p)
-        steps: list[TokenStep | StepError | None] = [None] * len(turns)
-        every = torch.arange(streams, device=self.device).unsqueeze(-1)
-        for places, nuc in nuclei(log_gen, top_p, self._integers([t.sampling.top_k for t in turns])):
-            at = places.tolist()
-            gathered = log_streams[places.view(-1, 1, 1), every, nuc.ids.unsqueeze(1)]
-            p, figures = self._decide([turns[i] for i in at], nuc, gathered, plain[places], kl_detox[places])
-            for row, i in enumerate(at):
-                if sane[i] and figures[row][-1]:
-                    steps[i] = _token_step(turns[i], figures[row], (nuc.ids[row], p[row]))
-        return [step or _nothing_to_choose(turn) for step, turn in zip(steps, turns, strict=True)]
-
-    def _decide(
-        self, turns: Sequence[Turn], nuc: Nucleus, log_streams: Tensor, plain: Tensor, kl_detox: Tensor
-    ) -> tuple[Tensor, list[list[float]]]:
-        """Mix and draw: the probabilities `[N, K]`, and each turn's figures in the order of `_token_step`, the last of
-        them 1 if they are numbers. `log_streams [N, S, K]`; `plain [N]` ids, `kl_detox [N]` are passed on."""
-        greedy = torch.tensor([t.sampling.temperature == 0 for t in turns], device=self.device)
-        alpha = self._column([t.sampling.alpha for t in turns])
-        keep = nuc.keep & plausible(nuc.log_p, self._column([t.sampling.plausibility for t in turns]))
-        p, clipped, fallback = self._mix(turns, nuc.log_p, log_streams, alpha, keep)
-
-        drawn = race(
-            p, uniforms(self._integers([t.seed for t in turns]), self._integers([t.index for t in turns]), nuc.ids)
+        if any(np.isnan(view[0]) for view in (gen, *streams)):
+            return _nothing_to_choose(turn)
+        ids, log_gen = nucleus(gen, sampling.top_p, sampling.top_k)
+        before = softmax(log_gen)
+        if sampling.plausibility:
+            inside = plausible(log_gen, sampling.plausibility)
+            ids, log_gen, before = ids[inside], log_gen[inside], before[inside]
+        kl_detoxifier, mixed = 0.0, Mixed(softmax(log_gen))
+        if streams:
+            kl_detoxifier = kl_divergence(gen, streams[self._detoxifier])
+            log_streams = np.stack([view[ids] for view in streams]).astype(np.float64)
+            mixed = RULES[sampling.rule](log_gen, log_streams, self.weights, sampling.alpha)
+        p = mixed.p
+        if np.isnan(p).any():
+            return _nothing_to_choose(turn)
+        if sampling.temperature:
+            pick = race(p, uniforms(turn.seed, turn.index, ids))
+        else:
+            # alpha = 0 is a bypass, not a contrast of strength zero: greedy is the argmax that `model.generate` takes.
+            pick = int(p.argmax() if streams else ids.searchsorted(plain))
+        preferred = int(ids.searchsorted(plain))
+        return TokenStep(
+            index=turn.index,
+            token_id=int(ids[pick]),
+            p_before=float(before[pick]),
+            p_after=float(p[pick]),
+            kl_detoxifier=max(kl_detoxifier, 0.0),
+            kl_steering=max(kl_divergence(np.log(p), np.log(before)), 0.0),
+            clipped_mass=mixed.clipped_mass,
+            fallback=mixed.fallback,
+            preferred_id=plain,
+            preferred_p=float(before[preferred]),
+            steered=bool(streams),
+            distribution=(torch.from_numpy(ids), torch.from_numpy(p).float()) if turn.keep_distribution else None,
         )
-        pick = torch.where(greedy, _first_max(p, nuc.ids), drawn)
-        token = nuc.ids.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
-        # alpha = 0 is a bypass, not a contrast of strength zero: greedy is the argmax that `model.generate` takes.
-        token = torch.where(greedy & (alpha == 0), plain, token)
-        chosen = nuc.ids == token.unsqueeze(-1)
-
-        before = nuc.log_p.masked_fill(~nuc.keep, -torch.inf).softmax(-1)
-        kl_steer = kl_divergence(p.log(), before.log())
-        figures: list[list[float]] = torch.stack(
-            [
-                token.double(),
-                (before * chosen).sum(-1).double(),
-                (p * chosen).sum(-1).double(),
-                kl_detox.double(),
-                kl_steer.double(),
-                clipped.double(),
-                fallback.double(),
-                plain.double(),
-                (before * (nuc.ids == plain.unsqueeze(-1))).sum(-1).double(),
-                (~p.isnan().any(-1)).double(),
-            ],
-            dim=-1,
-        ).tolist()  # the one transfer to the host a group
-        return p, figures
-
-    def _warmed(self, logits: Tensor, rows: Tensor, warmth: Tensor) -> Tensor:
-        """`logits` over each row's temperature."""
-        if bool((warmth == 1).all()):
-            return logits
-        by_row = torch.ones(len(logits), device=self.device)
-        by_row[rows] = warmth.unsqueeze(-1)
-        return logits.div_(by_row.unsqueeze(-1))
-
-    def _mix(
-        self, turns: Sequence[Turn], log_gen: Tensor, log_streams: Tensor, alpha: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each turn by its own rule."""
-        by_rule: dict[str, list[int]] = {}
-        for i, turn in enumerate(turns):
-            by_rule.setdefault(turn.sampling.rule, []).append(i)
-        p = torch.empty_like(log_gen)
-        clipped, fallback = torch.empty_like(alpha), torch.empty_like(alpha, dtype=torch.bool)
-        for rule, members in by_rule.items():
-            at = torch.tensor(members, device=self.device)
-            p[at], clipped[at], fallback[at] = RULES[rule](
-                log_gen[at], log_streams[at], self.weights, alpha[at], keep[at]
-            )
-        return p, clipped, fallback
-
-    def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-    def _integers(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def _ruled_out(turn: Turn, logits: Tensor) -> Tensor:
-    """`[vocab]` bool: what this turn may not choose."""
-    allowed = torch.ones(logits.shape[-1], dtype=torch.bool) if turn.allowed is None else turn.allowed
-    fit = allowed.clone()
-    fit[list(turn.banned)] = False
-    # Where the constraint leaves nothing else, the ban yields: who banned it will see it again.
-    return ~(fit if fit.any() else allowed).to(logits.device)
-
-
-def _token_step(turn: Turn, figures: Sequence[float], distribution: tuple[Tensor, Tensor]) -> TokenStep:
-    return TokenStep(
-        index=turn.index,
-        token_id=int(figures[0]),
-        p_before=figures[1],
-        p_after=figures[2],
-        kl_detoxifier=max(figures[3], 0.0),
-        kl_steering=max(figures[4], 0.0),
-        clipped_mass=figures[5],
-        fallback=bool(figures[6]),
-        preferred_id=int(figures[7]),
-        preferred_p=figures[8],
-        steered=turn.steered and len(turn.rows) > 1,
-        distribution=(distribution[0].cpu(), distribution[1].cpu()) if turn.keep_distribution else None,
-    )
+def _rule_out(logits: Tensor, turn: Turn) -> None:
+    """Take from the turn's rows what may not be chosen, and penalise what was said, in place."""
+    rows = list(turn.rows)
+    if turn.banned or turn.allowed is not None:
+        allowed = torch.ones(logits.shape[-1], dtype=torch.bool) if turn.allowed is None else turn.allowed
+        fit = allowed.clone()
+        fit[list(turn.banned)] = False
+        # Where the constraint leaves nothing else, the ban yields: who banned it will see it again.
+        out = ~(fit if fit.any() else allowed).to(logits.device)
+        logits[rows] = logits[rows].masked_fill(out, -torch.inf)
+    if turn.seen is not None:
+        for row in rows:
+            penalize_repetition(logits[row], turn.seen, turn.sampling.repetition_penalty)
 
 
 def _nothing_to_choose(turn: Turn) -> StepError:
     if turn.allowed is not None and not turn.allowed.any():
         return StepError("the constraint allows no token", hint="simplify the grammar")
     return StepError("the backbone gave logits that are not numbers", hint="try dtype='float32'")
-
-
-def _first_max(p: Tensor, ids: Tensor) -> Tensor:
-    """Index of the largest `p`; of equal ones that with the lowest token id, so that ties do not depend on sorting."""
-    best = p == p.amax(-1, keepdim=True)
-    return ids.masked_fill(~best, torch.iinfo(ids.dtype).max).argmin(-1)

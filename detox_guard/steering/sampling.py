@@ -6,19 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Nucleus", "Sampling", "nuclei", "penalize_repetition", "race", "uniforms"]
+__all__ = ["Nucleus", "Sampling", "nucleus", "penalize_repetition", "race", "uniforms"]
 
-_WIDTHS = (256, 1024, 4096)
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_NATS_BELOW = (9.0, 18.0, 0.0)
+"""How far below the best token candidates are looked for, one after the other; 0 is no bound."""
+_BITS = 2**64 - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,49 +42,36 @@ class Sampling:
 class Nucleus(NamedTuple):
     """The candidates of one step."""
 
-    ids: Tensor
-    """`[N, K]` int64 token ids; one row holds each id at most once."""
-    log_p: Tensor
-    """`[N, K]` their log-probabilities over the full vocabulary."""
-    keep: Tensor
-    """`[N, K]` bool: in the nucleus, and possible at all (`log_p` above -inf). At least one a row."""
+    ids: NDArray[np.int64]
+    """`[K]` token ids, rising."""
+    log_p: NDArray[np.float64]
+    """`[K]` their log-probabilities over the full vocabulary."""
 
 
-def nuclei(log_p: Tensor, top_p: Tensor, top_k: Tensor) -> Iterator[tuple[Tensor, Nucleus]]:
-    """The smallest set of most probable tokens with mass `≥ top_p` (Holtzman et al. 2020), then its `top_k` best.
+def nucleus(log_p: NDArray[np.float32], top_p: float, top_k: int) -> Nucleus:
+    """The smallest set of most probable tokens with mass `≥ top_p` (Holtzman et al. 2020), then its `top_k` best (0 =
+    all). `log_p [V]` normalised. Of tokens that are equally probable those with the lower ids come first. At least one.
 
-    `log_p [N, V]` normalised log-probabilities; `top_p [N]` in (0, 1]; `top_k [N]` int64, 0 = off. In groups of rows
-    that are about equally wide, `(places [M] of the rows, their nucleus)`, so that one flat distribution in a batch
-    does not make its neighbours' step as expensive as its own; each group sorts as few candidates as cover it.
+    Most tokens are far less probable than the best, so only those within a few nats of it are looked at, unless they do
+    not make up the mass; and none is sorted with its id: the value of the last one inside tells which are inside.
     """
-    vocab = log_p.shape[-1]
-    k_bound = torch.where(top_k > 0, top_k, vocab)
-    everything = (top_p >= 1) & (k_bound >= vocab)  # nothing to sort
-    if bool(everything.any()):
-        places = everything.nonzero().squeeze(-1)
-        some = _at(log_p, places)
-        yield places, Nucleus(torch.arange(vocab, device=log_p.device).expand(some.shape), some, some > -torch.inf)
-    waiting = (~everything).nonzero().squeeze(-1)
-    for width in (*(w for w in _WIDTHS if w < vocab), vocab):
-        if not len(waiting):
-            return
-        best, ids = _at(log_p, waiting).topk(width, dim=-1)
-        before = best.exp().cumsum(-1) - best.exp()
-        rank = torch.arange(width, device=log_p.device)
-        open_p = (before < top_p[waiting].unsqueeze(-1)) | (top_p[waiting] >= 1).unsqueeze(-1)
-        keep = open_p & (rank < k_bound[waiting].unsqueeze(-1))
-        keep[:, 0] = True
-        keep &= best > -torch.inf
-        # Covered when the last candidate is already outside: then nothing further can be inside.
-        covered = ~keep[:, -1] | (width == vocab)
-        if bool(covered.any()):
-            yield waiting[covered], Nucleus(*(_at(part, covered.nonzero().squeeze(-1)) for part in (ids, best, keep)))
-        waiting = waiting[~covered]
-
-
-def _at(rows: Tensor, places: Tensor) -> Tensor:
-    """The rows at these places, in order; not copied where that is all of them."""
-    return rows if len(places) == len(rows) else rows[places]
+    best = log_p.max()
+    for within in _NATS_BELOW:
+        ids = np.flatnonzero(log_p >= best - within) if within else np.flatnonzero(log_p > -np.inf)
+        some = log_p[ids].astype(np.float64)
+        if not within and top_p >= 1 and not 0 < top_k < len(ids):
+            return Nucleus(ids, some)
+        ordered = np.sort(some)[::-1]
+        mass = np.exp(ordered).cumsum()
+        inside = len(ids) if top_p >= 1 else 1 + int(mass.searchsorted(top_p))
+        count = min(inside, top_k or inside)
+        if count <= len(ids) and (top_p < 1 or 0 < top_k <= len(ids)):
+            break
+    count = min(count, len(ids))
+    last = ordered[count - 1]
+    keep = some > last
+    keep[np.flatnonzero(some == last)[: count - int(keep.sum())]] = True
+    return Nucleus(ids[keep], some[keep])
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> None:
@@ -96,31 +83,26 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> None:
     logits[..., seen] = torch.where(at < 0, at * penalty, at / penalty)
 
 
-def uniforms(seed: Tensor, step: Tensor, ids: Tensor) -> Tensor:
-    """Uniforms in (0, 1), float64 `[N, K]`, a pure function of `(seed[n], step[n], ids[n, k])`: splitmix64 twice.
+def uniforms(seed: int, step: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Uniforms in (0, 1) `[K]`, a pure function of `(seed, step, ids[k])`: splitmix64 twice.
 
     Counter-based, so a draw depends on its own request alone: not on neighbours, nor on how many draws came before.
     """
-    row_key = _mix(seed + _GOLDEN * (step + 1))
-    bits = _mix(row_key.unsqueeze(-1) + _GOLDEN * (ids + 1))
-    return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    key = np.uint64(int(_mix(np.array([(seed + _GOLDEN * (step + 1)) & _BITS], dtype=np.uint64))[0]))
+    bits = _mix(key + np.uint64(_GOLDEN) * (ids.astype(np.uint64) + np.uint64(1)))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def race(p: Tensor, u: Tensor) -> Tensor:
-    """`[N]` index drawn from `p [N, K]` by the exponential race `argmin -log(u)/p`; never one of probability zero.
+def race(p: NDArray[np.float64], u: NDArray[np.float64]) -> int:
+    """Index drawn from `p [K]` by the exponential race `argmin -log(u)/p`; never one of probability zero.
 
-    One uniform a token (not one a row) makes the draw insensitive to the order and number of candidates.
+    One uniform a token (not one for all) makes the draw insensitive to the order and number of candidates.
     """
-    arrival = (-u.log()).log() - p.to(torch.float64).log()
-    return arrival.argmin(-1)
+    with np.errstate(divide="ignore"):
+        return int(np.argmin(-np.log(u) / p))
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's is arithmetic on signed integers."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
+    return x ^ (x >> np.uint64(31))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from detox_guard.training.prompt_tuning import train_detoxifier
+    from detox_guard.training.trainer import train_detoxifier
 
 __all__ = ["TrainingConfig", "train_detoxifier"]
 
@@ -18,6 +18,6 @@ __all__ = ["TrainingConfig", "train_detoxifier"]
 def __getattr__(name: str) -> object:
     if name != "train_detoxifier":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from detox_guard.training.prompt_tuning import train_detoxifier
+    from detox_guard.training.trainer import train_detoxifier
 
     return train_detoxifier

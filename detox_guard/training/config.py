@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
 from detox_guard._strict import StrictModel
 from detox_guard.detoxifiers.soft_prompt import Position
 
-__all__ = ["FILES", "TrainingConfig"]
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+__all__ = ["FILES", "AdaptConfig", "TrainingConfig"]
 
 FILES = ("data", "contexts", "anchors", "pairs")
 """The fields that name training data."""
@@ -113,19 +116,92 @@ class TrainingConfig(StrictModel):
 
     def command(self) -> str:
         """The `detox-guard train` line of this run: position and what differs from the defaults, files by base name."""
-        words = ["detox-guard", "train"]
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if (value == field.default and name != "position") or name in {"resume", "device", "notes"}:
-                continue
-            flag = "--" + name.replace("_", "-")
-            if name in FILES:
-                words += [word for source in value for word in (flag, _base_name(source))]
-            elif isinstance(value, tuple):
-                words += [flag, *map(str, value)]
-            else:
-                words += [flag, _base_name(value) if name in {"output", "model", "start"} else str(value)]
-        return shlex.join(words)
+        return _command("train", self, leave={"resume", "device", "notes"}, always={"position"})
+
+
+class AdaptConfig(StrictModel):
+    """What `detox_guard.adapt.adapt` may be told. Raises `InvalidParamsError`."""
+
+    model: str | None = None
+    """Hub id, folder or .gguf file; else the embedded default model."""
+    output: str | None = None
+    """Folder of the detoxifier; else the model's name and "-detoxifier", here."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    data: tuple[str, ...] | None = None
+    """Toxic texts: .jsonl, .csv, .tsv, .txt or hub set org/name[:split]; else google/civil_comments, which is CC0."""
+    anchors: tuple[str, ...] | None = None
+    """Harmless texts of the same kind as the toxic ones; needed with data of your own."""
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Column or key of the text."""
+    licence: str | None = None
+    """Licence of data of your own, for the card."""
+    prompts: str | None = None
+    """Prompts to measure on, as detox-guard eval takes them; else beginnings of rows that are held out."""
+    minutes: Annotated[float, Field(gt=0)] = 45.0
+    """How long it may take. What is done is planned once, from the time that a step takes."""
+    steps: Annotated[int, Field(ge=4)] | None = None
+    """Steps of both tunings together, in the place of a plan by the clock."""
+    scorer: Annotated[str, Field(min_length=1)] = "embedded"
+    """Tells the model's own toxic replies from its harmless ones."""
+    judges: Annotated[tuple[str, ...], Field(min_length=1)] = ("profanity-check", "embedded")
+    """Scorers that grade it before and after."""
+    virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
+    """Length of the soft prompt."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn."""
+    device: str | None = None
+    """cpu, cuda, mps; else the best there is."""
+    dtype: str | None = None
+    """Number type of the weights; else float32 on a CPU, elsewhere what the device does best."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """Put it on the hub as org/name when it is done."""
+
+    @field_validator("data", "anchors", "judges", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        """One name or a list of them, paths too, as a tuple of strings."""
+        names = [value] if isinstance(value, str | Path) else value
+        return tuple(str(name) for name in names) if isinstance(names, list | tuple) else names
+
+    @field_validator("model", "output", "prompts", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        if self.output is not None:
+            return Path(self.output)
+        name = "default" if self.model is None else Path(self.model.rstrip("/\\")).name
+        return Path(f"{name.removesuffix('.gguf')}-detoxifier")
+
+    def command(self) -> str:
+        """The `detox-guard adapt` line of this run."""
+        return _command("adapt", self, leave={"device", "push_to_hub", "output"})
+
+
+def _command(name: str, config: StrictModel, leave: Set[str], always: Set[str] = frozenset()) -> str:
+    words = ["detox-guard", name]
+    for field, facts in type(config).model_fields.items():
+        value = getattr(config, field)
+        if field in leave or (value == facts.default and field not in always):
+            continue
+        flag = "--" + field.replace("_", "-")
+        if name == "adapt" and field == "model":
+            words.append(_base_name(value))
+        elif field in (*FILES, "judges"):
+            words += [
+                word
+                for source in value
+                for word in (flag.removesuffix("s") if field == "judges" else flag, _base_name(source))
+            ]
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, _base_name(value) if field in {"output", "model", "start", "prompts"} else str(value)]
+    return shlex.join(words)
 
 
 def _base_name(source: str) -> str:

@@ -20,7 +20,7 @@ from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig, EvalConfig
 from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams
-from detox_guard.training.config import TrainingConfig
+from detox_guard.training.config import AdaptConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,9 @@ def test_help_imports_no_torch_and_lists_the_exit_codes() -> None:
             assert re.sub(r"\s+", " ", EXIT_CODES) in flat
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "train", "bench", "eval", "report", "info", "demo"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "adapt", "detoxifiers", "train", "bench", "eval", "report", "info", "demo"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -50,7 +52,11 @@ def test_every_command_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "source", "left"),
-    [("generate", DecodingParams, {"trace", "guard", "grammar"}), ("train", TrainingConfig, set())],
+    [
+        ("generate", DecodingParams, {"trace", "guard", "grammar"}),
+        ("train", TrainingConfig, set()),
+        ("adapt", AdaptConfig, {"model"}),
+    ],
 )
 def test_every_field_has_an_option_that_says_what_the_field_says(
     command: str, source: Any, left: set[str], monkeypatch: pytest.MonkeyPatch

@@ -147,7 +147,9 @@ def test_a_guarded_model_of_a_gguf(tiny: tuple[Path, Any]) -> None:
     assert (backbone.id, backbone.hidden_size, backbone.num_layers) == ("tiny-llama.F32.gguf", 48, 3)
     assert backbone.identity["engine"] == "llamacpp"
     stream = SteeringStream(random_detoxifier(backbone))
-    with DetoxiGen(backbone, [stream], params=SAMPLED.replace(guard=GuardPolicy(scorer=ScriptedScorer("zzz")), seed=4)) as model:
+    with DetoxiGen(
+        backbone, [stream], params=SAMPLED.replace(guard=GuardPolicy(scorer=ScriptedScorer("zzz")), seed=4)
+    ) as model:
         first, again = model.generate("So, what now?"), model.generate("So, what now?")
         assert first.text == again.text
         assert "".join(chunk.text for chunk in model.stream("So, what now?")) == first.text
@@ -156,12 +158,15 @@ def test_a_guarded_model_of_a_gguf(tiny: tuple[Path, Any]) -> None:
 
 
 def test_the_same_text_as_torch_at_the_same_seed(tiny: tuple[Path, Any]) -> None:
-    with DetoxiGen.from_pretrained(tiny[0], **EXACT) as mine, DetoxiGen.from_pretrained(
-        tiny[0], dtype="float32", device="cpu"
-    ) as theirs:
+    with (
+        DetoxiGen.from_pretrained(tiny[0], **EXACT) as mine,
+        DetoxiGen.from_pretrained(tiny[0], dtype="float32", device="cpu") as theirs,
+    ):
         asked = {"params": SAMPLED.replace(seed=5)}
         prompts = ["The quick brown fox", "What a", "You are"]
-        assert [one.text for one in mine.batch(prompts, **asked)] == [one.text for one in theirs.batch(prompts, **asked)]
+        assert [one.text for one in mine.batch(prompts, **asked)] == [
+            one.text for one in theirs.batch(prompts, **asked)
+        ]
 
 
 def test_a_detoxifier_is_matched_by_the_names_in_the_file(folder: Path) -> None:

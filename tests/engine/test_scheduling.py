@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,15 +129,17 @@ def test_close_fails_what_is_under_way_and_refuses_more(kit: Kit) -> None:
     engine.close()
 
 
-def test_an_engine_nobody_holds_stops_its_thread(kit: Kit) -> None:
+def test_an_engine_nobody_holds_stops_its_thread_and_frees_its_runner(kit: Kit) -> None:
     before = set(threading.enumerate())
-    engine = engine_of(kit, "r")
+    engine, runner = watched_engine(kit, "r")
     decode(engine, [[5, 6]], GREEDY)
     (thread,) = set(threading.enumerate()) - before
-    del engine
-    gc.collect()
+    held = weakref.ref(runner)
+    del engine, runner
     thread.join(60)
     assert not thread.is_alive()
+    gc.collect()
+    assert held() is None
 
 
 def test_a_request_that_would_overfill_the_cache_waits_its_turn(kit: Kit) -> None:

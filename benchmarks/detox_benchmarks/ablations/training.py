@@ -134,7 +134,7 @@ class VariantTraining:
         }
 
     def _prompt(self, variant: Variant, clock: _Clock) -> _Outcome:
-        from detox_guard.training.prompt_tuning import train_detoxifier
+        from detox_guard.training.trainer import train_detoxifier
 
         variant.write_rows()
         detoxifier = train_detoxifier(variant.training, backbone=self._backbone, progress=clock)
@@ -146,7 +146,7 @@ class VariantTraining:
         return detoxifier.embeddings.numel(), detoxifier.sha256, (losses[0], losses[1])
 
     def _weights(self, variant: Variant, clock: _Clock) -> _Outcome:
-        from detox_guard.training.prompt_tuning import Steps
+        from detox_guard.training.examples import Steps
 
         assert variant.tuning != "prompt"
         own, examples = variant.training, self._examples(variant)
@@ -171,7 +171,7 @@ class VariantTraining:
         return trained.parameters, trained.sha256, (before, after)
 
     def _examples(self, variant: Variant) -> Examples:
-        from detox_guard.training.prompt_tuning import make_examples
+        from detox_guard.training.examples import make_examples
 
         return make_examples(variant.training, self._backbone, self._passages)
 

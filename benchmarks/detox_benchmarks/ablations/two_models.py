@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from detox_benchmarks.ablations.weights import load_weights
 from detox_guard._reply import Reply
+from detox_guard.engine.base import End
 from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.samples import row_of
 from detox_guard.steering.choose import Chooser, Turn
@@ -78,18 +79,18 @@ def decode_pair(backbone: Backbone, second: Any, replies: Sequence[Reply]) -> li
     Raises `StepError` for logits that are not numbers.
     """
     requests = [reply.request for reply in replies]
-    rows, width = len(requests), max(len(request.prompt_ids) for request in requests)
+    rows, width = len(requests), max(len(request.prompt.ids) for request in requests)
     ids = torch.full((rows, width), backbone.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(requests):
-        ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        mask[row, width - len(request.prompt_ids) :] = 1
+        ids[row, width - len(request.prompt.ids) :] = torch.tensor(request.prompt.ids)
+        mask[row, width - len(request.prompt.ids) :] = 1
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
     done: list[Chunk | Exception] = []
     for reply in replies:
         reply.put = done.append
     models: list[tuple[Any, DynamicCache]] = [(backbone.model, DynamicCache()), (second, DynamicCache())]
-    chooser = Chooser([-1.0], backbone.device)
+    chooser = Chooser([-1.0])
     generations: dict[int, Generation] = {}
     step = 0
     while len(generations) < rows:
@@ -106,7 +107,7 @@ def decode_pair(backbone: Backbone, second: Any, replies: Sequence[Reply]) -> li
             for model, cache in models
         ]
         live = [row for row in range(rows) if row not in generations]
-        turns = [Turn(requests[row].params, requests[row].seed, step, (row, rows + row), None) for row in live]
+        turns = [Turn(requests[row].sampling, requests[row].seed, step, (row, rows + row), None) for row in live]
         # A reply that is over stays in the batch and is not read: the rows need no moving.
         fed = torch.full((rows, 1), backbone.pad_token_id)
         for row, chosen in zip(live, chooser.choose(torch.cat(logits).float(), turns), strict=True):
@@ -114,8 +115,8 @@ def decode_pair(backbone: Backbone, second: Any, replies: Sequence[Reply]) -> li
                 raise chosen
             fed[row] = chosen.token_id
             ended = chosen.token_id in requests[row].end_ids
-            stopped = not ended and replies[row].on_token(chosen) is not None
-            if ended or stopped or step + 1 == requests[row].params.max_new_tokens:
+            stopped = not ended and replies[row].on_token(chosen) == End("stop")
+            if ended or stopped or step + 1 == requests[row].max_new_tokens:
                 replies[row].on_finish("stop" if ended or stopped else "length")
                 last = done[-1]
                 assert not isinstance(last, Exception)

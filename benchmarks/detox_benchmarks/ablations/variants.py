@@ -209,7 +209,7 @@ def make_variants(config: AblationConfig, texts: Sequence[str]) -> tuple[list[Va
     """The variants in order, and the rows that none of them learns from. Raises `DataError`, `InvalidParamsError`."""
     if config.what == "sampling":
         return [], []
-    from detox_guard.training.prompt_tuning import divide
+    from detox_guard.training.rows import divide
 
     fields = {name: getattr(config, name) for name in _SAME}
     steps = config.steps or (300 if config.what == "size" else 60)

@@ -103,8 +103,8 @@ def context_kl(
         raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
     if not texts or not passages:
         raise DataError("no texts, or no passages, to measure with")
-    virtual = stream.detoxifier.embeddings.to(backbone.device, backbone.dtype)
-    position = stream.detoxifier.card.position
+    virtual = stream.soft_prompt.embeddings.to(backbone.device, backbone.dtype)
+    position = stream.soft_prompt.card.position
 
     settings: list[SettingKL] = []
     for name, wanted in [("bare", None), ("chat", 0), *((f"chat + {n}-token passage", n) for n in passage_tokens)]:

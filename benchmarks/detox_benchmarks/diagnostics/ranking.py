@@ -155,8 +155,8 @@ def _away_from(
     """At each token of each reply how far the streams together push it away, nats a unit of alpha."""
     total = [torch.zeros(len(reply)) for reply in replies]
     for stream in streams:
-        virtual = stream.detoxifier.embeddings.to(backbone.device, backbone.dtype)
-        found = reply_contrast(backbone, virtual, stream.detoxifier.card.position, context, replies, first=True)
+        virtual = stream.soft_prompt.embeddings.to(backbone.device, backbone.dtype)
+        found = reply_contrast(backbone, virtual, stream.soft_prompt.card.position, context, replies, first=True)
         total = [one - stream.weight * ratio for one, (_, ratio) in zip(total, found, strict=True)]
     return [one.tolist() for one in total]
 

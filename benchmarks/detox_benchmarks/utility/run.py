@@ -237,7 +237,7 @@ def _answers(
 def _windows(guard: DetoxiGen, text: str, limit: int, seed: int) -> list[list[int]]:
     backbone = guard.backbone
     ids = list(backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    asked = WINDOW + max((stream.detoxifier.card.virtual_tokens for stream in guard.streams), default=0)
+    asked = WINDOW + max((stream.soft_prompt.card.virtual_tokens for stream in guard.streams), default=0)
     bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
     if bounds and asked > min(bounds):
         raise PromptTooLongError("wikitext", f"{asked} positions", f"at most {min(bounds)} positions")

@@ -8,6 +8,7 @@ import re
 import string
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
@@ -93,13 +94,16 @@ def steered_probabilities(
         for stream in method.streams:
             if stream.detoxifier.sha256 not in seen:
                 seen[stream.detoxifier.sha256] = forced_log_probs(
-                    backbone, stream.detoxifier, context, reply, first=first
+                    backbone, stream.soft_prompt, context, reply, first=first
                 )
         log_streams = torch.stack([seen[stream.detoxifier.sha256] for stream in method.streams], dim=1)
-        weights = torch.tensor([stream.weight for stream in method.streams], device=log_gen.device)
-        rows = log_gen.new_ones(len(log_gen))
-        keep = plausible(log_gen, rows * params.plausibility)
-        found.append(RULES[params.rule](log_gen, log_streams, weights, rows * alpha, keep).p)
+        weights = np.array([float(stream.weight) for stream in method.streams])
+        p = torch.zeros(log_gen.shape, dtype=torch.float64)
+        for at, (gen, streams) in enumerate(zip(log_gen.double().cpu(), log_streams.double().cpu(), strict=True)):
+            inside = plausible(gen.numpy(), params.plausibility)
+            mixed = RULES[params.rule](gen.numpy()[inside], streams.numpy()[:, inside], weights, alpha)
+            p[at, torch.from_numpy(inside)] = torch.from_numpy(mixed.p)
+        found.append(p.to(log_gen.device))
     return found
 
 

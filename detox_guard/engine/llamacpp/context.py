@@ -126,7 +126,9 @@ class Context:
         self._tokens = self._lib.llama_batch_init(batch, 0, 1)
         self._embedded: Any = None
         if self.sequences != sequences or self.slots < slots or int(self._lib.llama_n_batch(handle)) < batch:
-            raise StepError(f"llama.cpp gives {self.sequences} sequences of {self.slots} slots, not {sequences}, {slots}")
+            raise StepError(
+                f"llama.cpp gives {self.sequences} sequences of {self.slots} slots, not {sequences}, {slots}"
+            )
 
     # -- passes
 

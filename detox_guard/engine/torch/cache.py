@@ -25,25 +25,34 @@ if TYPE_CHECKING:
 
     LayerKV = Sequence[tuple[Tensor, Tensor]]
 
-__all__ = ["RowCache"]
+__all__ = ["RowCache", "RowLayer"]
 
 _MIN_SLOTS = 128
 
 
-class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's buffers `[row capacity, heads, slot capacity, dim]`; where to write is the `RowCache`'s to say."""
+class RowLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's buffers `[row capacity, heads, slot capacity, dim]`; where to write is the `RowCache`'s to say.
 
-    is_sliding = False
+    Every slot is kept, in layers with a window too: the mask hides what a window has passed.
+    """
 
-    def __init__(self, owner: RowCache) -> None:
+    buffers: tuple[str, ...] = ("keys", "values")
+    """The attributes that hold slots."""
+
+    def __init__(self, owner: RowCache, *, is_sliding: bool = False) -> None:
         super().__init__()
         self.owner = owner
+        self.is_sliding = is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, slots = self.owner.capacity
         self.keys = key_states.new_zeros(rows, key_states.shape[1], slots, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
         self.is_initialized = True
+
+    def held(self) -> list[Tensor]:
+        """Its buffers."""
+        return [getattr(self, name) for name in self.buffers]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows, lo, end = len(self.owner.rows), self.owner.view_lo, self.owner.end
@@ -72,7 +81,9 @@ class RowCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, num_layers: int, max_rows: int, max_slots: int) -> None:
-        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+        super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
+        self._slotted: list[RowLayer] = self.layers
+        """The layers that hold slots: here all of them."""
         self._max_rows, self._max_slots = max_rows, max_slots
         self.rows: list[Row] = []
         self.end = 0
@@ -86,14 +97,17 @@ class RowCache(Cache):  # type: ignore[misc]
 
     def add(self, layers: LayerKV) -> Row:
         """Join a row with the K/V `[1, heads, length, dim]` of each layer."""
-        length = layers[0][0].shape[2]
+        return self._add(layers, layers[0][0].shape[2])
+
+    def _add(self, layers: Sequence[Sequence[Tensor]], length: int) -> Row:
         self._reserve(len(self.rows) + 1, length)
         row = Row(len(self.rows), length)
         start = self.end - length
-        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+        for layer, parts in zip(self._slotted, layers, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            for buffer, new in ((layer.keys, keys), (layer.values, values)):
+                layer.lazy_initialization(*parts)
+            for name, new in zip(layer.buffers, parts, strict=True):
+                buffer = getattr(layer, name)
                 buffer[row.index, :, :start] = 0
                 buffer[row.index, :, start : self.end] = new[0]
         self.rows.append(row)
@@ -102,15 +116,15 @@ class RowCache(Cache):  # type: ignore[misc]
     def copy(self, row: Row) -> LayerKV:
         """What `add` takes to put the row back."""
         at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
-        return [(layer.keys[at].clone(), layer.values[at].clone()) for layer in self.layers]
+        return [(layer.keys[at].clone(), layer.values[at].clone()) for layer in self._slotted]
 
     def remove(self, row: Row) -> None:
         """Drop a row; the last one takes its place. With no row left the buffers are freed."""
         last = self.rows.pop()
         if last is not row:
             start = self.end - last.length
-            for layer in self.layers:
-                for buffer in (layer.keys, layer.values):
+            for layer in self._slotted:
+                for buffer in layer.held():
                     buffer[row.index, :, :start] = 0
                     buffer[row.index, :, start : self.end] = buffer[last.index, :, start : self.end]
             self.rows[row.index] = last
@@ -125,8 +139,8 @@ class RowCache(Cache):  # type: ignore[misc]
         if slots == 0:
             return
         start, keep = self.end - row.length, row.length - slots
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
+        for layer in self._slotted:
+            for buffer in layer.held():
                 # A copy first: source and target overlap.
                 buffer[row.index, :, self.end - keep : self.end] = buffer[row.index, :, start : start + keep].clone()
                 buffer[row.index, :, start : start + slots] = 0
@@ -152,8 +166,9 @@ class RowCache(Cache):  # type: ignore[misc]
         self.rows.clear()
         self.end = 0
         self.capacity = (0, 0)
-        for layer in self.layers:
-            layer.keys = layer.values = None
+        for layer in self._slotted:
+            for name in layer.buffers:
+                setattr(layer, name, None)
             layer.is_initialized = False
 
     def _reserve(self, rows: int, length: int, *, column: bool = False) -> None:
@@ -171,10 +186,10 @@ class RowCache(Cache):  # type: ignore[misc]
         room = max(_MIN_SLOTS, need * 3 // 2, old_slots if need * 3 // 2 <= old_slots else 0)
         new_slots = max(need, min(room, self._max_slots // new_rows))
         end = max(length - right, used)
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys = _moved(layer.keys, new_rows, new_slots, len(self.rows), slice(lo, self.end), end)
-                layer.values = _moved(layer.values, new_rows, new_slots, len(self.rows), slice(lo, self.end), end)
+        for layer in self._slotted:
+            for name in layer.buffers if layer.is_initialized else ():
+                moved = _moved(getattr(layer, name), new_rows, new_slots, len(self.rows), slice(lo, self.end), end)
+                setattr(layer, name, moved)
         self.end = end
         self.capacity = (new_rows, new_slots)
 

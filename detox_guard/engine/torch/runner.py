@@ -10,6 +10,7 @@ from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
+from detox_guard.engine.torch.solo_runner import SoloRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds
-    from detox_guard.engine.runner import Row, Saved
+    from detox_guard.engine.runner import Row, Runner, Saved
     from detox_guard.engine.torch.cache import LayerKV
     from detox_guard.models.backbone import Backbone
 
-__all__ = ["TorchRunner"]
+__all__ = ["TorchRunner", "torch_runner"]
+
+
+def torch_runner(backbone: Backbone, views: Sequence[View], bounds: Bounds) -> Runner:
+    """The runner that is exact for this backbone."""
+    return (TorchRunner if backbone.running.layout == "padded" else SoloRunner)(backbone, views, bounds)
 
 
 class TorchRunner:
@@ -37,8 +43,7 @@ class TorchRunner:
         self.device: torch.device = self._forward.device
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
-        most = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset({"embeddings", "tokens"}))
+        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, frozenset({"embeddings", "tokens"}))
 
     @property
     def rows(self) -> int:

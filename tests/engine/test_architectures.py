@@ -1,0 +1,113 @@
+"""Models whose layers are not all plain attention, on tiny random models far past their windows.
+
+The bar families are held, row by row and step by step, against whole forward passes: with soft prompts in front and
+before the reply, among neighbours, late, rewound, and put aside. `python -m detox_benchmarks registry` does the same
+for every type of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from detox_benchmarks.registry.check import TOLERANCE, largest_error
+from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_tokenizer
+from harness import check_against_oracle, decode, random_prompts, random_streams, request, torch_engine
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from detox_guard.engine import Rewind
+from detox_guard.engine.torch.states import CHECKPOINT
+from detox_guard.errors import UnsupportedBackboneError
+from detox_guard.models.backbone import from_model
+from detox_guard.settings import DecodingParams
+
+if TYPE_CHECKING:
+    from detox_guard.models.backbone import Backbone
+    from detox_guard.models.checks import Layout
+
+GREEDY = DecodingParams(temperature=0.0, alpha=1.5, rule="dexperts", max_new_tokens=12)
+FAMILIES = (
+    "llama", "llama4_text", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "mistral", "ministral", "mixtral", "phi3", "gpt_oss", "granite", "granitemoehybrid",
+    "olmo2", "olmo3", "smollm3", "glm4", "cohere2", "exaone4", "lfm2", "nemotron_h", "falcon_h1", "deepseek_v3",
+    "starcoder2", "gpt2", "opt", "gpt_neox", "falcon",
+)  # fmt: skip
+
+
+def tiny(kind: str, **fields: Any) -> Backbone:
+    return from_model(tiny_model(tiny_config(kind, **fields)), tiny_tokenizer(), id=f"tiny-{kind}")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_row_is_that_of_a_whole_pass(kind: str) -> None:
+    assert largest_error(tiny(kind)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("gemma3", "rows"),  # a wrapper, run as it was loaded
+        ("qwen3_vl", "rows"),  # one that transformers does not count among the causal models
+        ("bloom", "rows"),  # ALiBi
+        ("mamba", "rows"),  # a recurrence that must be read token by token
+        ("deepseek_v32", "rows"),  # sparse attention with an indexer's keys
+        ("roberta", "rows"),  # positions behind the padding's
+        ("minimax", "alone"),
+        ("deepseek_v4", "alone"),  # token ids only, its own cache
+        ("openai-gpt", "recompute"),
+    ],
+)
+def test_each_way_to_run_a_model(kind: str, layout: Layout) -> None:
+    backbone = tiny(kind)
+    assert backbone.running.layout == layout
+    assert largest_error(backbone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["olmo3", "falcon_h1", "lfm2", "bloom"])
+def test_the_engine_equals_the_oracle(kind: str) -> None:
+    backbone = tiny(kind)
+    streams = random_streams(backbone, "fr", scale=0.3)
+    # Some layers compute in float32 whatever the model's numbers are, so the oracle is no better there.
+    check_against_oracle(backbone, streams, random_prompts(backbone, 5), GREEDY, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "llama4_text"])
+@pytest.mark.parametrize("taken_back", [1, CHECKPOINT - 1, CHECKPOINT + 20])
+def test_a_rewind_past_a_checkpoint_leaves_no_trace(kind: str, taken_back: int) -> None:
+    backbone = tiny(kind)
+    engine = torch_engine(backbone, random_streams(backbone, "r", scale=0.3))
+    params = GREEDY.replace(max_new_tokens=2 * CHECKPOINT + 4, top_p=1.0)
+    prompt = random_prompts(backbone, 1)[0]
+    (plain,) = decode(engine, [prompt], params, keep=True)
+    asked, again = request(prompt, params, keep=True)
+    turn = 2 * CHECKPOINT + 1
+
+    def back_once(step: object) -> Rewind | None:
+        return Rewind(taken_back) if len(again.steps) == turn else None
+
+    again.react = back_once
+    engine.submit(asked)
+    again.wait()
+    after = again.steps[: turn - taken_back] + again.steps[turn:]
+    assert [step.token_id for step in after] == plain.ids
+    for step, other in zip(after, plain.steps, strict=True):
+        assert step.distribution is not None
+        assert other.distribution is not None
+        (ids, p), (other_ids, other_p) = step.distribution, other.distribution
+        assert (p[ids.argsort()] - other_p[other_ids.argsort()]).abs().max() <= TOLERANCE
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "deepseek_v4"])
+def test_a_soft_prompt_is_refused_by_name_where_layers_look_ids_up(kind: str) -> None:
+    backbone = tiny(kind)
+    with pytest.raises(UnsupportedBackboneError, match=r"token ids.*virtual tokens") as caught:
+        torch_engine(backbone, random_streams(backbone, "r"))
+    assert "text" in caught.value.hint
+    engine = torch_engine(backbone, [])
+    assert len(decode(engine, [[5, 6, 7]], GREEDY.replace(alpha=0.0))[0].ids) == GREEDY.max_new_tokens
+    engine.close()
+
+
+def test_the_families_are_types_of_transformers() -> None:
+    assert set(FAMILIES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
