@@ -25,7 +25,7 @@ from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardE
 from detox_guard.models import gguf_probe
 from detox_guard.models.cache import cache_dir
 
-__all__ = ["GgufFacts", "GgufModel", "NoWeights", "OLLAMA", "facts_of", "need_llamacpp", "ollama_file", "revision_of"]
+__all__ = ["OLLAMA", "GgufFacts", "GgufModel", "NoWeights", "facts_of", "need_llamacpp", "ollama_file", "revision_of"]
 
 OLLAMA = "ollama:"
 _TRIAL_S = 600
@@ -115,7 +115,7 @@ def need_llamacpp() -> None:
         raise BackboneError(
             'engine="llamacpp" needs llama-cpp-python, which is not installed',
             hint='pip install "detox-guard[llamacpp]" compiles it (a C++ compiler, about 5 minutes on two cores); the '
-            "project llama-cpp-python keeps an index of compiled wheels for CPU, CUDA and Metal; conda-forge has it too.",
+            "project llama-cpp-python has an index of compiled wheels for CPU, CUDA and Metal; so has conda-forge.",
         )
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +32,8 @@ from detox_guard.settings import EngineConfig
 from detox_guard.testing import ScriptedScorer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from detox_guard.models.backbone import Backbone
 
 pytestmark = pytest.mark.skipif(not has_llamacpp, reason=NO_LLAMACPP)
@@ -162,7 +163,7 @@ def test_the_same_text_as_torch_at_the_same_seed(tiny: tuple[Path, Any]) -> None
         DetoxiGen.from_pretrained(tiny[0], **EXACT) as mine,
         DetoxiGen.from_pretrained(tiny[0], dtype="float32", device="cpu") as theirs,
     ):
-        asked = {"params": SAMPLED.replace(seed=5)}
+        params = SAMPLED.replace(seed=5)
         prompts = ["The quick brown fox", "What a", "You are"]
         assert [one.text for one in mine.batch(prompts, **asked)] == [
             one.text for one in theirs.batch(prompts, **asked)
@@ -203,7 +204,7 @@ def test_damaged_and_foreign_files_are_named(tiny: tuple[Path, Any], folder: Pat
 
 
 def test_what_is_not_served_is_refused_by_name(tiny: tuple[Path, Any]) -> None:
-    with pytest.raises(InvalidParamsError, match="n_ctx.*at most 512"):
+    with pytest.raises(InvalidParamsError, match=r"n_ctx.*at most 512"):
         load_backbone(tiny[0], engine="llamacpp", n_ctx=513)
     backbone = load_backbone(tiny[0], engine="llamacpp", n_ctx=100)
     assert backbone.gguf is not None

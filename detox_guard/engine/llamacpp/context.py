@@ -1,6 +1,6 @@
 """A model and its contexts in llama.cpp, with every argument checked. Knows sequences; knows no prompts, no views.
 
-What llama.cpp is not asked rightly it may answer by ending the process. So nothing goes to it that was not checked here.
+A wrong question to llama.cpp may end the process. So nothing goes to it that was not checked here.
 
 A sequence is a stream of its own (`kv_unified` is off): what it gives does not depend on others then. Those of a pass
 must be the first ones, without a gap, or the pass falls into several. What a sequence holds can be taken out as bytes,
@@ -31,6 +31,7 @@ __all__ = ["Context", "LoadedModel", "State"]
 _SWA_ONLY = 1
 """A flag of llama.cpp: of two caches (one for layers with a window), the second alone."""
 _HEAD = 8
+"""Bytes that a sequence begins with when it is written: llama.cpp's mark, and which one it was."""
 _PAD = 256
 """llama.cpp pads the slots of a sequence to a multiple of it."""
 
@@ -75,7 +76,7 @@ class LoadedModel:
         return None if name is None else int(getattr(self.lib, f"GGML_TYPE_{name.upper()}"))
 
     def context(self, sequences: int, slots: int, batch: int) -> Context:
-        """`batch`: the most tokens of a pass, and the most of which logits are asked are one a sequence."""
+        """`batch`: the most tokens of a pass. Logits may be asked of one a sequence."""
         params = self.lib.llama_context_default_params()
         params.n_seq_max = sequences
         params.n_ctx = sequences * -(-slots // _PAD) * _PAD

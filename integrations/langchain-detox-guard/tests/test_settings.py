@@ -502,7 +502,7 @@ def test_every_field_says_what_it_is(kind: Any) -> None:
 def test_llama_cpp_is_said_as_its_users_say_it(kind: Any) -> None:
     how = {"engine": "llamacpp", "n_ctx": 2048, "n_gpu_layers": -1, "n_threads": 4, "n_batch": 512, "type_k": 8}
     assert kind(model="some.gguf", **how)._loading() == how
-    with pytest.raises(InvalidParamsError, match="n_ctx.*engine"):
+    with pytest.raises(InvalidParamsError, match=r"n_ctx.*engine"):
         kind(model="some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):
         kind(engine="vllm")

@@ -427,7 +427,7 @@ def test_a_model_that_is_none_is_an_error(other: Any) -> None:
 def test_llama_cpp_is_said_as_its_users_say_it() -> None:
     llm = DetoxiGenLLM("some.gguf", engine="llamacpp", n_ctx=2048, model_kwargs={"n_gpu_layers": -1})
     assert llm.loading == {"engine": "llamacpp", "n_ctx": 2048, "model_kwargs": {"n_gpu_layers": -1}}
-    with pytest.raises(InvalidParamsError, match="n_ctx.*engine"):
+    with pytest.raises(InvalidParamsError, match=r"n_ctx.*engine"):
         DetoxiGenLLM("some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):
         DetoxiGenLLM(engine="vllm")

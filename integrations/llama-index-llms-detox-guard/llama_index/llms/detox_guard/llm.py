@@ -65,8 +65,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call, and those of
-    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, `engine="llamacpp"`, …) here. Constructing it loads
-    nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
+    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, `engine="llamacpp"`, …) here. Constructing it
+    loads nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
 
     Copies keep all of that. A `detoxigen`, a scorer object or a hook of one's own is shared by copies. It belongs to
