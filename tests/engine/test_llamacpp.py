@@ -128,7 +128,8 @@ def test_a_long_prompt_is_given_up_between_blocks(tiny: tuple[Path, Any]) -> Non
     backbone = load_backbone(tiny[0], **EXACT)
     runner = LlamaRunner(backbone, random_streams(backbone, "r"), EngineConfig())
     asked: list[bool] = []
-    prefill = runner.begin([PromptIds(tuple(random_ids(480, 1, shortest=400, longest=400)[0]), True)])
+    prompts = [PromptIds(tuple(random_ids(480, 1, shortest=400, longest=400)[0]), True)]
+    prefill = runner.begin(prompts)
     assert not prefill.advance(1000, lambda: asked.append(len(asked) == 2) or asked[-1])
     assert prefill.left == 405 - 2 * 64
     # Another takes its turn, and the first one goes on as if nobody had.
@@ -136,7 +137,7 @@ def test_a_long_prompt_is_given_up_between_blocks(tiny: tuple[Path, Any]) -> Non
     assert short.advance(100, lambda: False)
     assert prefill.advance(1000, lambda: False)
     with torch.inference_mode():
-        whole = runner.begin(prefill._prompts)
+        whole = runner.begin(prompts)
         assert whole.advance(1000, lambda: False)
         assert torch.equal(prefill.finish()[0].logits, whole.finish()[0].logits)
     runner.close()
