@@ -125,7 +125,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
         raise BackboneError(f"{id_}: wrong tokenizer: it gives ids past the vocabulary of {facts.vocab_size}")
     pad = its_tokenizer.pad_token_id
     return Backbone(
-        model=NoWeights(id_),  # type: ignore[arg-type]
+        model=NoWeights(id_),
         tokenizer=its_tokenizer,
         id=id_,
         revision=revision,
