@@ -13,7 +13,7 @@ import torch
 from tiny import TEXTS, make_tiny_backbone
 from torch.nn import functional
 
-from detox_guard.detoxifiers.soft_prompt import Position
+from detox_guard.detoxifiers.card import Position
 from detox_guard.steering.forced import both_logits, contrast, pair_loss, reply_logits, reply_loss
 from detox_guard.training.data import Reply
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind, Steps, rows_of, texts_for

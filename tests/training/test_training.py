@@ -12,7 +12,8 @@ import torch
 from tiny import TEXTS, make_tiny_backbone
 from training_kit import pairs_file, settings, train, write
 
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, Position
+from detox_guard.detoxifiers.card import Position
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.errors import (
     DataError,
     DetoxGuardError,

@@ -158,8 +158,9 @@ async def test_engine_errors_come_through(is_async: bool, streaming: bool) -> No
 
 def test_prompts_are_the_inner_ones() -> None:
     model = scripted()
-    synthesizer = synthesizer_for(DetoxiGenLLM(detoxigen=model))
-    assert set(synthesizer.get_prompts()) == set(synthesizer._inner.get_prompts())
+    inner = SimpleSummarize(llm=DetoxiGenLLM(detoxigen=model))
+    synthesizer = DetoxSynthesizer(inner, policy=POLICY)
+    assert set(synthesizer.get_prompts()) == set(inner.get_prompts())
     synthesizer.update_prompts({"text_qa_template": PromptTemplate("Q {query_str} C {context_str}")})
     synthesizer.synthesize(QUERY, nodes("a b"))
     assert model.calls[0].prompt.messages[0]["content"] == f"Q {QUERY} C a b"
