@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import detox_guard
-from detox_guard.cli import adapt, chat, detoxifiers, generate, info, measure, train
+from detox_guard.cli import adapt, chat, detoxifiers, generate, info, measure, serve, train
 from detox_guard.cli.console import EXIT_INTERRUPTED, EXIT_PIPE, exit_code, report
 from detox_guard.errors import DetoxGuardError
 
@@ -87,6 +87,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "chat": chat.chat,
     "demo": measure.demo,
+    "serve": serve.serve,
+    "key": serve.key,
     "adapt": adapt.adapt,
     "detoxifiers": detoxifiers.detoxifiers,
     "train": train.train,
