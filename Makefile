@@ -1,4 +1,5 @@
 # make demo   plain and guarded text side by side, on a bare machine
+# make serve  the model for OpenAI's clients, with a page to try it, on http://127.0.0.1:8000
 # make test   everything the project promises, in under ten minutes on two cores
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -8,10 +9,13 @@ LLAMA_INDEX = integrations/llama-index-llms-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo test check wheels docs bench bench-rag bench-chains ablate eval registry clean
+.PHONY: demo serve test check wheels docs bench bench-rag bench-chains ablate eval registry clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
+
+serve: .venv/.installed-server
+	.venv/bin/detox-guard serve
 
 test: check wheels
 	$(PYTEST)
@@ -74,6 +78,10 @@ ablate: .venv/.installed-dev
 
 .venv/.installed: pyproject.toml constraints.txt | .venv
 	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-server: .venv/.installed
+	$(PIP) --editable ".[server]"
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml benchmarks/pyproject.toml | .venv

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import detox_guard
-from detox_guard.cli import adapt, chat, detoxifiers, generate, info, measure, train
+from detox_guard.cli import adapt, chat, detoxifiers, generate, info, measure, serve, train
 from detox_guard.cli.console import EXIT_INTERRUPTED, EXIT_PIPE, exit_code, report
 from detox_guard.errors import DetoxGuardError
 
@@ -89,6 +89,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": measure.demo,
     "adapt": adapt.adapt,
     "detoxifiers": detoxifiers.detoxifiers,
+    "serve": serve.serve,
+    "key": serve.key,
     "train": train.train,
     "eval": measure.evaluate,
     "report": measure.report,

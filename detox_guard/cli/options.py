@@ -80,7 +80,19 @@ TemplateKwargs = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
 _FLAGS = {"stop_token_ids": "--stop-token-id", "quantization_config": "--quantize"}
-_ONE_EACH = ("methods", "alphas", "judges", "lm_judges", "temperatures", "top_ps", "initial_texts", "systems")
+_ONE_EACH = (
+    "methods",
+    "alphas",
+    "judges",
+    "lm_judges",
+    "temperatures",
+    "top_ps",
+    "initial_texts",
+    "systems",
+    "scorers",
+    "allowed_hosts",
+    "cors_origins",
+)
 _AS_JSON = ("device_map", "max_memory", "quantization_config", "model_kwargs")
 """Options of loading that may be JSON objects."""
 
@@ -153,9 +165,11 @@ def training_options(command: Command) -> Command:
     return _with_options(command, TrainingConfig, None)
 
 
-def config_options(source: type[StrictModel], *, leave: Set[str] = frozenset()) -> Callable[[Command], Command]:
+def config_options(
+    source: type[StrictModel], *, leave: Set[str] = frozenset(), panel: str | None = None
+) -> Callable[[Command], Command]:
     """The command, with an option for every field of a class of settings; they arrive in `**fields`."""
-    return lambda command: _with_options(command, source, None, leave=leave)
+    return lambda command: _with_options(command, source, panel, leave=leave)
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:

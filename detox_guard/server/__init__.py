@@ -1,0 +1,28 @@
+"""The server: models behind the HTTP interface that OpenAI's clients speak. Knows `DetoxiGen`, settings, results and
+pages; knows no engine, no steering, no weights. Needs `pip install 'detox-guard[server]'`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detox_guard.server.app import create_app as create_app
+    from detox_guard.server.config import (
+        ModelConfig as ModelConfig,
+    )
+    from detox_guard.server.config import (
+        ServerConfig as ServerConfig,
+    )
+    from detox_guard.server.config import (
+        ServerFile as ServerFile,
+    )
+
+__all__ = ["ModelConfig", "ServerConfig", "ServerFile", "create_app"]
+
+
+def __getattr__(name: str) -> object:
+    """The command line reads the settings alone, so that it starts without FastAPI."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'app' if name == 'create_app' else 'config'}"), name)

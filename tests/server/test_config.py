@@ -1,0 +1,126 @@
+"""Configuration files, keys, and models that are exchanged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from detox_guard import DataError, InvalidParamsError
+from detox_guard.server import ServerFile
+from detox_guard.server.keys import Keys, new_key
+from detox_guard.server.models import Models
+from detox_guard.testing import ScriptedDetoxiGen
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOML = """
+[server]
+port = 9000
+api_keys = "${KEYS:-keys.txt}"
+cors_origins = ["https://a.example.org"]
+
+[server.guard]
+threshold = 0.3
+ladder = [4, { alpha = 8.0 }]
+
+[models.small]
+detoxifier = []
+
+[models."org/big"]
+model = "${BIG}"
+loading = { device = "cpu" }
+params = { alpha = 2, stop = ["\\n"] }
+engine = { max_rows = 8 }
+"""
+YAML = """
+server: {guard: false}
+models:
+  one: {model: "${BIG}"}
+"""
+
+
+def test_a_toml_file_is_read_with_its_variables(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(TOML)
+    file = ServerFile.read(path, {"BIG": "/models/big"})
+    assert (file.server.port, file.server.api_keys, file.server.cors_origins) == (
+        9000, "keys.txt", ("https://a.example.org",)
+    )  # fmt: skip
+    assert file.server.guard is not None
+    assert [rung.alpha for rung in file.server.guard.ladder] == [4, 8]
+    assert list(file.models) == ["small", "org/big"]
+    assert file.models["small"].detoxifier == ()
+    big = file.models["org/big"]
+    assert (big.model, big.loading, big.engine.max_rows) == ("/models/big", {"device": "cpu"}, 8)
+    assert big.params is not None
+    assert (big.params.alpha, big.params.stop) == (2, ("\n",))
+
+
+def test_a_yaml_file_is_read_and_false_is_no_guard(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(YAML)
+    file = ServerFile.read(path, {"BIG": "x"})
+    assert file.server.guard is None
+    assert file.models["one"].model == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[server", DataError),
+        ("[server]\ncolour = 1", InvalidParamsError),
+        ("[server]\nport = 99999", InvalidParamsError),
+        ("[server.guard]\nthreshold = 2.0", InvalidParamsError),
+        ('[models.a]\nmodel = "${NOT_SET}"', InvalidParamsError),
+        ("[models]", InvalidParamsError),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, kind: type[Exception]) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(text)
+    with pytest.raises(kind):
+        ServerFile.read(path, {})
+
+
+def test_keys_are_held_as_hashes_and_found(tmp_path: Path) -> None:
+    key, line = new_key("ann")
+    path = tmp_path / "keys.txt"
+    path.write_text(f"# ours\n\n{line}\n")
+    assert key not in path.read_text()
+    keys = Keys.read(path, {"DETOX_GUARD_API_KEYS": "a-key-of-twenty-chars, another-key-of-twenty-chars"})
+    assert len(keys) == 3
+    assert [keys.holder(one) for one in (key, "another-key-of-twenty-chars", "", key + "x")] == [
+        "ann",
+        "env2",
+        None,
+        None,
+    ]
+
+
+def test_bad_keys_are_refused_untold(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParamsError) as short:
+        Keys.read(None, {"DETOX_GUARD_API_KEYS": "hunter2"})
+    assert "hunter2" not in str(short.value)
+    path = tmp_path / "keys.txt"
+    path.write_text("dg-plain-key-in-the-file")
+    with pytest.raises(DataError, match="line 1") as plain:
+        Keys.read(path, {})
+    assert "plain-key" not in str(plain.value)
+    with pytest.raises(DataError):
+        Keys.read(tmp_path / "none.txt", {})
+    with pytest.raises(InvalidParamsError):
+        new_key("a b")
+
+
+def test_a_model_that_was_taken_out_is_closed_once_nobody_uses_it() -> None:
+    old, kept, new = ScriptedDetoxiGen(), ScriptedDetoxiGen(), ScriptedDetoxiGen()
+    models = Models({"a": old, "b": kept}, own=True)
+    served = models.find("a")
+    with models.use(served):
+        models.replace({"a": new, "b": kept})
+        assert models.find(None).model is new
+        assert not old.closed
+    assert (old.closed, kept.closed, new.closed) == (True, False, False)
+    assert models.ready
