@@ -13,9 +13,9 @@ from ray_detox_guard.replica import make_replica
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from detox_guard.server import ModelConfig
     from ray.serve import Application
 
-    from detox_guard.server import ModelConfig
     from ray_detox_guard.config import ReplicaConfig
 
 __all__ = ["app"]

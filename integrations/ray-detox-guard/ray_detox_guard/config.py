@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping  # noqa: TC003  (pydantic reads annotations when it runs)
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from detox_guard import InvalidParamsError, LoadOptions
 from detox_guard.server import ServerFile
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = ["RayConfig", "RayFile", "ReplicaConfig"]
 

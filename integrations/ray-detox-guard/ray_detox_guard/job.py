@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from detox_guard import InvalidParamsError
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
-from detox_guard import InvalidParamsError
 from ray_detox_guard.predictor import DetoxiGenPredictor
 
 if TYPE_CHECKING:

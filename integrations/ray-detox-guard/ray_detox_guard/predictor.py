@@ -1,7 +1,7 @@
 """`DetoxiGenPredictor`: an operator of Ray Data, from a column of prompts to columns of replies. Knows rows and seeds;
 knows no cluster.
 
-A row's seed depends on the row alone. So it does not matter which worker decodes it, beside which others, and how often.
+A row's seed depends on the row alone. So neither the worker that decodes it, nor the rows beside it, changes its text.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from detox_guard import ChatPrompt, DecodingParams, DetoxGuardError, Generation, InvalidParamsError, PromptError
 from detox_guard.server import ModelConfig
+
 from ray_detox_guard.loading import load
 
 if TYPE_CHECKING:

@@ -12,18 +12,17 @@ import secrets
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from detox_guard import Chunk, DetoxGuardError, EngineBusyError, EngineClosedError, EngineError
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from detox_guard import Chunk, DetoxGuardError, EngineBusyError, EngineClosedError, EngineError
 from ray_detox_guard.errors import ReplicaLostError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from ray.serve.handle import DeploymentHandle
-
     from detox_guard import DecodingParams, GuardPolicy
+    from ray.serve.handle import DeploymentHandle
 
 __all__ = ["RemoteModel"]
 

@@ -7,9 +7,9 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from detox_guard import EngineClosedError
 from ray import serve
 
-from detox_guard import EngineClosedError
 from ray_detox_guard.loading import load
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detox_guard import InvalidParamsError
 from ray.serve import Application
 
-from detox_guard import InvalidParamsError
 from ray_detox_guard import RayFile, app
 
 HERE = Path(__file__).parent.parent

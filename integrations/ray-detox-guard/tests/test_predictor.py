@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from small import save_tiny
-
 from detox_guard import (
     DecodingParams,
     DetoxifierError,
@@ -16,8 +14,13 @@ from detox_guard import (
     PromptError,
     PromptTooLongError,
 )
+
 from ray_detox_guard import DetoxiGenPredictor
 from ray_detox_guard.predictor import COLUMNS
+from small import save_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PARAMS = DecodingParams(max_new_tokens=8)
 

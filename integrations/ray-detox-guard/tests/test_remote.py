@@ -1,18 +1,12 @@
-"""A model whose engines are elsewhere. The replica is a real one in this process; Ray's errors are raised by its handle."""
+"""A model whose engines are elsewhere: a real replica, in this process. The handle raises Ray's errors."""
 
 from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
-from small import save_tiny
-
 from detox_guard import (
     Chunk,
     DecodingParams,
@@ -24,16 +18,23 @@ from detox_guard import (
     load_scorer,
 )
 from detox_guard.server import ModelConfig
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
 from ray_detox_guard import ReplicaLostError
 from ray_detox_guard.remote import RemoteModel
 from ray_detox_guard.replica import gathered, make_replica
+from small import save_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
 GUARD = GuardPolicy()
 
 
 class Handle:
-    """Calls a replica as Serve does, but for pickling what goes there. `faults`: an error, or None, for each call, that is raised
-    behind its first piece."""
+    """Calls a replica as Serve does. `faults`: for each call, what it raises behind its first piece."""
 
     def __init__(self, replica: Any, faults: list[Exception | None], twist: int = 0) -> None:
         self._replica, self._faults, self._twist = replica, faults, twist
@@ -68,7 +69,7 @@ class Call:
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = save_tiny(tmp_path_factory.mktemp("tiny"))
-    yield make_replica(None)({"tiny": ModelConfig(model=folder, loading={"device": "cpu"})}, GUARD)
+    return make_replica(None)({"tiny": ModelConfig(model=folder, loading={"device": "cpu"})}, GUARD)
 
 
 def model_of(replica: Any, *faults: Exception | None, twist: int = 0, retries: int = 2) -> tuple[RemoteModel, Handle]:
@@ -79,6 +80,11 @@ def model_of(replica: Any, *faults: Exception | None, twist: int = 0, retries: i
 
 async def said(model: RemoteModel, **changes: Any) -> list[Chunk]:
     return [chunk async for chunk in model.astream("The mayor", **changes)]
+
+
+async def keep(items: AsyncIterator[Any], into: list[Any]) -> None:
+    async for item in items:
+        into.append(item)
 
 
 async def test_a_lost_replica_costs_no_text(replica: Any) -> None:
@@ -103,8 +109,7 @@ async def test_another_text_is_a_named_error_and_no_word_of_it_comes(replica: An
     model, _ = model_of(replica, ActorDiedError(), twist=1)
     came: list[Chunk] = []
     with pytest.raises(ReplicaLostError, match="another text"):
-        async for chunk in model.astream("The mayor", seed=5):
-            came.append(chunk)
+        await keep(model.astream("The mayor", seed=5), came)
     whole = "".join(chunk.text for chunk in await said(model_of(replica)[0], seed=5))
     assert whole.startswith("".join(chunk.text for chunk in came))
 
@@ -151,11 +156,10 @@ async def test_an_error_comes_behind_what_came_before_it() -> None:
         await asyncio.sleep(0)
         raise StepError("no numbers")
 
-    came: list[str] = []
+    came: list[list[Chunk]] = []
     with pytest.raises(StepError):
-        async for batch in gathered(pieces()):
-            came += [chunk.text for chunk in batch]
-    assert came == ["a", "b"]
+        await keep(gathered(pieces()), came)
+    assert [chunk.text for batch in came for chunk in batch] == ["a", "b"]
 
 
 def test_a_replica_without_its_detoxifier_does_not_start(tmp_path: Path) -> None:
