@@ -48,7 +48,7 @@ def run_job(
     )
     try:
         rows = read()
-        if (columns := rows.columns()) is not None and id_column not in columns:
+        if (columns := rows.columns(fetch_if_missing=False)) is not None and id_column not in columns:
             raise InvalidParamsError("id_column", id_column, f"one of the columns: {', '.join(columns)}")
         replies = rows.map_batches(
             DetoxiGenPredictor,

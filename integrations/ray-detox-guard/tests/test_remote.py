@@ -27,8 +27,9 @@ from ray_detox_guard.replica import gathered, make_replica
 from small import save_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from contextlib import aclosing
+from pathlib import Path
 
 GUARD = GuardPolicy()
 
@@ -52,15 +53,16 @@ class Handle:
 
 
 class Call:
-    def __init__(self, batches: AsyncIterator[list[Chunk]], fault: Exception | None) -> None:
+    def __init__(self, batches: AsyncGenerator[list[Chunk], None], fault: Exception | None) -> None:
         self._batches, self._fault = batches, fault
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        async for batch in self._batches:
-            if self._fault is not None:
-                yield batch[:1]
-                raise self._fault
-            yield batch
+        async with aclosing(self._batches):
+            async for batch in self._batches:
+                if self._fault is not None:
+                    yield batch[:1]
+                    raise self._fault
+                yield batch
 
     def cancel(self) -> None:
         pass
