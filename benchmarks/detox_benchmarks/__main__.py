@@ -11,6 +11,7 @@ import typer
 from detox_benchmarks.ablations.variants import AblationConfig, What
 from detox_benchmarks.methods import MoreConfig, more_methods
 from detox_benchmarks.rag.frame import RagConfig, run_rag, table
+from detox_benchmarks.serving.load import LoadConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import measure, quiet_libraries, show
@@ -48,6 +49,15 @@ def speed(as_json: options.Json = False, **fields: Any) -> None:
 
     quiet_libraries()
     show(run_speed(**options.given(fields)), as_json)
+
+
+@app.command()
+@options.config_options(LoadConfig)
+def load(**fields: Any) -> None:
+    """The server under many clients: answers, tokens a second, memory, what was released unscored. Prints JSON."""
+    from detox_benchmarks.serving.load import run_load
+
+    print(json.dumps(run_load(LoadConfig(**options.given(fields))), indent=2))
 
 
 @app.command()

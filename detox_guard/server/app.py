@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import detox_guard
@@ -20,7 +19,7 @@ from detox_guard.errors import InvalidParamsError
 from detox_guard.server.answers import Answer, event
 from detox_guard.server.asking import Asked, ask_chat, ask_completion
 from detox_guard.server.config import ServerConfig
-from detox_guard.server.errors import ApiError, api_error, error_response, validation_error
+from detox_guard.server.errors import ApiError, Json, api_error, error_response, validation_error
 from detox_guard.server.gate import Gate, Visit
 from detox_guard.server.models import Model, Models, Served
 from detox_guard.server.moderation import moderate
@@ -101,7 +100,7 @@ def _add_routes(app: FastAPI, state: State) -> None:
     async def ready() -> Response:
         """It takes requests."""
         fine = state.models.ready and not state.draining
-        return JSONResponse({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
+        return Json({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -121,9 +120,9 @@ def _add_routes(app: FastAPI, state: State) -> None:
         return state.models.find(name).told()
 
     @app.post("/v1/moderations")
-    async def moderations(body: ModerationRequest) -> dict[str, Any]:
+    async def moderations(body: ModerationRequest) -> Response:
         """Texts, scored."""
-        return await run_off_loop(moderate, body, state.config)
+        return Json(await run_off_loop(moderate, body, state.config))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -160,7 +159,7 @@ async def _answered(
 
     await unless_gone(request.receive, whole(), state.ended)
     _note(visit, state, asked, answer)
-    return JSONResponse(answer.whole())
+    return Json(answer.whole())
 
 
 class _Stream(Response):
@@ -192,7 +191,13 @@ class _Stream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 events = (*self._answer.opening(), *events)
             if events:
-                await send({"type": "http.response.body", "body": "".join(events).encode(), "more_body": True})
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": "".join(events).encode("utf-8", "replace"),
+                        "more_body": True,
+                    }
+                )
 
         async def run() -> None:
             with self._state.models.use(self._served) as model, self._around():

@@ -95,8 +95,8 @@ class ModelConfig(StrictModel):
     model: str | None = None
     """Hub id, folder or file; None is the embedded default. With `upstream`, its name there; None is the first one."""
     upstream: str | None = None
-    """Another endpoint of OpenAI's form, such as http://127.0.0.1:11434/v1, whose replies are guarded. Nothing is loaded,
-    and nothing steered."""
+    """Another endpoint of OpenAI's form, such as http://127.0.0.1:11434/v1, whose replies are guarded. Nothing is
+    loaded, and nothing steered."""
     upstream_key: Annotated[str | None, Field(repr=False)] = None
     """Key for it; else the environment variable DETOX_GUARD_UPSTREAM_KEY."""
     detoxifier: Annotated[tuple[str, ...], Field(max_length=16)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
@@ -23,7 +24,7 @@ from detox_guard.settings import GuardPolicy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["ApiError", "api_error", "error_response", "validation_error"]
+__all__ = ["ApiError", "Json", "api_error", "error_response", "validation_error"]
 
 _OURS = {
     "max_new_tokens": "max_tokens",
@@ -33,6 +34,16 @@ _OURS = {
 """Fields that a request calls otherwise."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _RETRY = {"Retry-After": "1"}
+
+
+class Json(JSONResponse):
+    """JSON in which half a character, as clients and models may write one, does no harm."""
+
+    def render(self, content: Any) -> bytes:
+        """Bytes of UTF-8."""
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+            "utf-8", "replace"
+        )
 
 
 class ApiError(HTTPException):
@@ -95,10 +106,10 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, f"{param or 'request'}: {first['msg']}", "invalid_value", param=param)
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: Exception) -> Json:
     """The whole answer."""
     told = api_error(error)
-    return JSONResponse(told.body, told.status_code, told.headers)
+    return Json(told.body, told.status_code, told.headers)
 
 
 def _told(error: DetoxGuardError) -> str:

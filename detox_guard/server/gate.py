@@ -32,7 +32,7 @@ OPEN = frozenset({"/health", "/ready", "/", "/playground.css", "/playground.js"}
 _ROUTES = OPEN | {
     "/metrics", "/openapi.json", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/moderations",
 }  # fmt: skip
-_ID = re.compile(r"[\w.:-]{1,128}")
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

@@ -106,6 +106,9 @@ class Timed:
             self._meters.scorer.labels(self.name).observe(time.perf_counter() - began)
 
     def __getattr__(self, name: str) -> Any:
+        """What else the scorer has, such as `prepare`."""
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._scorer, name)
 
 

@@ -16,7 +16,6 @@ import uvicorn
 
 from detox_guard.errors import DetoxGuardError, InvalidParamsError
 from detox_guard.server.app import create_app
-from detox_guard.server.config import is_loopback
 from detox_guard.server.connection import PatientProtocol
 
 if TYPE_CHECKING:
@@ -50,13 +49,6 @@ class Server(uvicorn.Server):
         """
         app = create_app(models, config, keys=keys, own=True)
         self.state: State = app.state.detox_guard
-        if not (self.state.keys or is_loopback(config.host)):
-            raise InvalidParamsError(
-                "host",
-                config.host,
-                "loopback, as there are no API keys",
-                hint="`detox-guard key NAME --file keys.txt`, then --api-keys keys.txt",
-            )
         self._reload, self._on_ready = reload, on_ready
         self._reloading: set[asyncio.Task[None]] = set()
         self._listener = _listen(config.host, config.port)

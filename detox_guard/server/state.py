@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from detox_guard.errors import InvalidParamsError
 from detox_guard.scorers.base import load_scorer
 from detox_guard.server.config import is_loopback
 from detox_guard.server.keys import Keys
@@ -34,8 +35,16 @@ class State:
         self.configure(config, keys)
 
     def configure(self, config: ServerConfig, keys: Keys | None = None) -> None:
-        """Take these bounds and keys from now on. Raises as the constructor, and then changes nothing."""
+        """Take these bounds and keys from now on. Raises as the constructor, also for an address that others reach
+        without keys, and then changes nothing."""
         keys = Keys.read(config.api_keys) if keys is None else keys
+        if not (keys or is_loopback(config.host)):
+            raise InvalidParamsError(
+                "host",
+                config.host,
+                "loopback, as there are no API keys",
+                hint="`detox-guard key NAME --file keys.txt`, then --api-keys keys.txt",
+            )
         if config.guard is not None:
             timed = Timed(load_scorer(config.guard.scorer), self.meters)
             config = config.replace(guard=config.guard.replace(scorer=timed))

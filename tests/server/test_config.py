@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from detox_guard import DataError, InvalidParamsError
-from detox_guard.server import ServerFile
+from detox_guard.server import ServerConfig, ServerFile, create_app
 from detox_guard.server.keys import Keys, new_key
 from detox_guard.server.models import Models
 from detox_guard.testing import ScriptedDetoxiGen
@@ -112,6 +112,18 @@ def test_bad_keys_are_refused_untold(tmp_path: Path) -> None:
         Keys.read(tmp_path / "none.txt", {})
     with pytest.raises(InvalidParamsError):
         new_key("a b")
+
+
+def test_an_address_that_others_reach_needs_keys_also_when_it_is_read_again() -> None:
+    far = ServerConfig(host="0.0.0.0", guard=None)
+    with pytest.raises(InvalidParamsError, match="no API keys"):
+        create_app(ScriptedDetoxiGen(), far)
+    state = create_app(ScriptedDetoxiGen(), ServerConfig(guard=None)).state.detox_guard
+    with pytest.raises(InvalidParamsError, match="no API keys"):
+        state.configure(far)
+    assert state.config.host == "127.0.0.1"
+    state.configure(far, Keys({new_key("ann")[1].split(":")[1]: "ann"}))
+    assert not state.loose
 
 
 def test_a_model_that_was_taken_out_is_closed_once_nobody_uses_it() -> None:

@@ -50,7 +50,7 @@ def test_tables_beside_a_file_are_refused() -> None:
 def test_what_is_wrong_is_named_before_anything_starts(tables: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidParamsError) as raised:
         app(tables)
-    assert raised.value.field == field
+    assert field.split(".")[-1] in str(raised.value)
 
 
 def test_several_gpus_go_with_a_device_map() -> None:

@@ -1,0 +1,1 @@
+"""The server under load. Knows HTTP and clocks; knows no quality."""
