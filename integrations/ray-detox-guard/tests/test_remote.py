@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,8 +29,7 @@ from small import save_tiny
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-    from contextlib import aclosing
-from pathlib import Path
+    from pathlib import Path
 
 GUARD = GuardPolicy()
 
