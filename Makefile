@@ -10,7 +10,7 @@ RAY = integrations/ray-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo serve test test-ray check wheels docs bench bench-rag bench-chains ablate eval registry clean
+.PHONY: demo serve test test-ray test-llamacpp check wheels docs bench bench-rag bench-chains ablate eval registry clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -27,6 +27,13 @@ test: check wheels
 test-ray: .venv/.installed-ray
 	cd $(RAY) && $(CURDIR)/.venv/bin/mypy
 	cd $(RAY) && OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -q
+
+# llama.cpp as a second runner. The first time it is compiled: about 5 minutes on two free cores, 700 MB of memory.
+# LLAMACPP=file.whl takes a compiled wheel.
+LLAMACPP ?= "llama-cpp-python>=0.3.36,<0.4"
+test-llamacpp: .venv/.installed-dev
+	$(PIP) $(LLAMACPP)
+	$(PYTEST) tests/engine -k llamacpp
 
 check: .venv/.installed-dev
 	.venv/bin/ruff check detox_guard tests examples integrations benchmarks

@@ -19,7 +19,7 @@ from detox_guard.detoxifiers.base import most_beside
 from detox_guard.detoxifiers.resolve import AUTO, as_streams
 from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.engine import Engine, EngineStats, Scheduler
-from detox_guard.engine.torch.runner import torch_runner
+from detox_guard.engine.backends import runner_of
 from detox_guard.errors import DetoxGuardError, InvalidParamsError, NotPicklableError, PromptError
 from detox_guard.guard.reply import GuardedReply
 from detox_guard.models.load import load_backbone
@@ -73,7 +73,7 @@ class DetoxiGen:
         self._beside = most_beside(views)
         self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
                               and s.place == "system"]  # fmt: skip
-        self._engine: Engine = run_aside(lambda: Scheduler(torch_runner(backbone, views, self.config), self.config))
+        self._engine: Engine = run_aside(lambda: Scheduler(runner_of(backbone, views, self.config), self.config))
 
     @classmethod
     def from_pretrained(
@@ -89,8 +89,9 @@ class DetoxiGen:
         """Load a backbone and its detoxifier.
 
         `model`: hub id, folder, GGUF file, LoRA adapter, a loaded model or `PeftModel` (with `tokenizer`), or None for
-        the embedded default (fetched once). `loading`: fields of `LoadOptions` (`device`, `dtype`, `device_map`,
-        `quantization_config`, `revision`, …). `detoxifier`: "auto" is the one we ship for the embedded default, else
+        the embedded default (fetched once); "ollama:name" is the file of an Ollama model. `loading`: fields of
+        `LoadOptions` (`device`, `dtype`, `device_map`, `quantization_config`, `revision`, …). With `engine="llamacpp"`,
+        llama.cpp serves a GGUF file. `detoxifier`: "auto" is the one we ship for the embedded default, else
         one that was trained here for this model, else texts that need no training (`detoxifiers` says which). Or a hub
         id, a folder, a `Detoxifier`, a text (`Detoxifier.from_text`), a `SteeringStream` (signed weight), or several.
         `()` is none at all. `params` are the defaults of every call; a call's own take their place, all but a guard,

@@ -221,7 +221,9 @@ class EngineConfig(StrictModel):
     """The most prompt tokens computed between two decoding steps. Where others wait, a chunk takes about a fifth of a
     second at most, so that a long prompt holds up neither running streams nor short prompts."""
     prompt_cache_slots: Annotated[int, Field(ge=0)] = 4096
-    """K/V slots kept of prompts that were computed lately, so that the same prompt again costs nothing. 0 is none."""
+    """K/V slots kept of prompts that were computed lately, so that the same prompt again costs nothing, and one that
+    begins alike (a chat that goes on, the same documents) only what is new. 0 is none."""
     pack_weights: bool = True
-    """On a CPU in float32, hold linear layers in oneDNN's blocked layout, which makes the second row nearly free. The
-    backbone's `nn.Linear` modules are replaced."""
+    """On a CPU in float32 or bfloat16, hold linear layers in oneDNN's blocked layout, which makes the second row nearly
+    free; in bfloat16, weights that came from 4-bit numbers in 4 bits besides. The backbone's `nn.Linear` modules are
+    replaced."""

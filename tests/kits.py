@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from unittest import mock
 
+import pytest
 import torch
 from harness import random_ids, random_streams
 from reference import Reference
 from tiny import make_tiny_backbone
+from tiny_gguf import make_tiny_gguf
 from toy_runner import VOCAB, ToyRunner, rows_of, toy_logits
 from watched import Watched
 
 from detox_guard.detoxifiers.base import Place, TokenPrefix
 from detox_guard.engine import Scheduler
 from detox_guard.engine.torch.runner import TorchRunner
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from detox_guard.models.backbone import Backbone
 
 
 class Kit(Protocol):
@@ -87,7 +98,42 @@ class ToyKit:
         return read[len(prompt) :]
 
 
-KITS: dict[str, type[Kit]] = {"torch": TorchKit, "toy": ToyKit}
+EXACT = {"engine": "llamacpp", "type_k": "f32", "type_v": "f32", "flash_attn": False, "n_threads": 1}
+"""llama.cpp as it computes like torch in float32."""
+NO_LLAMACPP = "the extra `llamacpp` is not installed: make test-llamacpp"
+has_llamacpp = importlib.util.find_spec("llama_cpp") is not None
+
+
+@cache
+def _tiny_gguf() -> tuple[Backbone, torch.nn.Module, Any]:
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "tiny.gguf"
+    model = make_tiny_gguf(file, initializer_range=0.2)
+    with mock.patch.dict(os.environ, DETOX_GUARD_CACHE=folder.name):
+        return load_backbone(file, **EXACT), model, folder
+
+
+class LlamaKit(TorchKit):
+    """llama.cpp: the same tiny Llama as a GGUF file in F32, its cache in F32 too."""
+
+    def __init__(self) -> None:
+        self._backbone, self._model, _ = _tiny_gguf()
+        self.vocab_size = self._backbone.vocab_size
+
+    def runner(self, views: str, config: EngineConfig) -> Any:
+        from detox_guard.engine.llamacpp.runner import LlamaRunner
+
+        return LlamaRunner(self._backbone, random_streams(self._backbone, views), config)
+
+
+KITS: dict[str, type[Kit]] = {"torch": TorchKit, "toy": ToyKit, "llamacpp": LlamaKit}
+
+
+def kit_of(name: str) -> Kit:
+    """Skips the test where the runner's library is not installed."""
+    if name == "llamacpp" and not has_llamacpp:
+        pytest.skip(NO_LLAMACPP)
+    return KITS[name]()
 
 
 def engine_of(kit: Kit, views: str = "", **bounds: Any) -> Scheduler:

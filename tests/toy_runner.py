@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_guard.detoxifiers.base import ids_behind, most_beside, own_contexts
+from detox_guard.engine.base import shared
 from detox_guard.engine.runner import Computed, Row, RunnerLimits
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import TokenPrefix
     from detox_guard.engine import PromptIds
+    from detox_guard.engine.runner import Base
 
 VOCAB, POSITIONS = 480, 512
 
@@ -53,10 +55,18 @@ class ToySaved:
 
 
 class ToyPrefill:
-    def __init__(self, views: Sequence[TokenPrefix], prompts: Sequence[PromptIds]) -> None:
+    def __init__(
+        self, views: Sequence[TokenPrefix], prompts: Sequence[PromptIds], bases: Sequence[Base | None]
+    ) -> None:
         self._contexts = [rows_of(views if one.steered else (), one.ids, one.contexts) for one in prompts]
         self.rows = sum(map(len, self._contexts))
-        self.left = max(one.longest for one in prompts)
+        # The generator's row goes on from the base's; what it takes over is what the base's row has read.
+        kept = [0 if base is None else min(shared(one.ids, base.prompt.ids), len(one.ids) - 1)
+                for one, base in zip(prompts, bases or [None] * len(prompts), strict=True)]  # fmt: skip
+        for rows, count, base in zip(self._contexts, kept, bases, strict=False):
+            if base is not None:
+                rows[0][:count] = base.rows[0].read[:count]  # type: ignore[attr-defined]
+        self.left = max(one.longest - count for one, count in zip(prompts, kept, strict=True))
 
     def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
         self.left -= 0 if given_up() else min(columns, self.left)
@@ -71,7 +81,7 @@ class ToyPrefill:
 
 class ToyRunner:
     device = torch.device("cpu")
-    limits = RunnerLimits(VOCAB, POSITIONS, frozenset({"tokens"}))
+    limits = RunnerLimits(VOCAB, POSITIONS, frozenset({"tokens"}), continues=True)
 
     def __init__(self, views: Sequence[TokenPrefix] = ()) -> None:
         self.views = views
@@ -85,8 +95,8 @@ class ToyRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (most_beside(self.views) if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> ToyPrefill:
-        return ToyPrefill(self.views, prompts)
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> ToyPrefill:
+        return ToyPrefill(self.views, prompts, bases)
 
     def join(self, saved: ToySaved) -> Row:
         row = Row(len(self._rows), saved.slots)

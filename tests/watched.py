@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.engine import PromptIds
-    from detox_guard.engine.runner import Row, Saved
+    from detox_guard.engine.runner import Base, Row, Saved
 
 
 def nothing(*_: Any) -> None:
@@ -26,6 +26,8 @@ class Watched:
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.begun: list[list[PromptIds]] = []
+        self.columns: list[int] = []
+        """How many each of them had to compute."""
         self.saved: weakref.WeakSet[Saved] = weakref.WeakSet()
         """What was saved and is still held."""
         self.given_up = False
@@ -46,9 +48,9 @@ class Watched:
     def held_slots(self) -> int:
         return sum(saved.slots for saved in self.saved)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> Any:
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Any:
         self.begun.append(list(prompts))
-        return _WatchedPrefill(self, list(prompts))
+        return _WatchedPrefill(self, list(prompts), bases)
 
     def join(self, saved: Saved) -> Row:
         self.before_join(saved)
@@ -62,9 +64,10 @@ class Watched:
 
 
 class _WatchedPrefill:
-    def __init__(self, watched: Watched, prompts: list[PromptIds]) -> None:
+    def __init__(self, watched: Watched, prompts: list[PromptIds], bases: Sequence[Base | None]) -> None:
         self._watched, self._prompts = watched, prompts
-        self._prefill = watched.runner.begin(prompts)
+        self._prefill = watched.runner.begin(prompts, bases)
+        watched.columns.append(self._prefill.left)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prefill, name)

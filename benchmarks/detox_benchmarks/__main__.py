@@ -61,6 +61,19 @@ def load(**fields: Any) -> None:
 
 
 @app.command()
+def steps(
+    model: options.Model = None,
+    rounds: Annotated[int, typer.Option(min=1, help="The least of so many counts.")] = 30,
+) -> None:
+    """One decoding step and one prefill on a CPU: linear layers plain, packed and in 4 bits, and their distance from
+    float32. One line of JSON; OMP_NUM_THREADS says how many threads."""
+    from detox_benchmarks.speed.steps import run_steps
+
+    quiet_libraries()
+    print(run_steps(model, rounds))
+
+
+@app.command()
 @options.config_options(UtilityConfig)
 def utility(as_json: options.Json = False, **fields: Any) -> None:
     """What steering costs where nothing is toxic: answers, language modelling, harmless mentions."""

@@ -122,9 +122,16 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     return {
         **{name: getattr(backbone, name) for name in names},
         **{name: value for name, value in backbone.identity.items() if name not in ("model", "revision")},
-        "class": type(backbone.model).__name__,
-        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        **_size(backbone),
     }
+
+
+def _size(backbone: Backbone) -> dict[str, Any]:
+    if backbone.gguf is not None:
+        facts = backbone.gguf.facts
+        return {"class": f"llama.cpp: {facts.architecture}", "parameters": facts.parameters}
+    model = backbone.model
+    return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def _detoxifiers(source: str, backbone: Backbone | None, model: str | None) -> list[dict[str, Any]]:

@@ -68,7 +68,8 @@ def as_streams(detoxifier: ManySteering, backbone: Backbone) -> tuple[SteeringSt
 
 def _auto(backbone: Backbone) -> tuple[SteeringStream, ...]:
     shipped = Detoxifier.load()
-    if last_part(backbone.id) == last_part(shipped.card.base_id) and _fits(shipped, backbone, "the shipped detoxifier"):
+    names = map(last_part, (backbone.id, *backbone.also_called))
+    if last_part(shipped.card.base_id) in names and _fits(shipped, backbone, "the shipped detoxifier"):
         return (SteeringStream(shipped, source="shipped"),)
     trained = _trained_here(backbone)
     if trained is not None:

@@ -204,7 +204,8 @@ class Detoxifier:
     def validate(self, backbone: Backbone) -> None:
         """Raise `DetoxifierMismatchError` unless this soft prompt was made for `backbone` and fits into it."""
         card = self.card
-        fits = {last_part(name) for name in (backbone.id, backbone.base_id) if name}  # under a LoRA adapter: its base
+        # under a LoRA adapter: its base
+        fits = {last_part(name) for name in (backbone.id, backbone.base_id, *backbone.also_called) if name}
         if card.base_id and last_part(card.base_id) not in fits:
             raise DetoxifierMismatchError(
                 f"the detoxifier was trained for {card.base_id!r}, the backbone is {backbone.id!r}",

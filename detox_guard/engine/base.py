@@ -16,7 +16,7 @@ from detox_guard.steering.choose import TokenStep
 from detox_guard.steering.sampling import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -56,6 +56,14 @@ class PromptIds(NamedTuple):
     def longest(self) -> int:
         """Columns to compute: of its longest context."""
         return max(map(len, (self.ids, *self.contexts)))
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two prompts have in common before the first that differs. Both are of one type."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(i for i in range(most) if one[i] != other[i])
 
 
 @dataclass(frozen=True, slots=True)

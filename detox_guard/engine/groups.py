@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from detox_guard.engine.prompt_cache import PromptCache
+from detox_guard.engine.base import shared
+from detox_guard.engine.prompt_cache import LEAST_SHARED, PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,11 +97,24 @@ class Groups:
         """Those with nothing to compute, and one whose chunk comes now: the oldest and the shortest by turns. So a
         short prompt is not held up by long ones, and a long one gets every other chunk however many short ones come."""
         ready = [group for group in self._groups if not group.left]
-        waiting = [group for group in self._groups if group.left]
+        waiting = [group for group in self._groups if group.left and not self._gains_by_waiting(group)]
         if not waiting:
             return ready
         self._oldest_next = not self._oldest_next
         return [*ready, waiting[0] if self._oldest_next else min(waiting, key=lambda group: group.left)]
+
+    def _gains_by_waiting(self, group: Group) -> bool:
+        """Whether a prompt that is being computed is soon one to go on from: what is left of it is less than what it
+        has in common with this one."""
+        if group.prefill is not None or not self._runner.limits.continues:
+            return False
+        return any(
+            shared(ahead.ids, prompt.ids) >= max(LEAST_SHARED, other.left)
+            for other in self._groups
+            if other.prefill is not None
+            for ahead in other.prompts
+            for prompt in group.missing
+        )
 
     def advance(self, group: Group, *, alone: bool, given_up: Callable[[], bool]) -> bool:
         """A chunk of prefill for a group; True when all its prompts are there. `alone`: nobody outside of the groups
@@ -108,7 +122,7 @@ class Groups:
         if group.prefill is None:
             group.prompts = list(dict.fromkeys(request.prompt for request in group.requests))
         if group.prefill is None and (missing := group.missing):
-            group.prefill = self._runner.begin(missing)
+            group.prefill = self._begin(missing)
         if group.prefill is not None:
             rows, columns = group.prefill.rows, min(self._chunk(group.prefill.rows, alone), group.left)
             begun = time.monotonic()
@@ -123,6 +137,11 @@ class Groups:
                 self.recent.put(prompt, computed)
             group.prefill = None
         return True
+
+    def _begin(self, prompts: list[PromptIds]) -> Prefill:
+        if not self._runner.limits.continues:
+            return self._runner.begin(prompts)
+        return self._runner.begin(prompts, [self.recent.base(prompt) for prompt in prompts])
 
     def _chunk(self, rows: int, alone: bool) -> int:
         """Columns of the next chunk of prefill. One that nobody else waits for is as long as the configuration has it,

@@ -1,15 +1,25 @@
-"""Prompts computed lately, so that the same prompt again costs nothing. Knows saved rows; knows no requests."""
+"""Prompts computed lately: the same prompt again costs nothing, one that begins alike only what is new.
+
+Knows saved rows; knows no requests.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from detox_guard.engine.base import shared
+from detox_guard.engine.runner import Base
+
 if TYPE_CHECKING:
     from detox_guard.engine.base import PromptIds
     from detox_guard.engine.runner import Computed
 
-__all__ = ["PromptCache"]
+__all__ = ["LEAST_SHARED", "PromptCache"]
+
+LEAST_SHARED = 64
+"""Tokens that two prompts have in common, for one to be continued from the other. Fewer are computed again: it takes
+no time, and so a prompt behind a short template has the same numbers to the last bit every time."""
 
 
 class PromptCache:
@@ -22,6 +32,13 @@ class PromptCache:
 
     def get(self, prompt: PromptIds) -> Computed | None:
         return self._kept.get(prompt)
+
+    def base(self, prompt: PromptIds) -> Base | None:
+        """The prompt in here that begins most like this one, if it does so for `LEAST_SHARED` tokens."""
+        found = max(self._kept, key=lambda kept: (shared(kept.ids, prompt.ids), kept.steered), default=None)
+        if found is None or shared(found.ids, prompt.ids) < LEAST_SHARED:
+            return None
+        return Base(found, self._kept[found].rows)
 
     def put(self, prompt: PromptIds, computed: Computed) -> None:
         self._kept[prompt] = computed

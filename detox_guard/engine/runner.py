@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from detox_guard.engine.base import PromptIds, ViewKind
 
-__all__ = ["Computed", "Prefill", "Row", "Runner", "RunnerLimits", "Saved"]
+__all__ = ["Base", "Computed", "Prefill", "Row", "Runner", "RunnerLimits", "Saved"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class RunnerLimits:
     """The kinds of view that it can give a row."""
     rewinds: bool = True
     """Whether a row can be rewound. One that cannot serves no guard."""
+    continues: bool = False
+    """Whether a prompt can be begun with part of what another one's rows hold. One that cannot gets no bases."""
 
 
 @dataclass(eq=False)
@@ -62,6 +64,14 @@ class Computed(NamedTuple):
     logits: Tensor
     """`[rows, vocab]` float32: for the first token of the reply."""
     rows: Sequence[Saved]
+
+
+class Base(NamedTuple):
+    """Another prompt, which begins like the one to compute, and what became of it."""
+
+    prompt: PromptIds
+    rows: Sequence[Saved]
+    """As in `Computed`. They stay good."""
 
 
 class Prefill(Protocol):
@@ -107,8 +117,12 @@ class Runner(Protocol):
     def slots(self, prompt: PromptIds) -> int:
         """The most slots that a row of such a prompt holds before its reply. Any thread may ask."""
 
-    def begin(self, prompts: Sequence[PromptIds]) -> Prefill:
-        """Start to compute prompts beside the batch, together. Several fit one chunk; a single one may be longer."""
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
+        """Start to compute prompts beside the batch, together. Several fit one chunk; a single one may be longer.
+
+        `bases`, if there are any, is one a prompt. What the beginnings have in common, row by row, need not be computed
+        again; how much of it a runner takes is its own affair. The last token is always computed: it gives the logits.
+        """
 
     def join(self, saved: Saved) -> Row:
         """A new row that holds what was saved. The handle stays good."""

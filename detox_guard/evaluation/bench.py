@@ -111,8 +111,11 @@ RATIOS: dict[str, Ratio] = {
     "guarded / steered": ("engine, guarded", "engine, steered", 1.1, True),
     "many steered streams over one": ("engine, steered", "engine, steered, many", 4.5, False),
     "long context, first token, steered / plain": ("long context, steered", "long context, plain", 1.2, True),
+    "first token, a chat's second turn / anew": ("second turn, steered", "long context, steered", 0.3, True),
 }
-"""Over, under, the bound, and whether it is the most; of times a token."""
+"""Over, under, the bound, and whether it is the most; of times a token, or to the first one."""
+FIRST_TOKEN = ("long context", "second turn")
+"""Ways whose ratios are of the time to the first token."""
 
 
 def run_bench(
@@ -121,8 +124,8 @@ def run_bench(
     ratios: Mapping[str, Ratio] = RATIOS,
     **fields: Any,
 ) -> BenchReport:
-    """Time our engine plain, steered and guarded, one reply and several at once, and behind a long context; `fields`
-    are those of `BenchConfig`.
+    """Time our engine plain, steered and guarded, one reply and several at once, behind a long context, and in a chat
+    that goes on; `fields` are those of `BenchConfig`.
 
     *Steered* is alpha 3 without a guard; *guarded* is the same under a `GuardPolicy` whose scorer lets everything
     through, so that what is timed is scoring and waiting, and no reply is decoded twice. Replies are greedy, and end
@@ -188,10 +191,16 @@ def _ways(guard: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
     turns = itertools.count()
 
     def fresh() -> str:
-        """A long prompt that was not asked before: an equal one would not be computed again."""
+        """A long prompt that begins as none before did: what is alike would not be computed again."""
         tokenizer, turn = guard.backbone.tokenizer, next(turns)
         ids = tokenizer(f"w{turn + 2} ")["input_ids"] + words * (context // len(words) + 1)
         return str(guard.backbone.tokenizer.decode(ids[:context]))
+
+    def second_turn() -> Timed:
+        """A long context and a question behind it: the context was asked before."""
+        first = fresh()
+        _stream(guard, first, one)
+        return _stream(guard, f"{first}. {PROMPT}", one)
 
     return {
         "engine, plain": lambda: _stream(guard, PROMPT, off),
@@ -200,6 +209,7 @@ def _ways(guard: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
         "engine, steered, many": lambda: _many(guard, greedy, streams),
         "long context, plain": lambda: _stream(guard, fresh(), one.replace(alpha=0.0)),
         "long context, steered": lambda: _stream(guard, fresh(), one),
+        "second turn, steered": second_turn,
     }
 
 
@@ -261,6 +271,6 @@ def _figures(runs: list[Timed]) -> dict[str, float]:
 
 def _ratio(rounds: list[dict[str, Timed]], over: str, under: str, bound: float, at_most: bool) -> Bar:
     def time_of(run: Timed) -> float:
-        return run.first_s if over.startswith("long context") else run.per_token
+        return run.first_s if over.startswith(FIRST_TOKEN) else run.per_token
 
     return Bar(statistics.median(time_of(found[over]) / time_of(found[under]) for found in rounds), bound, at_most)

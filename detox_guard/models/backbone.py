@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from detox_guard.models.gguf import GgufModel
+
 __all__ = ["Backbone", "fingerprint_of", "from_model", "pick_device", "pick_dtype"]
 
 
@@ -44,6 +46,8 @@ class Backbone:
     None if every layer sees everything. `eos_token_ids` may be empty. `pad_token_id` is the end token, else 0, where
     the tokenizer has none; nothing is added to the vocabulary. `quantization`: how its weights were rounded, None if
     they were not. `adapter`: the kind of PEFT adapter in it, and `base_id` the id of the model below; None without one.
+    `gguf`: the file that llama.cpp serves; `model` then raises whatever is asked of it. `also_called`: other names of
+    the same model, as its file states them.
     """
 
     model: PreTrainedModel
@@ -66,6 +70,8 @@ class Backbone:
     quantization: str | None = None
     adapter: str | None = None
     base_id: str | None = None
+    gguf: GgufModel | None = None
+    also_called: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Backbone:
         """Itself: weights are shared, and an engine may have laid them out in its own way."""
@@ -76,10 +82,11 @@ class Backbone:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What makes its outputs what they are, as JSON: `model`, `revision` and `dtype`; `quantization`, `adapter` and
-        `base` where there are any."""
+        """What makes its outputs what they are, as JSON: `model`, `revision` and `dtype`; `quantization`, `adapter`,
+        `base` and `engine` (where it is not torch) if there are any."""
         told = {"model": self.id, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch.")}
         more = {"quantization": self.quantization, "adapter": self.adapter, "base": self.base_id}
+        more["engine"] = "llamacpp" if self.gguf is not None else None
         return {**told, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -91,10 +98,12 @@ def from_model(
     revision: str | None = None,
     adapter: str | None = None,
     base_id: str | None = None,
+    quantization: str | None = None,
 ) -> Backbone:
     """Wrap a model that is already loaded, where it is; it is put into eval mode and its gradients are turned off.
 
-    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged.
+    A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged,
+    `quantization` of rounding that the config does not name.
 
     Runs one forward pass over four tokens to see that the model is causal, finite and has a plain K/V cache.
     Raises `UnsupportedBackboneError`, `BackboneError`, or `InvalidParamsError` if either argument is of the wrong type.
@@ -156,7 +165,7 @@ def from_model(
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         running=running_of(model),
         spread=spread,
-        quantization=quantization_of(config),
+        quantization=quantization or quantization_of(config),
         adapter=adapter,
         base_id=base_id,
     )

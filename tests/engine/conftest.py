@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kits import KITS
+from kits import KITS, kit_of
 
 if TYPE_CHECKING:
     from kits import Kit
@@ -13,5 +13,4 @@ if TYPE_CHECKING:
 
 @pytest.fixture(params=list(KITS))
 def kit(request: Any) -> Kit:
-    made: Kit = KITS[request.param]()
-    return made
+    return kit_of(request.param)

@@ -35,6 +35,17 @@ def test_long_prompts_are_new_each_time() -> None:
     assert all(58 <= len(one) <= 60 for one in ids)  # decoded and read again
 
 
+def test_a_second_turn_is_its_first_and_more() -> None:
+    backbone = make_tiny_backbone("llama")
+    guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(reply))
+    asked: list[str] = []
+    reply = [SimpleNamespace(generation=SimpleNamespace(usage=SimpleNamespace(completion_tokens=1)))]
+    _ways(guard, 4, 60, 2)["second turn, steered"]()  # type: ignore[arg-type]
+    first, second = asked
+    assert second.startswith(first)
+    assert second != first
+
+
 def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-llama"
     make_tiny_model(make_tiny_config("llama")).save_pretrained(folder)
@@ -43,7 +54,7 @@ def test_quick_bench_of_a_folder(tmp_path: Path) -> None:
 
     assert set(report.ratios) == set(RATIOS)
     assert all(bar.value > 0 and math.isfinite(bar.value) for bar in report.ratios.values())
-    assert len(report.timings) == 6
+    assert len(report.timings) == 7
     for name in ("engine, plain", "engine, steered", "engine, steered, many"):
         assert {"ms_per_token", "tokens_per_s", "ttft_ms", "p50_ms", "p95_ms"} == set(report.timings[name])
 

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contexts
+from detox_guard.engine.base import shared
 from detox_guard.errors import StepError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
 
 LayerKV = list[tuple["Tensor", "Tensor"]]
+Known = tuple["PromptIds", "Sequence[Sequence[tuple[Tensor, Tensor]]]"]
+"""A prompt that was computed, and each row's K/V by layers."""
 
 __all__ = ["Forward", "Prefill"]
 
@@ -103,9 +106,17 @@ class Prefill:
 
     Several prompts are padded on the left and computed together; they must fit one chunk. One prompt may be longer, and
     takes a chunk a call.
+
+    `bases[i]` is another prompt and the K/V of its rows. A row of prompt i that begins like the other's starts with a
+    copy of that part.
     """
 
-    def __init__(self, forward: Forward, prompts: Sequence[PromptIds]) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        prompts: Sequence[PromptIds],
+        bases: Sequence[Known | None] = (),
+    ) -> None:
         self.forward = forward
         self.prompts = prompts
         self.done_tokens = 0
@@ -116,34 +127,44 @@ class Prefill:
                 contexts |= {(i, v): prompt.ids for v in forward.prefixes}
                 contexts |= {(i, v): own for v, own in own_contexts(forward.views, prompt.contexts).items()}
         self.rows = list(contexts)
-        self._contexts = list(contexts.values())
+        # What each row starts with, and what it has to read behind that.
+        self._held = [self._start_of(*row, bases[row[0]] if bases else None) for row in self.rows]
+        self._contexts = [ids[kept:] for ids, (_, kept) in zip(contexts.values(), self._held, strict=True)]
         self.total = max(map(len, self._contexts))
-        self._prefix = max((len(forward.views[v]) for _, v in self.rows if v in forward.prefixes), default=0)
+        self._prefix = max(_length(layers) for layers, _ in self._held)
         self._cache = DynamicCache()
         self._logits: Tensor | None = None
         self._start()
 
+    def _start_of(self, request: int, view: int, base: Known | None) -> tuple[LayerKV, int]:
+        """What a row starts with, and how many ids of its context are in that."""
+        front = self.forward.prefixes.get(view, [])
+        if base is None or view + 1 >= len(base[1]):
+            return front, 0
+        prompt, (other, rows) = self.prompts[request], base
+        mine, its = (own_contexts(self.forward.views, p.contexts) if p.steered else {} for p in (prompt, other))
+        ids = mine.get(view, prompt.ids)
+        kept = min(shared(tuple(ids), tuple(its.get(view, other.ids))), len(ids) - 1)
+        slots = _length(front) + kept
+        return [(k[:, :, :slots], v[:, :, :slots]) for k, v in rows[view + 1]], kept
+
     def _start(self) -> None:
-        device, prefixes = self.forward.device, self.forward.prefixes
+        device = self.forward.device
         self._pads = torch.tensor([self.total - len(context) for context in self._contexts], device=device)
         ids = torch.full((len(self.rows), self.total), self.forward.pad_id, device=device)
         for row, context in enumerate(self._contexts):
             ids[row, self.total - len(context) :] = torch.tensor(context, device=device)
         self._ids = ids
-        self._prefix_lens = torch.tensor(
-            [len(self.forward.views[v]) if v in prefixes else 0 for _, v in self.rows], device=device
-        )
-        if not self._prefix:
-            return
-        some = next(iter(prefixes.values()))
-        for layer, (k, v) in enumerate(some):
+        self._prefix_lens = torch.tensor([_length(layers) for layers, _ in self._held], device=device)
+        held = [layers for layers, _ in self._held]
+        self._held.clear()
+        for layer, (k, v) in enumerate(next(filter(None, held)) if self._prefix else ()):
             keys = k.new_zeros(len(self.rows), k.shape[1], self._prefix, k.shape[3])
             values = v.new_zeros(len(self.rows), v.shape[1], self._prefix, v.shape[3])
-            for row, (_, view) in enumerate(self.rows):
-                if view in prefixes:
-                    pk, pv = prefixes[view][layer]
-                    keys[row, :, self._prefix - pk.shape[2] :] = pk[0]
-                    values[row, :, self._prefix - pv.shape[2] :] = pv[0]
+            for row, layers in enumerate(held):
+                if layers:
+                    keys[row, :, self._prefix - layers[layer][0].shape[2] :] = layers[layer][0][0]
+                    values[row, :, self._prefix - layers[layer][1].shape[2] :] = layers[layer][1][0]
             self._cache.update(keys, values, layer)
 
     def advance(self, tokens: int) -> bool:
@@ -231,6 +252,11 @@ class Prefill:
 def layers_of(cache: DynamicCache) -> LayerKV:
     """Each layer's `(keys, values)`."""
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _length(layers: LayerKV) -> int:
+    """The slots that a row's K/V hold."""
+    return int(layers[0][0].shape[2]) if layers else 0
 
 
 def _columns(layers: LayerKV, row: int, edge: int, before: int, first: int) -> LayerKV:

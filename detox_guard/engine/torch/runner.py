@@ -11,6 +11,7 @@ from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
+from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds
-    from detox_guard.engine.runner import Row, Runner, Saved
+    from detox_guard.engine.runner import Base, Row, Runner, Saved
     from detox_guard.engine.torch.cache import LayerKV
     from detox_guard.models.backbone import Backbone
 
@@ -37,13 +38,15 @@ class TorchRunner:
 
     def __init__(self, backbone: Backbone, views: Sequence[View], bounds: Bounds) -> None:
         if bounds.pack_weights and can_pack(backbone.model):
-            pack_linears(backbone.model)
+            pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._forward = Forward(backbone, views)
         self._cache = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         self.device: torch.device = self._forward.device
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
-        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, frozenset({"embeddings", "tokens"}))
+        self.limits = RunnerLimits(
+            backbone.vocab_size, backbone.max_positions, frozenset({"embeddings", "tokens"}), continues=True
+        )
 
     @property
     def rows(self) -> int:
@@ -52,8 +55,12 @@ class TorchRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> _Prefill:
-        return _Prefill(Prefill(self._forward, prompts))
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
+        known = [
+            None if base is None else (base.prompt, [saved.layers for saved in base.rows if isinstance(saved, _Saved)])
+            for base in bases
+        ]
+        return _Prefill(Prefill(self._forward, prompts, known))
 
     def join(self, saved: Saved) -> Row:
         assert isinstance(saved, _Saved)

@@ -12,6 +12,7 @@ from detox_guard.engine.torch.reader import Reader
 from detox_guard.engine.torch.solo import SoloPrefill
 from detox_guard.engine.torch.states import Past, StateCache
 from detox_guard.errors import UnsupportedBackboneError
+from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds, ViewKind
-    from detox_guard.engine.runner import Row, Saved
+    from detox_guard.engine.runner import Base, Row, Saved
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["SoloRunner"]
@@ -37,7 +38,7 @@ class SoloRunner:
                 hint="Steer it by a text instead of a soft prompt.",
             )
         if bounds.pack_weights and can_pack(backbone.model):
-            pack_linears(backbone.model)
+            pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._reader = Reader(backbone, views)
         together = backbone.running.layout == "rows"
         self._batch: StateCache | AloneRows = (
@@ -60,7 +61,8 @@ class SoloRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> _Prefill:
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
+        # States cannot be cut, so nobody goes on from a base: `limits` says so.
         return _Prefill(SoloPrefill(self._reader, prompts))
 
     def join(self, saved: Saved) -> Row:

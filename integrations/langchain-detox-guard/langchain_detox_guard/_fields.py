@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping  # noqa: TC003  (LangChain reads the annotations of public methods)
+from collections.abc import Iterator  # noqa: TC003  (LangChain reads the annotations of public methods)
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from detox_guard import DecodingParams, GuardPolicy, InvalidParamsError, NotPicklableError, __version__, field_of
@@ -16,7 +16,7 @@ from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented  # noqa: TC002
 from langchain_core.runnables import Runnable, RunnableConfig  # noqa: TC002
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from langchain_detox_guard._around import Around
@@ -43,7 +43,8 @@ _NUMBERS = (
 class ModelFields(Around, LoadFields):
     """The fields of `DetoxiGenLLM` and `ChatDetoxiGen`; each may also be given per call: `llm.invoke(p, alpha=3.0)`.
 
-    How a model is loaded is said as in `detox_guard.LoadOptions`: `device_map="auto"`, `quantization_config="int8"`.
+    How a model is loaded is said as in `detox_guard.LoadOptions`: `device_map="auto"`, `quantization_config="int8"`,
+    `engine="llamacpp"` with `n_ctx`, `n_gpu_layers` and the like.
     Those of `detox_guard.DecodingParams` mean what they mean there; `max_tokens` is its `max_new_tokens`. A bad value
     or an unknown name is `InvalidParamsError` with its field: in the constructor, in a call, in `bind` and in
     `model_copy(update=...)`. Deep copies share a `detoxigen`, and no cache takes it for another of its name. It is
@@ -84,8 +85,8 @@ class ModelFields(Around, LoadFields):
     cache: BaseCache | bool | None = Field(default=None, exclude=True)
     """As in LangChain, except that sampling without a seed is not cached unless asked for (`True` or a cache), and that
     no reply is whose guard has a scorer object of your own: the cache could not tell it from another."""
-    detoxigen: Any = Field(default=None, repr=False, validation_alias=AliasChoices("detoxigen", "engine"))
-    """A `DetoxiGen` of your own, instead of the names above. `engine` is its old name."""
+    detoxigen: Any = Field(default=None, repr=False)
+    """A `DetoxiGen` of your own, instead of the names above."""
 
     @field_validator(*_NUMBERS, mode="before")
     @classmethod
@@ -117,14 +118,6 @@ class ModelFields(Around, LoadFields):
         return self
 
     # -- the model behind it, and what it is asked for
-
-    @property
-    def engine(self) -> Any:
-        """The old name of `detoxigen`."""
-        return self.detoxigen
-
-    def _changed(self, update: Mapping[str, Any]) -> Self:
-        return super()._changed({"detoxigen" if name == "engine" else name: value for name, value in update.items()})
 
     def _detoxigen(self) -> DetoxiGen:
         if self.detoxigen is not None:

@@ -31,6 +31,18 @@ class LoadFields(Settings):
     cache_dir: str | None = field_of(LoadOptions, "cache_dir")
     local_files_only: bool = field_of(LoadOptions, "local_files_only")
     model_kwargs: dict[str, Any] | None = field_of(LoadOptions, "model_kwargs")
+    engine: str | None = field_of(LoadOptions, "engine", default=None)
+    n_ctx: int | None = field_of(LoadOptions, "n_ctx")
+    n_gpu_layers: int | None = field_of(LoadOptions, "n_gpu_layers")
+    n_threads: int | None = field_of(LoadOptions, "n_threads")
+    n_batch: int | None = field_of(LoadOptions, "n_batch")
+    type_k: str | int | None = field_of(LoadOptions, "type_k")
+    type_v: str | int | None = field_of(LoadOptions, "type_v")
+    flash_attn: bool | None = field_of(LoadOptions, "flash_attn")
+    use_mmap: bool | None = field_of(LoadOptions, "use_mmap")
+    use_mlock: bool | None = field_of(LoadOptions, "use_mlock")
+    main_gpu: int | None = field_of(LoadOptions, "main_gpu")
+    tensor_split: list[float] | None = field_of(LoadOptions, "tensor_split")
 
     @field_validator("quantization_config", mode="before")
     @classmethod

@@ -499,10 +499,10 @@ def test_every_field_says_what_it_is(kind: Any) -> None:
 
 
 @BOTH
-def test_the_old_name_of_detoxigen_is_taken(kind: Any) -> None:
-    model, other = ScriptedDetoxiGen(), ScriptedDetoxiGen()
-    llm = kind(engine=model)
-    assert llm.engine is llm.detoxigen is model
-    assert llm.model_copy(update={"engine": other}).detoxigen is other
+def test_llama_cpp_is_said_as_its_users_say_it(kind: Any) -> None:
+    how = {"engine": "llamacpp", "n_ctx": 2048, "n_gpu_layers": -1, "n_threads": 4, "n_batch": 512, "type_k": 8}
+    assert kind(model="some.gguf", **how)._loading() == how
+    with pytest.raises(InvalidParamsError, match=r"n_ctx.*engine"):
+        kind(model="some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):
-        kind(engine=model, detoxigen=other)
+        kind(engine="vllm")

@@ -424,12 +424,10 @@ def test_a_model_that_is_none_is_an_error(other: Any) -> None:
     assert raised.value.field == "detoxigen"
 
 
-def test_the_old_name_of_the_field_is_taken() -> None:
-    model, other = scripted(), scripted()
-    llm = DetoxiGenLLM(engine=model)
-    assert llm.engine is llm.detoxigen is model
-    assert llm.model_copy(update={"engine": other}).detoxigen is other
-    llm.engine = other
-    assert llm.detoxigen is other
-    with pytest.raises(InvalidParamsError, match="its new name"):
-        DetoxiGenLLM(engine=model, detoxigen=other)
+def test_llama_cpp_is_said_as_its_users_say_it() -> None:
+    llm = DetoxiGenLLM("some.gguf", engine="llamacpp", n_ctx=2048, model_kwargs={"n_gpu_layers": -1})
+    assert llm.loading == {"engine": "llamacpp", "n_ctx": 2048, "model_kwargs": {"n_gpu_layers": -1}}
+    with pytest.raises(InvalidParamsError, match=r"n_ctx.*engine"):
+        DetoxiGenLLM("some.gguf", n_ctx=2048)
+    with pytest.raises(InvalidParamsError, match="engine"):
+        DetoxiGenLLM(engine="vllm")

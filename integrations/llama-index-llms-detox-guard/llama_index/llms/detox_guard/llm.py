@@ -65,8 +65,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
 
     `DetoxiGenLLM()` is the embedded default; `DetoxiGenLLM("org/model", detoxifier="folder", device="cuda", alpha=4.0,
     max_new_tokens=200)` takes every field of `DecodingParams` as a keyword, here and in every call, and those of
-    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, …) here. Constructing it loads
-    nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
+    `LoadOptions` (`device_map="auto"`, `quantization_config="int8"`, `engine="llamacpp"`, …) here. Constructing it
+    loads nothing: the model comes with the first call that needs it, and is shared by every LLM that names the same
     model. Raises `InvalidParamsError` for an unknown or bad keyword, here and per call.
 
     Copies keep all of that. A `detoxigen`, a scorer object or a hook of one's own is shared by copies. It belongs to
@@ -129,10 +129,6 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
     @classmethod
     def _moved(cls, options: dict[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
         """`decoding` with what `options` have of it, which is taken out of them. Raises `InvalidParamsError`."""
-        if "engine" in options:  # its old name
-            if options.get("detoxigen") is not None:
-                raise InvalidParamsError("engine", options["engine"], "not together with detoxigen, its new name")
-            options["detoxigen"] = options.pop("engine")
         decoding = dict(decoding)
         for name in [name for name in options if name not in cls.model_fields]:
             if name not in DecodingParams.model_fields:
@@ -153,15 +149,9 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         return copy
 
     def __setattr__(self, name: str, value: Any) -> None:
-        name = "detoxigen" if name == "engine" else name
         if name == "detoxigen" or name in _LOADING:
             self.model_copy(update={name: value})
         super().__setattr__(name, value)
-
-    @property
-    def engine(self) -> Any:
-        """The old name of `detoxigen`."""
-        return self.detoxigen
 
     def _check_model(self) -> None:
         """Raises `InvalidParamsError` for a `detoxigen` that is none or has names beside it, and for bad loading."""

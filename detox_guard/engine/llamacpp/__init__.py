@@ -1,0 +1,1 @@
+"""The runner over llama.cpp. Needs the extra `llamacpp`."""
