@@ -48,7 +48,7 @@ class LlamaRunner:
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         most = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset(kinds))
+        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset(kinds), continues=True)
         self._bounds = bounds
         self._most = min(most, default=bounds.max_cached_slots)
         self._rows: list[Row] = []
@@ -114,8 +114,7 @@ class LlamaRunner:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
-        # Nobody goes on from a base here, as `limits` says.
-        return Prefill(self._desk, self._views, self._prefixes, prompts)
+        return Prefill(self._desk, self._views, self._prefixes, prompts, bases)
 
     # -- rows
 
