@@ -88,16 +88,8 @@ def load_backbone(
             loaded, its_tokenizer = _loaded(base, own, options.replace(revision=adapter.base_revision))
             with _translated(place.source):
                 loaded = put_on(loaded, its_tokenizer, adapter)
-            revision = adapter.commit or options.revision
-            return from_model(
-                loaded,
-                its_tokenizer,
-                id=place.id,
-                revision=revision,
-                adapter=adapter.kind,
-                base_id=base.id,
-                quantization=_rounded(loaded, options),
-            )
+            told = {"adapter": adapter.kind, "base_id": base.id, "quantization": _rounded(loaded, options)}
+            return from_model(loaded, its_tokenizer, id=place.id, revision=adapter.commit or options.revision, **told)
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
     return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
@@ -109,10 +101,7 @@ def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
         return None
     from detox_guard.models.four_bit import round_to_grid
 
-    if not round_to_grid(model):
-        raise BackboneError(
-            f"{model.config.model_type}: it has no layer that int4 could round", hint="Load it without int4."
-        )
+    round_to_grid(model)
     return INT4
 
 
@@ -122,10 +111,7 @@ def _check_int4(options: LoadOptions) -> None:
         return
     device = pick_device(options.one_device)
     if options.spreads or device.type != "cpu":
-        where = options.device_map if options.spreads else device
-        raise InvalidParamsError(
-            "quantization_config", "int4", f"on a CPU only, not {where}", hint="On a GPU take nf4 or int8."
-        )
+        raise InvalidParamsError("quantization_config", "int4", "on a CPU only", hint="On a GPU take nf4 or int8.")
     if options.dtype is not None and pick_dtype(options.dtype, device) != pick_dtype("bfloat16", device):
         raise InvalidParamsError("dtype", options.dtype, 'bfloat16, or none, with quantization_config="int4"')
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds, ViewKind
     from detox_guard.engine.llamacpp.context import Context
-    from detox_guard.engine.runner import Saved
+    from detox_guard.engine.runner import Base, Saved
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["LlamaRunner"]
@@ -113,7 +113,8 @@ class LlamaRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> Prefill:
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
+        # Nobody goes on from a base here, as `limits` says.
         return Prefill(self._desk, self._views, self._prefixes, prompts)
 
     # -- rows
