@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
 from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
-from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core import exceptions
 from pydantic import TypeAdapter
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxDocumentScreen, DetoxMiddleware
 from langchain_detox_guard._errors import as_langchain
 from langchain_scripts import BOTH, asked, look_up
+
+if TYPE_CHECKING:
+    from detox_guard.testing import ScriptedDetoxiGen
 
 # -- bad values
 
