@@ -35,6 +35,11 @@ test-llamacpp: .venv/.installed-dev
 	$(PIP) $(LLAMACPP)
 	$(PYTEST) tests/engine -k llamacpp
 
+# Weights rounded by torchao and bitsandbytes, which `make test` does without.
+test-quantize: .venv/.installed-dev
+	$(PIP) --editable ".[quantize]"
+	$(PYTEST) tests/models/test_loading.py
+
 check: .venv/.installed-dev
 	.venv/bin/ruff check detox_guard tests examples integrations benchmarks
 	.venv/bin/ruff format --check detox_guard tests examples integrations benchmarks
