@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "_strict": "field_of",
-    "detoxifiers.soft_prompt": "Detoxifier DetoxifierCard SteeringStream",
+    "detoxifiers.card": "DetoxifierCard",
+    "detoxifiers.soft_prompt": "Detoxifier SteeringStream",
     "detoxifiers.text_view": "TextView",
     "detoxigen": "DetoxiGen",
     "engine": "EngineStats",
@@ -48,11 +49,8 @@ __all__ = sorted([*_MODULES, "__version__"])  # pyright: ignore[reportUnsupporte
 # isort: off
 if TYPE_CHECKING:
     from detox_guard._strict import field_of as field_of
-    from detox_guard.detoxifiers.soft_prompt import (
-        Detoxifier as Detoxifier,
-        DetoxifierCard as DetoxifierCard,
-        SteeringStream as SteeringStream,
-    )
+    from detox_guard.detoxifiers.card import DetoxifierCard as DetoxifierCard
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier as Detoxifier, SteeringStream as SteeringStream
     from detox_guard.detoxifiers.text_view import TextView as TextView
     from detox_guard.detoxigen import DetoxiGen as DetoxiGen
     from detox_guard.engine import EngineStats as EngineStats

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from detox_guard._progress import Progress
+    from detox_guard.detoxifiers.card import DataSource
     from detox_guard.detoxifiers.registry import Entry
-    from detox_guard.detoxifiers.soft_prompt import DataSource, Detoxifier
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
     from detox_guard.evaluation.tables import EvalReport
     from detox_guard.models.backbone import Backbone
     from detox_guard.training.config import AdaptConfig, TrainingConfig
@@ -117,7 +118,7 @@ class _Run:
 
     def rows(self) -> list[DataSource]:
         """Rows to learn from and beginnings of others to measure on; where they come from."""
-        from detox_guard.detoxifiers.soft_prompt import DataSource
+        from detox_guard.detoxifiers.card import DataSource
         from detox_guard.training.rows import beginning, set_apart, to_json
 
         path = self.work / "sources.json"
@@ -251,7 +252,7 @@ class _Run:
         return toxic, harmless, [rows.source for rows in (*data, *anchors)]
 
     def _fetch(self) -> tuple[list[Text], list[Text], list[DataSource]]:
-        from detox_guard.detoxifiers.soft_prompt import DataSource
+        from detox_guard.detoxifiers.card import DataSource
         from detox_guard.training.hub import COMMENTS, LICENCE, fetch_comments
 
         self.say(f"rows of {COMMENTS}")

@@ -10,7 +10,8 @@ import torch
 from reference import Reference
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, Place, TokenPrefix, View
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.card import DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.engine import (
     End,
     Engine,

@@ -121,3 +121,39 @@ def test_integrations_touch_only_what_the_core_exports() -> None:
 def test_the_core_knows_no_framework() -> None:
     for path in (ROOT / "detox_guard").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) (langchain|llama_index)", path.read_text("utf-8"), re.MULTILINE), path
+
+
+def test_no_file_is_over_400_lines() -> None:
+    """A module knows one thing; what has grown to know two is split by subject."""
+    folders = ("detox_guard", "integrations", "benchmarks", "tests", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if ".venv" not in path.parts]
+    assert {str(path) for path in files if len(path.read_text("utf-8").splitlines()) > 400} == set()
+
+
+OF_LIBRARIES = {"_attn_implementation", "_exit", "_replace", "_name_or_path", "_llm", "_node_postprocessors"}
+"""Transformers', `os`'s, named tuples' and LlamaIndex's own names."""
+HOOKS = {"_generate", "_stream", "_get_ls_params", "_identifying_params"}
+"""What LangChain calls of a model."""
+
+
+def test_tests_reach_into_no_private_attribute() -> None:
+    """Of what they test; what their own classes keep (`self._…`) is theirs."""
+    reaches = set()
+    for folder in ("tests", "benchmarks/tests", *(str(one) for one in ROOT.glob("integrations/*/tests"))):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text("utf-8")
+            own = set(re.findall(r"self\.(_\w+)", text))
+            for node in ast.walk(ast.parse(text)):
+                if not isinstance(node, ast.Attribute) or not re.match("_[a-z]", node.attr):
+                    continue
+                if node.attr not in OF_LIBRARIES | HOOKS | own:
+                    reaches.add(f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}")
+    assert reaches == set()
+
+
+def test_no_assertion_asks_a_clock() -> None:
+    """Beside other work no time is short enough. `waiting.py` gives up in the end, and says so."""
+    for path in [*(ROOT / "tests").rglob("*.py"), *ROOT.glob("*/tests/*.py"), *ROOT.glob("integrations/*/tests/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Assert) and path.name != "waiting.py":
+                assert not re.search(r"\b(perf_counter|monotonic|time\.time)\(", ast.unparse(node.test)), path

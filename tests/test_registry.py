@@ -10,7 +10,7 @@ import torch
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard import BackboneNotFoundError, Detoxifier, DetoxiGen, EngineConfig, EngineError, InvalidParamsError
-from detox_guard.detoxifiers.soft_prompt import DetoxifierCard
+from detox_guard.detoxifiers.card import DetoxifierCard
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,8 @@ from detox_guard.training.config import TrainingConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
+    from detox_guard.detoxifiers.card import DetoxifierCard
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
 
 __all__ = ["losses_table", "train"]
 

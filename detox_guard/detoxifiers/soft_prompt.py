@@ -1,4 +1,4 @@
-"""The soft prompt and its card: load, save, check against a backbone.
+"""The soft prompt: load, save, check against a backbone.
 
 Knows PEFT's prompt-tuning folder (both ways) and what makes a soft prompt fit a backbone. Knows nothing of how one is
 trained (`detox_guard.training`) or served (`detox_guard.engine`).
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from detox_guard._files import read_regular, sync, usable_path
 from detox_guard.detoxifiers.base import EmbeddingPrefix
+from detox_guard.detoxifiers.card import DetoxifierCard
 from detox_guard.detoxifiers.text_view import TextView
 from detox_guard.errors import (
     DataError,
@@ -34,70 +35,16 @@ if TYPE_CHECKING:
     import torch
 
     from detox_guard.detoxifiers.base import Place, View
+    from detox_guard.detoxifiers.card import Position
     from detox_guard.models.backbone import Backbone
 
-__all__ = [
-    "DataSource",
-    "Detoxifier",
-    "DetoxifierCard",
-    "Position",
-    "Source",
-    "SteeringStream",
-    "last_part",
-]
-
-Position = Literal["front", "reply"]
+__all__ = ["Detoxifier", "Source", "SteeringStream", "last_part"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "detoxifier_card.json"
 TENSOR_KEY = "prompt_embeddings"
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "detoxifier"
 _MOST_BYTES = 2**30
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataSource(_Record):
-    """One file or hub data set a detoxifier was trained on; `sha256` is of the file's bytes, or of a hub set's rows."""
-
-    name: str
-    sha256: str
-    rows: int
-    licence: str | None = None
-
-
-class DetoxifierCard(_Record):
-    """What a soft prompt is, for which backbone, and how it was made; None where that is not known.
-
-    `position`: "front" puts the virtual tokens before everything (DetoxiGen, arXiv 2401.06947), "reply" between the
-    context and the reply. `heldout_loss_*`: nats a reply token, by kind of example and "mean". `heldout_aim`: share of
-    held-out pairs whose toxic text has the higher log p_detox - log p_gen. `start_sha256`: the detoxifier gone on from.
-    `embedding_scale`: the factor the backbone's embedding layer applies to its own rows (Gemma), already part of ours.
-    """
-
-    base_id: str
-    base_revision: str | None = None
-    hidden_size: PositiveInt
-    num_layers: PositiveInt | None = None
-    virtual_tokens: PositiveInt
-    position: Position = "front"
-    initial_text: str | None = None
-    data: tuple[DataSource, ...] = ()
-    transformers_version: str | None = None
-    peft_version: str | None = None
-    torch_version: str | None = None
-    seed: int | None = None
-    steps: int | None = None
-    command: str | None = None
-    heldout_loss_before: dict[str, float] = Field(default_factory=dict)
-    heldout_loss_after: dict[str, float] = Field(default_factory=dict)
-    heldout_aim: dict[str, float] = Field(default_factory=dict)
-    start_sha256: str | None = None
-    embedding_scale: float | None = None
-    created: str | None = None
-    notes: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from detox_guard._threads import run_aside
+from detox_guard.detoxifiers.card import DetoxifierCard
 from detox_guard.detoxifiers.resolve import as_streams
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import EngineError
 from detox_guard.evaluation.config import BenchConfig

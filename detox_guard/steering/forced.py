@@ -15,7 +15,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.detoxifiers.soft_prompt import Position
+    from detox_guard.detoxifiers.card import Position
 
 __all__ = [
     "Along",

@@ -10,12 +10,13 @@ import peft
 import torch
 import transformers
 
-from detox_guard.detoxifiers.soft_prompt import DetoxifierCard
+from detox_guard.detoxifiers.card import DetoxifierCard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from detox_guard.detoxifiers.soft_prompt import DataSource, Detoxifier
+    from detox_guard.detoxifiers.card import DataSource
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
     from detox_guard.models.backbone import Backbone
     from detox_guard.training.config import AdaptConfig, TrainingConfig
 

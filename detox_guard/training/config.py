@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, field_validator
 
 from detox_guard._strict import StrictModel
-from detox_guard.detoxifiers.soft_prompt import Position
+from detox_guard.detoxifiers.card import Position
 
 if TYPE_CHECKING:
     from collections.abc import Set

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detox_guard.data import BadRow, read_rows, text_at
-from detox_guard.detoxifiers.soft_prompt import DataSource
+from detox_guard.detoxifiers.card import DataSource
 from detox_guard.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from detox_guard.training.data import Reply, Text, TextPairs, TextRows, read_pai
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.detoxifiers.soft_prompt import DataSource
+    from detox_guard.detoxifiers.card import DataSource
     from detox_guard.training.config import TrainingConfig
 
 __all__ = ["Pair", "Rows", "beginning", "divide", "read_rows", "set_apart", "to_json"]

@@ -9,7 +9,8 @@ import torch
 from commands import DEVICE
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.card import DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
 
 if TYPE_CHECKING:
     from pathlib import Path

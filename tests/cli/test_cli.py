@@ -15,7 +15,8 @@ from tiny import make_tiny_config, make_tiny_model
 from detox_guard.cli import EXIT_CODES
 from detox_guard.cli.prompts import as_chat, read_prompts
 from detox_guard.detoxifiers import registry
-from detox_guard.detoxifiers.soft_prompt import Detoxifier, DetoxifierCard
+from detox_guard.detoxifiers.card import DetoxifierCard
+from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig, EvalConfig
 from detox_guard.models.load import load_backbone

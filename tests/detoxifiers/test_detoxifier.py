@@ -19,16 +19,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone
 
 from detox_guard.detoxifiers import soft_prompt as module
+from detox_guard.detoxifiers.card import DataSource, DetoxifierCard
 from detox_guard.detoxifiers.resolve import as_streams
-from detox_guard.detoxifiers.soft_prompt import (
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    DataSource,
-    Detoxifier,
-    DetoxifierCard,
-    SteeringStream,
-)
+from detox_guard.detoxifiers.soft_prompt import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Detoxifier, SteeringStream
 from detox_guard.errors import (
     DetoxifierError,
     DetoxifierFormatError,

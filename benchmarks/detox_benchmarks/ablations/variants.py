@@ -12,7 +12,7 @@ from pydantic import Field
 
 from detox_guard._files import write_whole
 from detox_guard._strict import StrictModel
-from detox_guard.detoxifiers.soft_prompt import Position
+from detox_guard.detoxifiers.card import Position
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.settings import Rule
 from detox_guard.training.config import TrainingConfig

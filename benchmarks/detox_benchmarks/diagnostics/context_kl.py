@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from detox_guard.detoxifiers.soft_prompt import Detoxifier, Position
+    from detox_guard.detoxifiers.card import Position
+    from detox_guard.detoxifiers.soft_prompt import Detoxifier
     from detox_guard.detoxigen import DetoxiGen
     from detox_guard.models.backbone import Backbone
 

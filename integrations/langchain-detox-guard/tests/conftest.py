@@ -7,6 +7,7 @@ from detox_guard import DetoxiGen
 from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core.globals import set_llm_cache
 
+from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 from langchain_scripts import obliging
 
 
@@ -15,9 +16,19 @@ def detoxigen() -> ScriptedDetoxiGen:
     return ScriptedDetoxiGen(obliging)
 
 
+@pytest.fixture
+def chat(detoxigen: ScriptedDetoxiGen) -> ChatDetoxiGen:
+    return ChatDetoxiGen(detoxigen=detoxigen, seed=1)
+
+
+@pytest.fixture
+def llm(detoxigen: ScriptedDetoxiGen) -> DetoxiGenLLM:
+    return DetoxiGenLLM(detoxigen=detoxigen, seed=1)
+
+
 @pytest.fixture(scope="session")
-def guard() -> DetoxiGen:
-    """The detoxigen that every model without an `detoxigen` of its own uses: the embedded default."""
+def default_model() -> DetoxiGen:
+    """The model of whoever names none: the embedded default."""
     return DetoxiGen.shared()
 
 

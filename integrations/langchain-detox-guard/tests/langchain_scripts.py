@@ -9,13 +9,20 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from detox_guard import ChatPrompt, StepError
-from detox_guard.testing import Said, ScriptedScorer, tool_call
+import pytest
+from detox_guard import ChatPrompt, GuardPolicy, StepError
+from detox_guard.testing import Said, ScriptedDetoxiGen, ScriptedScorer, tool_call
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 
 if TYPE_CHECKING:
     from detox_guard import DecodingParams
+    from langchain_core.messages import AIMessageChunk
 
 WINDOW = 2048
+LONG = "word " * (WINDOW + 1)
 ROTTEN = ScriptedScorer("rotten")
 
 
@@ -58,3 +65,38 @@ def example(schema: dict[str, Any], said: str = "", name: str = "") -> Any:
     quoted = re.findall(r"'([^']+)'", said)
     fixed: dict[str, Any] = {"string": quoted[-1] if quoted else f"some {name}".strip(), "integer": 3, "number": 1.5}
     return {**fixed, "boolean": True, "null": None}[kind]
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def whole(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    return total
+
+
+BOTH = pytest.mark.parametrize("kind", [ChatDetoxiGen, DetoxiGenLLM])
+
+
+POLICY = GuardPolicy(threshold=0.3, ladder=(2.5,))  # type: ignore[arg-type]
+
+
+class Town(BaseModel):
+    """A town."""
+
+    name: str
+
+
+@tool
+def look_up(town: str) -> str:
+    """Look it up."""
+    return "nothing"
+
+
+def asked(detoxigen: ScriptedDetoxiGen) -> DecodingParams:
+    return detoxigen.calls[-1][2]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
-from detox_guard import GuardPolicy, PromptTooLongError
+from detox_guard import DecodingParams, GuardPolicy, PromptTooLongError
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.globals import set_llm_cache
@@ -28,18 +28,18 @@ SEEDS = range(int(os.environ.get("DETOX_GUARD_SCHEMA_SEEDS", "1")))
 
 
 @pytest.fixture
-def llm(guard: DetoxiGen) -> DetoxiGenLLM:
+def llm(default_model: DetoxiGen) -> DetoxiGenLLM:
     return DetoxiGenLLM(seed=3, max_tokens=8)
 
 
 @pytest.fixture
-def chat(guard: DetoxiGen) -> ChatDetoxiGen:
+def chat(default_model: DetoxiGen) -> ChatDetoxiGen:
     return ChatDetoxiGen(seed=3, max_tokens=8)
 
 
-async def test_the_llm_says_the_same_in_all_ways(llm: DetoxiGenLLM, guard: DetoxiGen) -> None:
+async def test_the_llm_says_the_same_in_all_ways(llm: DetoxiGenLLM, default_model: DetoxiGen) -> None:
     prompt = "My neighbour said that the dog"
-    text = guard.generate(prompt, llm._decoding_params()).text
+    text = default_model.generate(prompt, DecodingParams(seed=3, max_new_tokens=8)).text
     assert llm.invoke(prompt) == text
     assert "".join(llm.stream(prompt)) == text
     assert await llm.ainvoke(prompt) == text
@@ -48,21 +48,21 @@ async def test_the_llm_says_the_same_in_all_ways(llm: DetoxiGenLLM, guard: Detox
     assert (await llm.abatch([prompt, "Water boils when"]))[0] == text
 
 
-def test_an_engine_of_ones_own_and_a_cache(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
+def test_an_engine_of_ones_own_and_a_cache(llm: DetoxiGenLLM, chat: ChatDetoxiGen, default_model: DetoxiGen) -> None:
     text, said = llm.invoke("Water boils when"), chat.invoke("Hello.").text
-    assert DetoxiGenLLM(detoxigen=guard, seed=3, max_tokens=8).invoke("Water boils when") == text
-    assert ChatDetoxiGen(detoxigen=guard, seed=3, max_tokens=8).invoke("Hello.").text == said
+    assert DetoxiGenLLM(detoxigen=default_model, seed=3, max_tokens=8).invoke("Water boils when") == text
+    assert ChatDetoxiGen(detoxigen=default_model, seed=3, max_tokens=8).invoke("Hello.").text == said
     set_llm_cache(InMemoryCache())
-    asked = guard.stats().submitted
+    asked = default_model.stats().submitted
     for _ in range(2):
         assert llm.invoke("Water boils when") == text
         assert chat.invoke("Hello.").text == said
-    assert guard.stats().submitted == asked + 2
+    assert default_model.stats().submitted == asked + 2
 
 
-async def test_the_chat_model_says_the_same_in_all_ways(chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
+async def test_the_chat_model_says_the_same_in_all_ways(chat: ChatDetoxiGen, default_model: DetoxiGen) -> None:
     prompt = "Tell me about rivers."
-    text = guard.generate([{"role": "user", "content": prompt}], chat._decoding_params()).text
+    text = default_model.generate([{"role": "user", "content": prompt}], DecodingParams(seed=3, max_new_tokens=8)).text
     assert chat.invoke(prompt).text == text
     assert "".join(chunk.text for chunk in chat.stream(prompt)) == text
     assert (await chat.ainvoke(prompt)).text == text
@@ -71,8 +71,10 @@ async def test_the_chat_model_says_the_same_in_all_ways(chat: ChatDetoxiGen, gua
     assert (await chat.abatch([prompt, "Hello."]))[0].text == text
 
 
-def test_two_models_share_one_engine(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
-    assert llm._engine() is chat._engine() is guard
+def test_two_models_share_one_engine(llm: DetoxiGenLLM, chat: ChatDetoxiGen, default_model: DetoxiGen) -> None:
+    asked = default_model.stats().submitted
+    llm.invoke("Hello."), chat.invoke("Hello.")
+    assert default_model.stats().submitted == asked + 2
 
 
 def test_a_stop_string_over_several_tokens(llm: DetoxiGenLLM) -> None:
@@ -82,9 +84,9 @@ def test_a_stop_string_over_several_tokens(llm: DetoxiGenLLM) -> None:
     assert "".join(llm.stream("Water boils when", stop=[stop])) == text[: text.find(stop)]
 
 
-def test_tokens_are_the_models_own(llm: DetoxiGenLLM, chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
+def test_tokens_are_the_models_own(llm: DetoxiGenLLM, chat: ChatDetoxiGen, default_model: DetoxiGen) -> None:
     text = "Fjords are deep, naïve straße."
-    assert llm.get_token_ids(text) == chat.get_token_ids(text) == guard.encode(text)
+    assert llm.get_token_ids(text) == chat.get_token_ids(text) == default_model.encode(text)
     message = chat.invoke(text)
     assert message.usage_metadata is not None
     assert chat.get_num_tokens_from_messages([HumanMessage(text)]) == message.usage_metadata["input_tokens"]
@@ -117,7 +119,7 @@ def test_one_prompt_too_long(chat: ChatDetoxiGen) -> None:
 
 
 @pytest.mark.parametrize("way", ["ainvoke", "astream"])
-async def test_a_cancelled_task_frees_its_seat(chat: ChatDetoxiGen, guard: DetoxiGen, way: str) -> None:
+async def test_a_cancelled_task_frees_its_seat(chat: ChatDetoxiGen, default_model: DetoxiGen, way: str) -> None:
     async def run() -> None:
         if way == "astream":
             _ = [chunk async for chunk in chat.astream("Hello.", max_tokens=400)]
@@ -125,13 +127,13 @@ async def test_a_cancelled_task_frees_its_seat(chat: ChatDetoxiGen, guard: Detox
             await chat.ainvoke("Hello.", max_tokens=400)
 
     task = asyncio.create_task(run())
-    while not guard.stats().seats:
+    while not default_model.stats().seats:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await guard.agenerate("Hello.", max_new_tokens=1)  # by then the engine has looked at who left
-    assert not guard.stats().seats
+    await default_model.agenerate("Hello.", max_new_tokens=1)  # by then the engine has looked at who left
+    assert not default_model.stats().seats
 
 
 async def test_the_loop_stays_free(chat: ChatDetoxiGen) -> None:
@@ -204,13 +206,13 @@ def test_twenty_schemas_are_met(chat: ChatDetoxiGen, alpha: float, seed: int) ->
         assert message.response_metadata["detox"]["alpha"] == alpha, name
 
 
-def test_sixteen_share_one_batch(chat: ChatDetoxiGen, guard: DetoxiGen) -> None:
+def test_sixteen_share_one_batch(chat: ChatDetoxiGen, default_model: DetoxiGen) -> None:
     """The threads of `batch` are as many as its prompts, so the engine seats them all together."""
     seats, over = [], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
-            seats.append(guard.stats().seats)
+            seats.append(default_model.stats().seats)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

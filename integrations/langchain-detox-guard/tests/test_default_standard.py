@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decor
 WITS = pytest.mark.xfail(reason="judges the wits of a 135M model; passes on the scripted model", run=False)
 
 
-@pytest.mark.usefixtures("guard")
+@pytest.mark.usefixtures("default_model")
 class TestDefaultBackbone(ChatModelIntegrationTests):
     @property
     def chat_model_class(self) -> type[BaseChatModel]:

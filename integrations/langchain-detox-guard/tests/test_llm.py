@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, InvalidParamsError, PromptTooLongError, StepError
+from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, PromptTooLongError, StepError
 from detox_guard.errors import NotPicklableError
 from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core import exceptions
-from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
-from langchain_core.globals import set_llm_cache
 from langchain_core.load import dumpd, dumps, load
 from langchain_core.runnables import ConfigurableField
 
-from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
-from langchain_scripts import WINDOW, obliging
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-LONG = "word " * (WINDOW + 1)
+from langchain_detox_guard import DetoxiGenLLM
+from langchain_scripts import LONG
 
 
 class Log(BaseCallbackHandler):
@@ -63,11 +54,6 @@ class AsyncLog(Log, AsyncCallbackHandler):
         Log.on_llm_error(self, *args, **kwargs)
 
 
-@pytest.fixture
-def llm(detoxigen: ScriptedDetoxiGen) -> DetoxiGenLLM:
-    return DetoxiGenLLM(detoxigen=detoxigen, seed=1)
-
-
 # -- construction and parameters
 
 
@@ -95,8 +81,9 @@ def test_the_shared_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch,
     assert asked == [("some/model", names), ("other/model", names)]
 
 
-def test_defaults_are_the_cores(llm: DetoxiGenLLM) -> None:
-    assert DetoxiGenLLM()._decoding_params() == DecodingParams()
+def test_defaults_are_the_cores(detoxigen: ScriptedDetoxiGen) -> None:
+    DetoxiGenLLM(detoxigen=detoxigen).invoke("Hi")
+    assert detoxigen.calls[-1][2] == DecodingParams()
 
 
 @pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"top_p": 0.0}, {"rule": "other"}, {"apha": 2.0}, {"stop": [""]}])
@@ -167,14 +154,6 @@ def test_isolated_prompts_run_together() -> None:
     detoxigen = ScriptedDetoxiGen(together=16)
     DetoxiGenLLM(detoxigen=detoxigen).batch(["a"] * 16, return_exceptions=True)
     assert detoxigen.most_active == 16
-
-
-@pytest.mark.parametrize("return_exceptions", [False, True])
-async def test_a_long_abatch_does_not_flood_the_queue(return_exceptions: bool) -> None:
-    detoxigen = ScriptedDetoxiGen(together=256)
-    replies = await DetoxiGenLLM(detoxigen=detoxigen).abatch(["a"] * 300, return_exceptions=return_exceptions)
-    assert len(replies) == 300
-    assert detoxigen.most_active == 256
 
 
 def test_a_bad_prompt_raises_otherwise(llm: DetoxiGenLLM) -> None:
@@ -271,80 +250,6 @@ def test_one_stop_string_is_not_its_letters(llm: DetoxiGenLLM) -> None:
     assert llm.invoke("Hi", stop="reader") == "".join(llm.stream("Hi", stop="reader")) == "Hello, dear "
 
 
-# -- caches
-
-
-async def test_the_cache_serves_the_same_and_never_another_alpha(
-    llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen
-) -> None:
-    set_llm_cache(InMemoryCache())
-    text = llm.invoke("Hi")
-    assert (llm.invoke("Hi"), len(detoxigen.calls)) == (text, 1)
-    assert (await llm.ainvoke("Hi"), len(detoxigen.calls)) == (text, 1)
-    for other in ({"alpha": 0.0}, {"seed": 2}, {"stop": ["dear"]}, {"max_tokens": 2}, {"temperature": 0.0}):
-        before = len(detoxigen.calls)
-        fresh = llm.invoke("Hi", **other)  # type: ignore[arg-type]
-        assert len(detoxigen.calls) == before + 1, other
-        assert llm.bind(**other).invoke("Hi") == fresh
-        assert DetoxiGenLLM(detoxigen=detoxigen, **{"seed": 1, **other}).invoke("Hi") == fresh
-        assert await llm.ainvoke("Hi", **other) == fresh  # type: ignore[arg-type]
-        assert len(detoxigen.calls) == before + 1, other
-    assert llm.invoke("Hi", cache=False) == text
-    assert detoxigen.calls[-1][2] == llm._decoding_params()
-
-
-def test_the_cache_knows_engines_apart(detoxigen: ScriptedDetoxiGen) -> None:
-    set_llm_cache(InMemoryCache())
-    other = ScriptedDetoxiGen(obliging)
-    other.detoxifier_ids = ("-1:ffff00001111",)
-    DetoxiGenLLM(detoxigen=detoxigen, seed=1).invoke("Hi")
-    DetoxiGenLLM(detoxigen=other, seed=1).invoke("Hi")
-    assert len(other.calls) == 1
-
-
-class Strict:
-    """A scorer."""
-
-    name = "words"
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return [0.0 for _ in texts]
-
-
-@pytest.mark.parametrize("kind", [DetoxiGenLLM, ChatDetoxiGen])
-def test_the_cache_knows_guards_apart(kind: Any, detoxigen: ScriptedDetoxiGen) -> None:
-    """Also one that an model of one's own brings; of scorer objects it knows nothing that tells them apart."""
-    set_llm_cache(InMemoryCache())
-    kind(detoxigen=detoxigen, seed=1).invoke("Hi")
-    for guard in (GuardPolicy(), GuardPolicy(threshold=0.3)):
-        guarded = ScriptedDetoxiGen(obliging, params=DecodingParams(guard=guard))
-        kind(detoxigen=guarded, seed=1).invoke("Hi")
-        assert len(guarded.calls) == 1
-    for _ in range(2):
-        kind(detoxigen=detoxigen, seed=1, guard=GuardPolicy(threshold=0.3)).invoke("Hi")
-    assert len(detoxigen.calls) == 2  # another detoxigen of its name answered before
-    for cache in (None, True):
-        own = ScriptedDetoxiGen(obliging, params=DecodingParams(guard=GuardPolicy(scorer=Strict())))
-        kind(detoxigen=own, seed=1, cache=cache).invoke("Hi")
-        kind(detoxigen=own, seed=1, cache=cache).invoke("Hi")
-        assert len(own.calls) == 2
-
-
-def test_unseeded_sampling_is_not_cached_unless_asked_for(detoxigen: ScriptedDetoxiGen) -> None:
-    set_llm_cache(InMemoryCache())
-    for llm, calls in (
-        (DetoxiGenLLM(detoxigen=detoxigen), 2),
-        (DetoxiGenLLM(detoxigen=detoxigen, temperature=0.0), 1),
-        (DetoxiGenLLM(detoxigen=detoxigen, seed=1), 1),
-        (DetoxiGenLLM(detoxigen=detoxigen, cache=True), 1),
-        (DetoxiGenLLM(detoxigen=detoxigen, cache=InMemoryCache()), 1),
-    ):
-        detoxigen.calls.clear()
-        llm.invoke("Hi")
-        llm.invoke("Hi")
-        assert len(detoxigen.calls) == calls, llm
-
-
 # -- what it reports
 
 
@@ -385,68 +290,6 @@ def test_tracing_parameters(llm: DetoxiGenLLM) -> None:
 def test_tokens_are_the_models_own(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
     assert llm.get_token_ids("some four word text") == detoxigen.encode("some four word text")
     assert llm.get_num_tokens("some four word text") == 4
-
-
-# -- async manners
-
-
-async def test_the_loop_stays_free() -> None:
-    """While all of them decode: a loop that waited with them would never end the hold."""
-    detoxigen = ScriptedDetoxiGen()
-    llm = DetoxiGenLLM(detoxigen=detoxigen)
-    with detoxigen.hold():
-        asked = [*(llm.ainvoke("Hi") for _ in range(8)), *(llm.abatch(["a", "b"]) for _ in range(2))]
-        replies = asyncio.gather(*asked)
-        await asyncio.to_thread(detoxigen.wait_for, 12)
-    assert len(await replies) == 10
-
-
-async def test_loading_happens_off_the_loop(monkeypatch: pytest.MonkeyPatch, detoxigen: ScriptedDetoxiGen) -> None:
-    loading, loaded = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def shared(*_: Any, **__: Any) -> ScriptedDetoxiGen:
-        loop.call_soon_threadsafe(loading.set)
-        assert loaded.wait(30)
-        return detoxigen
-
-    monkeypatch.setattr(DetoxiGen, "shared", shared)
-    task = asyncio.create_task(DetoxiGenLLM().ainvoke("Hi"))
-    await loading.wait()
-    loaded.set()
-    assert await task
-
-
-@pytest.mark.parametrize("way", ["ainvoke", "astream", "abatch"])
-async def test_a_cancelled_task_frees_its_seat(way: str) -> None:
-    detoxigen = ScriptedDetoxiGen(obliging)
-    llm = DetoxiGenLLM(detoxigen=detoxigen)
-
-    async def run() -> None:
-        if way == "astream":
-            _ = [piece async for piece in llm.astream("Hi")]
-        elif way == "abatch":
-            await llm.abatch(["a", "b"])
-        else:
-            await llm.ainvoke("Hi")
-
-    seats = 2 if way == "abatch" else 1
-    with detoxigen.hold():
-        task = asyncio.create_task(run())
-        await asyncio.to_thread(detoxigen.wait_for, seats)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await asyncio.to_thread(detoxigen.wait_for, 0)
-    assert detoxigen.abandoned == seats
-
-
-def test_an_abandoned_stream_frees_its_seat(llm: DetoxiGenLLM, detoxigen: ScriptedDetoxiGen) -> None:
-    stream = llm.stream("Hi")
-    next(stream)
-    assert detoxigen.active == 1
-    stream.close()  # type: ignore[attr-defined]
-    assert (detoxigen.active, detoxigen.abandoned) == (0, 1)
 
 
 # -- configuration, serialization

@@ -15,8 +15,8 @@ from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from detox_guard import DecodingParams
-from detox_guard.testing import Said, ScriptedDetoxiGen
+from detox_guard import DecodingParams, GuardPolicy
+from detox_guard.testing import Said, ScriptedDetoxiGen, ScriptedScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llama_index.core.callbacks.schema import CBEventType
     from llama_index.core.instrumentation.events import BaseEvent
 
+POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
+QUERY = "When does the library open?"
 CLEAN = "The library opens at nine. It closes at six."
 RUDE = "The library opens at nine. Only a stupid person asks. It closes at six."
 HELD = "The library opens at nine. [removed] It closes at six."

@@ -24,13 +24,11 @@ from llama_index.llms.detox_guard import (
     get_detox_response_synthesizer,
     guard_chat_engine,
 )
-from llama_index_harness import CLEAN, HELD, BagEmbedding, ForeignLLM, memory, recorded_events, scripted
+from llama_index_harness import CLEAN, HELD, POLICY, QUERY, BagEmbedding, ForeignLLM, memory, recorded_events, scripted
 
-from detox_guard import GuardPolicy, InvalidParamsError, PromptTooLongError
+from detox_guard import InvalidParamsError, PromptTooLongError
 from detox_guard.testing import ScriptedScorer
 
-POLICY = GuardPolicy(scorer=ScriptedScorer("stupid"))
-QUERY = "When does the library open?"
 ENGINES = {"context": ContextChatEngine, "condense_plus_context": CondensePlusContextChatEngine}
 
 

@@ -310,12 +310,14 @@ def test_the_postprocessor_keeps_its_scorer_or_refuses() -> None:
     assert (plain.action, plain.threshold, plain.scorer) == ("drop", 0.2, "embedded")
 
 
-def test_the_evaluator_keeps_its_scorer_or_refuses() -> None:
-    one = ToxicityEvaluator(Locked())
-    assert copy.deepcopy(one)._policy.scorer is one._policy.scorer
+async def test_the_evaluator_keeps_its_scorer_or_refuses() -> None:
+    one, clean = ToxicityEvaluator(Locked()), "The library opens at nine."
+    told, twin = [await each.aevaluate(query="q", response=clean) for each in (one, copy.deepcopy(one))]
+    assert told == twin
     with pytest.raises(NotPicklableError):
         pickle.dumps(one)
-    assert pickle.loads(pickle.dumps(ToxicityEvaluator(threshold=0.2)))._threshold == 0.2
+    strict = pickle.loads(pickle.dumps(ToxicityEvaluator(threshold=0.0001)))
+    assert not (await strict.aevaluate(query="q", response=clean)).passing
 
 
 def test_a_copied_hook_holds() -> None:

@@ -24,7 +24,7 @@ from llama_index.llms.detox_guard import (
     RefusedCallError,
     get_detox_response_synthesizer,
 )
-from llama_index_harness import CLEAN, BagEmbedding, memory, nodes, scripted
+from llama_index_harness import CLEAN, QUERY, BagEmbedding, memory, nodes, scripted
 from pydantic import BaseModel, field_validator
 
 from detox_guard import DetoxGuardError, GuardPolicy, InvalidParamsError, ScorerError, StepError
@@ -37,7 +37,6 @@ pytestmark = [  # of LlamaIndex's own
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning"),
 ]
-QUERY = "When does the library open?"
 PROMPT = PromptTemplate("Describe {what}.")
 CUTS = ["length", "guard"]
 
