@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pytest
-from detox_guard import DecodingParams, EngineBusyError, GuardPolicy, InvalidParamsError, PromptTooLongError
+from detox_guard import (
+    DecodingParams,
+    DetoxiGen,
+    EngineBusyError,
+    GuardPolicy,
+    InvalidParamsError,
+    PromptTooLongError,
+)
+from detox_guard.testing import ScriptedDetoxiGen
 from langchain_core import exceptions
 from pydantic import TypeAdapter
 
 from langchain_detox_guard import ChatDetoxiGen, DetoxDocumentScreen, DetoxMiddleware
 from langchain_detox_guard._errors import as_langchain
 from langchain_scripts import BOTH, asked, look_up
-
-if TYPE_CHECKING:
-    from detox_guard.testing import ScriptedDetoxiGen
 
 # -- bad values
 
@@ -168,9 +173,17 @@ def test_every_field_says_what_it_is(kind: Any) -> None:
 
 
 @BOTH
-def test_llama_cpp_is_said_as_its_users_say_it(kind: Any) -> None:
+def test_llama_cpp_is_said_as_its_users_say_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def shared(model: str | None = None, **names: Any) -> ScriptedDetoxiGen:
+        asked.append(names)
+        return ScriptedDetoxiGen()
+
+    monkeypatch.setattr(DetoxiGen, "shared", shared)
     how = {"engine": "llamacpp", "n_ctx": 2048, "n_gpu_layers": -1, "n_threads": 4, "n_batch": 512, "type_k": 8}
-    assert kind(model="some.gguf", **how)._loading() == how
+    kind(model="some.gguf", **how).invoke("Hi")
+    assert asked == [{"detoxifier": None, **how}]
     with pytest.raises(InvalidParamsError, match=r"n_ctx.*engine"):
         kind(model="some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):

@@ -10,7 +10,13 @@ from llama_index.core import PromptTemplate
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
-from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode, SimpleSummarize, TreeSummarize
+from llama_index.core.response_synthesizers import (
+    BaseSynthesizer,
+    CompactAndRefine,
+    ResponseMode,
+    SimpleSummarize,
+    TreeSummarize,
+)
 from llama_index.core.response_synthesizers.refine import StructuredRefineResponse
 from llama_index.llms.detox_guard import (
     DetoxiGenLLM,
@@ -158,7 +164,7 @@ async def test_engine_errors_come_through(is_async: bool, streaming: bool) -> No
 
 def test_prompts_are_the_inner_ones() -> None:
     model = scripted()
-    inner = SimpleSummarize(llm=DetoxiGenLLM(detoxigen=model))
+    inner = CompactAndRefine(llm=DetoxiGenLLM(detoxigen=model))
     synthesizer = DetoxSynthesizer(inner, policy=POLICY)
     assert set(synthesizer.get_prompts()) == set(inner.get_prompts())
     synthesizer.update_prompts({"text_qa_template": PromptTemplate("Q {query_str} C {context_str}")})
