@@ -6,10 +6,11 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 
 LANGCHAIN = integrations/langchain-detox-guard
 LLAMA_INDEX = integrations/llama-index-llms-detox-guard
+RAY = integrations/ray-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo serve test test-llamacpp check wheels docs bench bench-rag bench-chains ablate eval registry clean
+.PHONY: demo serve test test-ray test-llamacpp check wheels docs bench bench-rag bench-chains ablate eval registry clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -22,12 +23,22 @@ test: check wheels
 	cd $(LANGCHAIN) && $(PYTEST)
 	$(PYTEST) $(LLAMA_INDEX)/tests
 
+# The Ray package, with nodes on this machine. Ray is large and starts many processes, so `make test` leaves it out.
+test-ray: .venv/.installed-ray
+	cd $(RAY) && $(CURDIR)/.venv/bin/mypy
+	cd $(RAY) && OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -q
+
 # llama.cpp as a second runner. The first time it is compiled: about 5 minutes on two free cores, 700 MB of memory.
 # LLAMACPP=file.whl takes a compiled wheel.
 LLAMACPP ?= "llama-cpp-python>=0.3.36,<0.4"
 test-llamacpp: .venv/.installed-dev
 	$(PIP) $(LLAMACPP)
 	$(PYTEST) tests/engine -k llamacpp
+
+# Weights rounded by torchao and bitsandbytes, which `make test` does without.
+test-quantize: .venv/.installed-dev
+	$(PIP) --editable ".[quantize]"
+	$(PYTEST) tests/models/test_loading.py
 
 check: .venv/.installed-dev
 	.venv/bin/ruff check detox_guard tests examples integrations benchmarks
@@ -94,6 +105,10 @@ ablate: .venv/.installed-dev
 .venv/.installed-dev: pyproject.toml constraints.txt $(LANGCHAIN)/pyproject.toml $(LLAMA_INDEX)/pyproject.toml benchmarks/pyproject.toml | .venv
 	$(PIP) --editable ".[dev]" --editable "$(LANGCHAIN)[dev]" --editable "$(LLAMA_INDEX)[dev]" --editable benchmarks
 	@touch $@ .venv/.installed
+
+.venv/.installed-ray: .venv/.installed-dev $(RAY)/pyproject.toml
+	$(PIP) --editable "$(RAY)[dev]"
+	@touch $@
 
 .venv:
 	$(PYTHON) -m venv .venv

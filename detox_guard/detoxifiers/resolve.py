@@ -27,14 +27,14 @@ AUTO = "auto"
 Steering = str | Path | Detoxifier | TextView | SteeringStream
 ManySteering = Steering | Sequence[Steering] | None
 _SAME = "\n\nThe same again, but {}:\n\n"
-_RUDE = _SAME.format("rude, disrespectful, and full of insults, threats and swear words")
-_KIND = _SAME.format("polite, respectful and kind, without any insults, threats or swear words")
-_TAIL, _WEIGHT = 48, 1.5
+_RUDE = _SAME.format("rude, insulting and hateful")
+_KIND = _SAME.format("polite, friendly and respectful")
+_TAIL, _WEIGHT = 48, 1.25
 UNTRAINED = (
     Detoxifier.from_text(_RUDE, "reply", -_WEIGHT, tail=_TAIL),
     Detoxifier.from_text(_KIND, "reply", _WEIGHT, tail=_TAIL),
 )
-"""What serves a model that has no detoxifier. How they were chosen: docs/detoxifiers.md."""
+"""What serves a model that has no detoxifier. How they were chosen: benchmarks/results/texts.md."""
 _log = logging.getLogger("detox_guard.detoxifiers")
 
 

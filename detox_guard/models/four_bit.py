@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from detox_guard.errors import BackboneError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -77,7 +79,7 @@ def _fits(weight: torch.Tensor) -> bool:
 def round_to_grid(model: PreTrainedModel) -> int:
     """Round the weights of every linear layer but the head, in place; how many were. Their number type stays.
 
-    The small matrices of an adapter stay as they are.
+    The small matrices of an adapter stay as they are. Raises `BackboneError` for a model without such layers.
     """
     head = model.get_output_embeddings()
     count = 0
@@ -88,4 +90,6 @@ def round_to_grid(model: PreTrainedModel) -> int:
                 with torch.no_grad():
                     module.weight.copy_(grid_of(module.weight).values())
                 count += 1
+    if not count:
+        raise BackboneError(f"{model.config.model_type}: no layer that int4 could round", hint="Load it without int4.")
     return count

@@ -16,16 +16,35 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from detox_guard._files import write_whole
-from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardError, UnsupportedBackboneError
+from detox_guard.errors import (
+    BackboneError,
+    BackboneNotFoundError,
+    DetoxGuardError,
+    InvalidParamsError,
+    UnsupportedBackboneError,
+)
 from detox_guard.models import gguf_probe
 from detox_guard.models.cache import cache_dir
 
-__all__ = ["OLLAMA", "GgufFacts", "GgufModel", "NoWeights", "facts_of", "need_llamacpp", "ollama_file", "revision_of"]
+if TYPE_CHECKING:
+    from detox_guard.models.backbone import Backbone
+
+__all__ = [
+    "OLLAMA",
+    "GgufFacts",
+    "GgufModel",
+    "NoWeights",
+    "as_backbone",
+    "facts_of",
+    "need_llamacpp",
+    "ollama_file",
+    "revision_of",
+]
 
 OLLAMA = "ollama:"
 _TRIAL_S = 600
@@ -141,6 +160,40 @@ def facts_of(path: Path) -> GgufFacts:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, facts.model_dump_json())
     return facts
+
+
+def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str) -> Backbone:
+    """The backbone that llama.cpp serves. Raises `InvalidParamsError`, or `BackboneError` for another's tokenizer."""
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from detox_guard.models.backbone import Backbone
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InvalidParamsError("tokenizer", tokenizer, "a name, a path, or a transformers tokenizer")
+    facts, pad = gguf.facts, tokenizer.pad_token_id
+    if max(tokenizer("The quick brown fox").input_ids, default=0) >= facts.vocab_size:
+        raise BackboneError(f"{name}: wrong tokenizer: it gives ids past the vocabulary of {facts.vocab_size}")
+    return Backbone(
+        model=NoWeights(name),
+        tokenizer=tokenizer,
+        id=name,
+        revision=revision,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        vocab_size=facts.vocab_size,
+        max_positions=gguf.how.get("n_ctx") or facts.positions,
+        learned_positions=facts.learned_positions,
+        window=facts.window,
+        eos_token_ids=facts.end_ids,
+        pad_token_id=int(pad if pad is not None and pad < facts.vocab_size else next(iter(facts.end_ids), 0)),
+        has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        quantization=facts.description,
+        gguf=gguf,
+        also_called=facts.names(gguf.path.name),
+    )
 
 
 def revision_of(path: Path) -> str:

@@ -25,7 +25,7 @@ from detox_guard.models.default import (
     default_gguf,
     default_is_cached,
 )
-from detox_guard.models.gguf import OLLAMA, GgufModel, NoWeights, facts_of, need_llamacpp, ollama_file, revision_of
+from detox_guard.models.gguf import OLLAMA, GgufModel, as_backbone, facts_of, need_llamacpp, ollama_file, revision_of
 from detox_guard.models.options import LoadOptions
 from detox_guard.models.quantization import INT4, as_config, is_quantized, need
 
@@ -88,16 +88,8 @@ def load_backbone(
             loaded, its_tokenizer = _loaded(base, own, options.replace(revision=adapter.base_revision))
             with _translated(place.source):
                 loaded = put_on(loaded, its_tokenizer, adapter)
-            revision = adapter.commit or options.revision
-            return from_model(
-                loaded,
-                its_tokenizer,
-                id=place.id,
-                revision=revision,
-                adapter=adapter.kind,
-                base_id=base.id,
-                quantization=_rounded(loaded, options),
-            )
+            told = {"adapter": adapter.kind, "base_id": base.id, "quantization": _rounded(loaded, options)}
+            return from_model(loaded, its_tokenizer, id=place.id, revision=adapter.commit or options.revision, **told)
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
     return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
@@ -109,10 +101,7 @@ def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
         return None
     from detox_guard.models.four_bit import round_to_grid
 
-    if not round_to_grid(model):
-        raise BackboneError(
-            f"{model.config.model_type}: it has no layer that int4 could round", hint="Load it without int4."
-        )
+    round_to_grid(model)
     return INT4
 
 
@@ -122,19 +111,13 @@ def _check_int4(options: LoadOptions) -> None:
         return
     device = pick_device(options.one_device)
     if options.spreads or device.type != "cpu":
-        where = options.device_map if options.spreads else device
-        raise InvalidParamsError(
-            "quantization_config", "int4", f"on a CPU only, not {where}", hint="On a GPU take nf4 or int8."
-        )
+        raise InvalidParamsError("quantization_config", "int4", "on a CPU only", hint="On a GPU take nf4 or int8.")
     if options.dtype is not None and pick_dtype(options.dtype, device) != pick_dtype("bfloat16", device):
         raise InvalidParamsError("dtype", options.dtype, 'bfloat16, or none, with quantization_config="int4"')
 
 
 def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
     """A GGUF file that llama.cpp serves: no weights are read here, only its tokenizer and what it is."""
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
     need_llamacpp()
     if model is None:
         file, id_, revision = default_gguf(), DEFAULT_ID, DEFAULT_REVISION
@@ -154,31 +137,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
             its_tokenizer: Any = _own_tokenizer(file)
     else:
         its_tokenizer = _tokenizer(tokenizer, options)
-    if not isinstance(its_tokenizer, PreTrainedTokenizerBase):
-        raise InvalidParamsError("tokenizer", tokenizer, "a name, a path, or a transformers tokenizer")
-    if max(its_tokenizer("The quick brown fox").input_ids, default=0) >= facts.vocab_size:
-        raise BackboneError(f"{id_}: wrong tokenizer: it gives ids past the vocabulary of {facts.vocab_size}")
-    pad = its_tokenizer.pad_token_id
-    return Backbone(
-        model=NoWeights(id_),
-        tokenizer=its_tokenizer,
-        id=id_,
-        revision=revision,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        hidden_size=facts.hidden_size,
-        num_layers=facts.num_layers,
-        vocab_size=facts.vocab_size,
-        max_positions=options.n_ctx or facts.positions,
-        learned_positions=facts.learned_positions,
-        window=facts.window,
-        eos_token_ids=facts.end_ids,
-        pad_token_id=int(pad if pad is not None and pad < facts.vocab_size else next(iter(facts.end_ids), 0)),
-        has_chat_template=bool(getattr(its_tokenizer, "chat_template", None)),
-        quantization=facts.description,
-        gguf=GgufModel(file, facts, options.llamacpp),
-        also_called=facts.names(file.name),
-    )
+    return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision)
 
 
 def _own_tokenizer(file: Path) -> Any:

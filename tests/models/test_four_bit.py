@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_tiny_backbone
 
+from detox_guard.errors import BackboneError, InvalidParamsError
 from detox_guard.models.four_bit import GROUP, grid_of, is_on_grid, round_to_grid
+from detox_guard.models.load import load_backbone
 
 
 def as_in_a_file(rows: int = 48, columns: int = 96, *, shift: float = 0.0) -> torch.Tensor:
@@ -72,3 +74,17 @@ def test_an_adapters_own_matrices_are_not_rounded() -> None:
     assert round_to_grid(inner) == 21
     assert own
     assert all(torch.equal(inner.get_parameter(name), weight) for name, weight in own.items())
+
+
+def test_a_model_without_such_layers_cannot_be_rounded() -> None:
+    with pytest.raises(BackboneError, match="gpt2: no layer"):
+        round_to_grid(make_tiny_backbone("gpt2").model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"), [({"dtype": "float32"}, "dtype"), ({"device_map": "auto"}, "quantization_config")]
+)
+def test_int4_is_for_bfloat16_on_a_cpu(asked: dict[str, str], field: str) -> None:
+    """Said before the model is looked for."""
+    with pytest.raises(InvalidParamsError, match=field):
+        load_backbone("no/such-model", quantization_config="int4", **asked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -145,3 +147,21 @@ def test_llama_index_chats_and_streams(url: str) -> None:
     )
     assert llm.chat([ChatMessage("Hi")]).message.content == "Hello, dear reader."
     assert "".join(str(one.delta) for one in llm.stream_chat([ChatMessage("Hi")])) == "Hello, dear reader."
+
+
+# -- what the docs and examples say
+
+
+@pytest.mark.parametrize("name", ["with_openai", "with_langchain", "docs"])
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_examples_of_clients_run(name: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("langchain_openai" if name == "with_langchain" else "openai")
+    root = Path(__file__).parents[2]
+    if name == "docs":
+        page = (root / "docs/server.md").read_text("utf-8")
+        (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    else:
+        code = (root / f"examples/serving/{name}.py").read_text("utf-8")
+    code = code.replace("http://127.0.0.1:8000/v1", url).replace("name: str\n    legs: int", "at: str")
+    exec(compile(code, name, "exec"), {"__name__": name})
+    assert "Hello, dear reader." in capsys.readouterr().out

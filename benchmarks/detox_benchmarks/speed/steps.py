@@ -97,7 +97,10 @@ def _distance(reference: Any, model: Any) -> float:
     for text in TEXTS:
         ids = torch.tensor([reference.tokenizer(text)["input_ids"]])
         exact, cache = reference.model(input_ids=ids).logits[0].log_softmax(-1), DynamicCache()
-        parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in ids.split(4, dim=1)]
+        parts = [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+            for part in torch.split(ids, 4, dim=1)
+        ]
         got = torch.cat(parts).float().log_softmax(-1)
         total += float((exact.exp() * (exact - got)).sum())
         count += ids.shape[1]

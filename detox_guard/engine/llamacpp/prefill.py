@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contexts
+from detox_guard.engine.base import shared
+from detox_guard.engine.llamacpp.context import State
 from detox_guard.engine.runner import Computed
 from detox_guard.errors import StepError
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import PromptIds
-    from detox_guard.engine.llamacpp.context import Context, LoadedModel, State
+    from detox_guard.engine.llamacpp.context import Context, LoadedModel
+    from detox_guard.engine.runner import Base
 
 __all__ = ["Desk", "Prefill"]
 
@@ -85,8 +88,9 @@ class _Piece:
 
     content: Sequence[int] | Tensor
     start: State | None = None
-    """What the sequence holds before; None goes on with what is there, cut to `keep`."""
+    """What is put into the sequence first; None goes on with what is there."""
     keep: int = 0
+    """What of it stays."""
     row: tuple[int, int] | None = None
     """The row whose prompt is whole behind it: the request, and the view (-1 is the generator)."""
 
@@ -104,7 +108,12 @@ class Prefill:
     """One column at a time."""
 
     def __init__(
-        self, desk: Desk, views: Sequence[View], prefixes: dict[int, State], prompts: Sequence[PromptIds]
+        self,
+        desk: Desk,
+        views: Sequence[View],
+        prefixes: dict[int, State],
+        prompts: Sequence[PromptIds],
+        bases: Sequence[Base | None] = (),
     ) -> None:
         self._desk = desk
         self._prompts = prompts
@@ -115,19 +124,24 @@ class Prefill:
         """Tokens of the piece under way that are in."""
         self._done = _Done()
         self._pieces: list[_Piece] = []
-        for i, prompt in enumerate(prompts):
-            self._pieces += self._pieces_of(i, prompt, prefixes)
+        for i, (prompt, base) in enumerate(zip(prompts, bases or [None] * len(prompts), strict=True)):
+            self._pieces += self._pieces_of(i, prompt, prefixes, base)
         self.left = sum(len(piece.content) for piece in self._pieces)
 
-    def _pieces_of(self, i: int, prompt: PromptIds, prefixes: dict[int, State]) -> list[_Piece]:
-        pieces = [_Piece(prompt.ids, row=(i, -1))]
+    def _pieces_of(self, i: int, prompt: PromptIds, prefixes: dict[int, State], base: Base | None) -> list[_Piece]:
+        # Whole blocks of a base alone are taken: so a prompt gives the same numbers with and without one.
+        kept = 0 if base is None else min(shared(prompt.ids, base.prompt.ids), len(prompt.ids) - 1)
+        kept -= kept % self._desk.block
+        first = base.rows[0] if base is not None and kept else None
+        assert first is None or isinstance(first, State)
+        pieces = [_Piece(prompt.ids[kept:], start=first, keep=kept, row=(i, -1))]
         if not prompt.steered:
             return pieces
         for v, view in enumerate(self._views):
             if view.place == "reply":
                 behind = view.embeddings if isinstance(view, EmbeddingPrefix) else ids_behind(view, prompt.ids)
                 pieces.append(_Piece(behind, keep=len(prompt.ids), row=(i, v)))
-        pieces += [_Piece(prompt.ids, start=state, row=(i, v)) for v, state in prefixes.items()]
+        pieces += [_Piece(prompt.ids, start=state, keep=state.slots, row=(i, v)) for v, state in prefixes.items()]
         pieces += [_Piece(own, row=(i, v)) for v, own in own_contexts(self._views, prompt.contexts).items()]
         return pieces
 
@@ -147,8 +161,7 @@ class Prefill:
             context = self._desk.context(1 + (piece.start.slots if piece.start else 0))
             if piece.start is not None:
                 context.put(0, piece.start)
-            else:
-                context.cut(0, piece.keep)
+            context.cut(0, piece.keep)
         part = piece.content[self._at : self._at + self._desk.block]
         logits = self._desk.read(part)
         self._at += len(part)

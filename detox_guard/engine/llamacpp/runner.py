@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds, ViewKind
     from detox_guard.engine.llamacpp.context import Context
-    from detox_guard.engine.runner import Saved
+    from detox_guard.engine.runner import Base, Saved
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["LlamaRunner"]
@@ -48,7 +48,7 @@ class LlamaRunner:
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         most = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
-        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset(kinds))
+        self.limits = RunnerLimits(backbone.vocab_size, min(most, default=None), frozenset(kinds), continues=True)
         self._bounds = bounds
         self._most = min(most, default=bounds.max_cached_slots)
         self._rows: list[Row] = []
@@ -113,8 +113,8 @@ class LlamaRunner:
     def slots(self, prompt: PromptIds) -> int:
         return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
 
-    def begin(self, prompts: Sequence[PromptIds]) -> Prefill:
-        return Prefill(self._desk, self._views, self._prefixes, prompts)
+    def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
+        return Prefill(self._desk, self._views, self._prefixes, prompts, bases)
 
     # -- rows
 
