@@ -119,13 +119,13 @@ def test_going_on_from_a_detoxifier(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, pathlib, signal, sys
 sys.path[:0] = {folders!r}
 import training_kit as t
 def progress(step, steps, loss):
     if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-t.train_detoxifier(t.settings(t.Path({folder!r})), backbone=t.make_tiny_backbone("llama"), progress=progress)
+t.train_detoxifier(t.settings(pathlib.Path({folder!r})), backbone=t.make_tiny_backbone("llama"), progress=progress)
 """
 
 
