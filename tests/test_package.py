@@ -107,8 +107,8 @@ def test_links_between_files_lead_somewhere() -> None:
 
 
 def test_integrations_touch_only_what_the_core_exports() -> None:
-    """`from detox_guard import name`, and nothing behind it; `detox_guard.testing` is for their tests, `detox_guard.server`
-    a door of its own."""
+    """`from detox_guard import name`, and nothing behind it. `detox_guard.testing` is for their tests;
+    `detox_guard.server` is public too."""
     for path in (ROOT / "integrations").rglob("*.py"):
         if "tests" in path.parts:
             continue
