@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,26 @@ async def aask(engine: Engine, prepares: Iterable[Prepare], *, pieces: bool = Tr
         except RuntimeError:  # the loop is closed: nobody waits any more
             under_way.cancel()
 
-    under_way = _UnderWay(engine, put, pieces)
+    under_way = _UnderWay(engine, put, pieces, loop.is_closed)
+
+    async def start(index: int, prepare: Prepare) -> None:
+        """With a place: prepare and submit on another thread, to the end. Should the loop be closed meanwhile, nobody
+        is left who could go on. Whoever comes first, the thread or what keeps it from its work, has the place."""
+        claim = threading.Lock()
+
+        def run() -> None:
+            if claim.acquire(blocking=False):
+                with _placed(engine):
+                    reply = prepare()
+                under_way.submit(index, reply)
+
+        try:
+            await run_off_loop(run)
+        except BaseException:
+            if claim.acquire(blocking=False):
+                engine.give_back()
+            raise
+
     try:
         for index, prepare in enumerate(prepares):
             while not inbox.empty():
@@ -92,9 +112,7 @@ async def aask(engine: Engine, prepares: Iterable[Prepare], *, pieces: bool = Tr
                 try:
                     _not_in_a_hook(engine)
                     await engine.take_place_async()
-                    with _placed(engine):
-                        reply = await run_off_loop(prepare)
-                    under_way.submit(index, reply)
+                    await start(index, prepare)
                 except DetoxGuardError as error:
                     if not under_way.waits_for(error):
                         yield index, error
@@ -111,9 +129,14 @@ async def aask(engine: Engine, prepares: Iterable[Prepare], *, pieces: bool = Tr
 class _UnderWay:
     """The replies that the engine has been given and that are not over."""
 
-    def __init__(self, engine: Engine, put: Callable[[Said], object], pieces: bool) -> None:
-        self._engine, self._put, self._pieces = engine, put, pieces
+    def __init__(
+        self, engine: Engine, put: Callable[[Said], object], pieces: bool, gone: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`gone`: whether nobody can be told anything any more."""
+        self._engine, self._put, self._pieces, self._gone = engine, put, pieces, gone
         self._replies: dict[int, Reply] = {}
+        self._cancelled = False
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -124,9 +147,15 @@ class _UnderWay:
         def put(item: Chunk | Exception) -> None:  # on the engine's thread
             if self._pieces or _is_last(item):
                 self._put((index, item))
+            elif self._gone():
+                self.cancel()
 
         reply.put = put
-        self._replies[index] = reply
+        with self._lock:
+            if self._cancelled:
+                self._engine.give_back()
+                return
+            self._replies[index] = reply
         if reply.refused:
             self._engine.give_back()
             reply.on_finish("guard")
@@ -134,7 +163,7 @@ class _UnderWay:
         try:
             self._engine.submit(reply.request, placed=True)
         except BaseException:
-            del self._replies[index]
+            self._replies.pop(index, None)
             raise
 
     def waits_for(self, error: DetoxGuardError) -> bool:
@@ -148,9 +177,12 @@ class _UnderWay:
         return said
 
     def cancel(self) -> None:
-        for reply in self._replies.values():
+        """Nobody asks any more; safe from any thread, and what is submitted later is dropped."""
+        with self._lock:
+            self._cancelled = True
+            replies, self._replies = self._replies, {}
+        for reply in replies.values():
             reply.request.cancel()
-        self._replies = {}
 
 
 def _is_last(item: Chunk | Exception) -> bool:

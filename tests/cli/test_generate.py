@@ -125,13 +125,19 @@ def test_variables_of_the_template_are_given_as_json(tmp_path: Path) -> None:
         assert wrong.exit_code != 0
 
 
-def test_plain_decoding_needs_no_detoxifier(model: Path) -> None:
+def test_a_model_without_a_detoxifier_is_steered_by_texts(model: Path) -> None:
     words = ("generate", PROMPT, "--model", model, *DEVICE, "--max-new-tokens", "4")
     assert run(*words, "--alpha", "0").exit_code == 0
-    guarded = run(*words)
-    assert guarded.exit_code == 3
-    assert re.fullmatch(r"error: .*\nhint: .*\n", guarded.stderr)
-    assert guarded.stdout == ""
+    (record,) = rows(run(*words, "--json"))
+    assert record["detoxifiers"]
+    assert all(":text:" in name for name in record["detoxifiers"])
+
+
+def test_a_detoxifier_that_is_not_there_is_an_error(model: Path) -> None:
+    asked = run("generate", PROMPT, "--model", model, "--detoxifier", "./absent", *DEVICE)
+    assert asked.exit_code == 3
+    assert re.fullmatch(r"error: .*\nhint: .*\n", asked.stderr)
+    assert asked.stdout == ""
 
 
 def test_trace_page_holds_every_prompt(loaded: tuple[str, ...], tmp_path: Path) -> None:

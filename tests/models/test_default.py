@@ -94,9 +94,9 @@ def test_made_once_then_reused(cache: Path, wheel: bytes, monkeypatch: pytest.Mo
 
 def test_progress_is_short_human_words_on_stderr(wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(
-        "rich.progress.Progress.update", lambda self, task, description, advance: said.append(description)
-    )
+    named = lambda _, task, description="", **__: said.extend([description] if description else [])  # noqa: E731
+    monkeypatch.setattr("rich.progress.Progress.update", named)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     default_backbone_dir()
     assert [words.split()[0] for words in said] == ["Fetching", "Unpacking", "Converting"]
 
