@@ -100,6 +100,14 @@ class ModelFields(Around, LoadFields):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _object_named_engine(cls, data: Any) -> Any:
+        """`engine=` used to be the name of `detoxigen`; an object still goes there."""
+        if isinstance(data, dict) and not isinstance(data.get("engine"), str | None) and "detoxigen" not in data:
+            data = {**data, "detoxigen": data["engine"], "engine": None}
+        return data
+
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
         """Bounds are the core's; better met here than at the first call."""

@@ -37,6 +37,6 @@ def test_importing_needs_no_agents_and_loads_no_model() -> None:
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_readme_runs(code: str, guard: DetoxiGen, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_runs(code: str, default_model: DetoxiGen, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()

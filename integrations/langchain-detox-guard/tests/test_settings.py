@@ -188,3 +188,5 @@ def test_llama_cpp_is_said_as_its_users_say_it(kind: Any, monkeypatch: pytest.Mo
         kind(model="some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):
         kind(engine="vllm")
+    own = ScriptedDetoxiGen()
+    assert kind(engine=own).detoxigen is own  # the field's old name

@@ -17,7 +17,7 @@ from llama_index_harness import CLEAN, Callbacks, recorded_events, scripted
 from ways import HELLO, WAYS, ask
 
 from detox_guard import DecodingParams, DetoxiGen, InvalidParamsError, StepError
-from detox_guard.testing import ScriptedDetoxiGen  # noqa: TC001
+from detox_guard.testing import ScriptedDetoxiGen
 
 
 def text_of(response: Any) -> str:
@@ -264,3 +264,5 @@ def test_llama_cpp_is_said_as_its_users_say_it() -> None:
         DetoxiGenLLM("some.gguf", n_ctx=2048)
     with pytest.raises(InvalidParamsError, match="engine"):
         DetoxiGenLLM(engine="vllm")
+    own = ScriptedDetoxiGen()
+    assert DetoxiGenLLM(engine=own).detoxigen is own  # the field's old name

@@ -110,7 +110,7 @@ def test_copies_share_what_belongs_to_the_process(way: str) -> None:
     engine, scorer = scripted(), Locked()
     llm = DetoxiGenLLM(detoxigen=engine, guard=GuardPolicy(scorer=scorer, on_event=lambda event: None))
     again = WAYS[way](llm)
-    assert again.engine is engine
+    assert again.detoxigen is engine
     assert again.decoding["guard"].scorer is scorer
     assert again.callback_manager is llm.callback_manager
     again.chat(HELLO)
@@ -163,7 +163,7 @@ def test_a_dict_never_becomes_something_else(what: str) -> None:
 def test_a_dict_takes_the_object_in_its_place() -> None:
     model = scripted()
     data = DetoxiGenLLM(detoxigen=scripted(), alpha=2.0).to_dict()
-    assert DetoxiGenLLM.from_dict(data, detoxigen=model).engine is model
+    assert DetoxiGenLLM.from_dict(data, detoxigen=model).detoxigen is model
 
 
 def test_callbacks_stay_behind() -> None:

@@ -316,7 +316,7 @@ def real() -> DetoxiGenLLM:
 
 def test_an_audit_log_that_cannot_be_written(real: DetoxiGenLLM, tmp_path: Path) -> None:
     guard = GuardPolicy(scorer=ScriptedScorer("stupid"), audit_log=str(tmp_path / "none" / "log"))
-    llm = DetoxiGenLLM(engine=real.load(), guard=guard)
+    llm = DetoxiGenLLM(detoxigen=real.load(), guard=guard)
     with pytest.raises(InvalidParamsError, match="audit_log"):
         llm.complete("a")
     with pytest.raises(RefusedCallError, match="audit_log"):

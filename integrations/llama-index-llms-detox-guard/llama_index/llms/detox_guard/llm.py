@@ -104,6 +104,8 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         given = options.pop("decoding", None) or {}
         if not isinstance(given, dict):
             raise InvalidParamsError("decoding", given, "a dict of fields of DecodingParams")
+        if not isinstance(options.get("engine"), str | None) and "detoxigen" not in options:
+            options["detoxigen"] = options.pop("engine")  # its old name
         options["loading"] = self._load_options(options, options.pop("loading", None))
         decoding = self._moved(options, given)
         options |= {"model": None if model is None else str(model), "decoding": decoding}
