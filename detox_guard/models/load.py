@@ -1,20 +1,17 @@
 """Where models come from: hub, folder, GGUF file, adapter, an object already loaded, the embedded default.
 
-Knows files, names and transformers' ways to load. Does not know: what can be steered (`checks`), decoding, text. What
-transformers raises is translated into the `BackboneError` tree, the original chained.
+Knows files, names and transformers' ways to load. Does not know: what can be steered (`checks`), decoding, text.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard._files import usable_path
-from detox_guard.errors import BackboneError, BackboneNotFoundError, DetoxGuardError, InvalidParamsError
+from detox_guard.errors import BackboneError, BackboneNotFoundError, InvalidParamsError
 from detox_guard.models.adapters import adapter_of, put_on
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
 from detox_guard.models.checks import CONFIG_FILE, auto_class, causal_class, check_config
@@ -28,10 +25,9 @@ from detox_guard.models.default import (
 from detox_guard.models.gguf import OLLAMA, GgufModel, as_backbone, facts_of, need_llamacpp, ollama_file, revision_of
 from detox_guard.models.options import LoadOptions
 from detox_guard.models.quantization import INT4, as_config, is_quantized, need
+from detox_guard.models.translate import translated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["load_backbone"]
@@ -80,13 +76,13 @@ def load_backbone(
         place = _default(options)
     else:
         place = _locate(model, options.gguf_file)
-        with _translated(place.source):
+        with translated(place.source):
             adapter = None if place.gguf_file else adapter_of(place.source, options)
         if adapter is not None:
             base = _locate(adapter.base, None)
             own = str(adapter.folder) if tokenizer is None and adapter.has_tokenizer else tokenizer
             loaded, its_tokenizer = _loaded(base, own, options.replace(revision=adapter.base_revision))
-            with _translated(place.source):
+            with translated(place.source):
                 loaded = put_on(loaded, its_tokenizer, adapter)
             told = {"adapter": adapter.kind, "base_id": base.id, "quantization": _rounded(loaded, options)}
             return from_model(loaded, its_tokenizer, id=place.id, revision=adapter.commit or options.revision, **told)
@@ -133,7 +129,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
     if options.n_ctx and options.n_ctx > facts.positions:
         raise InvalidParamsError("n_ctx", options.n_ctx, f"at most {facts.positions}, which {id_} was trained for")
     if tokenizer is None:
-        with _translated(str(file.parent), file.name):
+        with translated(str(file.parent), file.name):
             its_tokenizer: Any = _own_tokenizer(file)
     else:
         its_tokenizer = _tokenizer(tokenizer, options)
@@ -159,7 +155,7 @@ def _gguf_of(place: _Place, options: LoadOptions) -> Path:
 
     known = ("token", "cache_dir", "local_files_only", "subfolder", "force_download")
     where = {name: value for name, value in options.hub.items() if name in known}
-    with _translated(place.source, place.gguf_file):
+    with translated(place.source, place.gguf_file):
         return Path(hf_hub_download(place.source, place.gguf_file, revision=options.revision, **where))
 
 
@@ -214,7 +210,7 @@ def _loaded(place: _Place, tokenizer: Any, options: LoadOptions) -> tuple[PreTra
         where["gguf_file"] = gguf_file
     if not Path(source).is_dir():
         where["revision"] = options.revision or "main"
-    with _translated(source, gguf_file, options):
+    with translated(source, gguf_file, options):
         config = AutoConfig.from_pretrained(source, **where)
         check_config(config, None if options.trust_remote_code else causal_class(config, place.id), place.id)
         if tokenizer is None:
@@ -315,56 +311,5 @@ def _tokenizer(tokenizer: Any, options: LoadOptions) -> Any:
         return tokenizer
     from transformers import AutoTokenizer
 
-    with _translated(str(tokenizer)):
+    with translated(str(tokenizer)):
         return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=options.trust_remote_code, **options.hub)
-
-
-@contextmanager
-def _translated(source: str, gguf_file: str | None = None, options: LoadOptions | None = None) -> Iterator[None]:
-    """Turn what transformers, huggingface_hub, PEFT and safetensors raise into ours, the original chained."""
-    from huggingface_hub import errors as hub
-
-    absent = (
-        hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.LocalEntryNotFoundError,
-        hub.OfflineModeIsEnabled, hub.HFValidationError,
-    )  # fmt: skip
-    what = f"{source}/{gguf_file}" if gguf_file else source
-    try:
-        yield
-    except DetoxGuardError:
-        raise
-    except Exception as error:
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-            causes.append(cause)
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if not Path(source).is_dir() and any(isinstance(cause, absent) for cause in causes):
-            raise BackboneNotFoundError(
-                f"{what}: no such model on the hub or in its cache: {line}",
-                hint="Check the name and the network (HF_HUB_OFFLINE uses cached copies only), or pass a local folder.",
-            ) from error
-        named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        given = (options and options.model_kwargs) or {}
-        if named and named[1] in given:
-            bound = "no keyword of transformers' from_pretrained, nor a field of this model's config"
-            raise InvalidParamsError(f"model_kwargs.{named[1]}", given[named[1]], bound) from error
-        raise BackboneError(f"{what}: cannot be loaded: {type(error).__name__}: {line}", hint=_hint(error)) from error
-
-
-def _hint(error: Exception) -> str:
-    """What to do about an error of transformers."""
-    said = str(error)
-    if "trust_remote_code" in said:
-        return "If you have read and trust the code of this repository, pass trust_remote_code=True."
-    if isinstance(error, ImportError):
-        named = re.search(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)", said)
-        return f"pip install {named[1]}" if named else "Install the package that it names."
-    if "offload_folder" in said or "offload_dir" in said:
-        return "Some weights go on disk: name a folder for them, offload_folder=…, or leave more memory in max_memory."
-    if "GPU" in said or "accelerator" in said or "CUDA" in said:
-        return 'This quantization runs on a GPU only; on a CPU take quantization_config="int8" and the plain weights.'
-    if "no file named" in said or "does not appear to have a file" in said:
-        if "config.json" in said:
-            return "Is it a model? Its repository or folder has no config.json."
-        return "Weights are read from safetensors or GGUF only; convert pickled .bin weights first."
-    return "The file may be damaged or incomplete; fetch it again."
