@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from detox_guard._threads import run_off_loop
 from detox_guard.errors import DetoxGuardError, EngineBusyError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 
     from detox_guard._reply import Reply
     from detox_guard.engine import Engine
@@ -57,9 +57,7 @@ def ask(engine: Engine, prepares: Iterable[Prepare], *, pieces: bool = True) -> 
                 try:
                     _not_in_a_hook(engine)
                     engine.take_place()
-                    with _placed(engine):
-                        reply = prepare()
-                    under_way.submit(index, reply)
+                    under_way.start(index, prepare)
                 except DetoxGuardError as error:
                     if not under_way.waits_for(error):
                         yield index, error
@@ -93,9 +91,7 @@ async def aask(engine: Engine, prepares: Iterable[Prepare], *, pieces: bool = Tr
 
         def run() -> None:
             if claim.acquire(blocking=False):
-                with _placed(engine):
-                    reply = prepare()
-                under_way.submit(index, reply)
+                under_way.start(index, prepare)
 
         try:
             await run_off_loop(run)
@@ -140,6 +136,15 @@ class _UnderWay:
 
     def __len__(self) -> int:
         return len(self._replies)
+
+    def start(self, index: int, prepare: Prepare) -> None:
+        """Prepare a reply and hand it to the engine, with the place that was taken. What fails gives it back."""
+        try:
+            reply = prepare()
+        except BaseException:
+            self._engine.give_back()
+            raise
+        self.submit(index, reply)
 
     def submit(self, index: int, reply: Reply) -> None:
         """Hand a reply to the engine, with the place that was taken. One that was refused is over already."""
@@ -187,16 +192,6 @@ class _UnderWay:
 
 def _is_last(item: Chunk | Exception) -> bool:
     return isinstance(item, Exception) or item.generation is not None
-
-
-@contextmanager
-def _placed(engine: Engine) -> Iterator[None]:
-    """What fails in here gives its place in the queue back."""
-    try:
-        yield
-    except BaseException:
-        engine.give_back()
-        raise
 
 
 def _not_in_a_hook(engine: Engine) -> None:

@@ -66,7 +66,7 @@ class Loop:
         # A request is in one of these, in this order.
         self._queue = Queue(self._bounds, self._runner)
         self._groups = Groups(self._runner, self._bounds)
-        self._seats = Seats(self._runner, self._runner.device, self._wake)
+        self._seats = Seats(self._runner, self._wake)
         self._decoder = Decoder(self._runner, self._seats, self._chooser, self._reports, self._stats)
 
     def _hold(self) -> None:

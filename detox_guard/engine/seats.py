@@ -81,10 +81,8 @@ class Seat:
 class Seats:
     """Who decodes and who is parked. Whoever moves a seat holds `lock`, so that others count each seat once."""
 
-    def __init__(self, runner: Runner, device: torch.device, lock: threading.Condition) -> None:
-        """`device`: where tokens are chosen."""
+    def __init__(self, runner: Runner, lock: threading.Condition) -> None:
         self._runner = runner
-        self._device = device
         self._lock = lock
         self.decoding: list[Seat] = []
         self.parked: list[Seat] = []
@@ -101,7 +99,7 @@ class Seats:
         """Seat a request whose prompt was computed."""
         seat = Seat(request, first_logits)
         if request.sampling.repetition_penalty != 1.0:
-            seat.seen = torch.tensor(sorted(set(request.prompt.ids)), device=self._device)
+            seat.seen = torch.tensor(sorted(set(request.prompt.ids)), device=self._runner.device)
         with self._lock:
             seat.rows = [self._runner.join(one) for one in saved]
             seat.starts = [row.length for row in seat.rows]

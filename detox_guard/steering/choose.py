@@ -101,7 +101,7 @@ class Chooser:
             if turn.steered and len(turn.rows) != 1 + len(self.weights):
                 raise StepError(f"a steered request has {len(turn.rows)} rows, {1 + len(self.weights)} are needed")
             _rule_out(logits, turn)
-        first = [int(logits[turn.rows[0]].argmax()) for turn in turns]
+        first = logits[[turn.rows[0] for turn in turns]].argmax(-1).tolist()
         for turn in turns:
             if turn.sampling.temperature not in (0, 1):
                 logits[list(turn.rows)] /= max(turn.sampling.temperature, COLDEST)
@@ -121,11 +121,13 @@ class Chooser:
         if sampling.plausibility:
             inside = plausible(log_gen, sampling.plausibility)
             ids, log_gen, before = ids[inside], log_gen[inside], before[inside]
-        kl_detoxifier, mixed = 0.0, Mixed(softmax(log_gen))
+        kl_detoxifier = 0.0
         if streams:
             kl_detoxifier = kl_divergence(gen, streams[self._detoxifier])
             log_streams = np.stack([view[ids] for view in streams]).astype(np.float64)
             mixed = RULES[sampling.rule](log_gen, log_streams, self.weights, sampling.alpha)
+        else:
+            mixed = Mixed(softmax(log_gen))
         p = mixed.p
         if np.isnan(p).any():
             return _nothing_to_choose(turn)

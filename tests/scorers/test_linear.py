@@ -129,19 +129,6 @@ def test_ordinary_text_is_left_alone(embedded: EmbeddedScorer, text: str) -> Non
     assert score < 0.3
 
 
-def test_the_bars_on_texts_of_its_own(embedded: EmbeddedScorer) -> None:
-    pytest.importorskip("sklearn")
-    from detox_benchmarks.fitting.bench import DISGUISES, IDENTITY, INSULTING, ordinary_lines
-
-    lines = ordinary_lines(2000)
-    assert sum(score > 0.5 for score in embedded.score(lines)) <= 0.005 * len(lines)
-    assert sorted(embedded.score(lines))[len(lines) // 2] < 0.1
-    assert max(embedded.score(IDENTITY)) < 0.3
-    for name, change in DISGUISES.items():
-        found = sum(score > 0.5 for score in embedded.score([change(text) for text in INSULTING]))
-        assert found >= 0.85 * len(INSULTING), name
-
-
 def test_nothing_rude_is_made_of_harmless_text() -> None:
     plain = normalised("The class\nassembled at 10:45. It costs $15.99; a*b, max_new_tokens and U.S.A. are fine.")
     assert undisguised(plain, lambda words: [0.0] * len(words)) is plain
