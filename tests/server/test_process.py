@@ -136,9 +136,13 @@ def test_a_real_models_stream_is_its_text_and_its_log_probabilities_are_the_stee
     assert [one["logprob"] for one in tokens] == pytest.approx(
         [math.log(t.p_after) for t in reply.trace.tokens], abs=1e-4
     )
-    assert told[-1]["choices"][0]["logprobs"]["content"] == tokens
+    choices = [one["choices"][0] for one in told[1:]]
+    assert [one for choice in choices for one in (choice["logprobs"] or {"content": ()})["content"]] == tokens
     assert [one["token_id"] for one in whole["detox"]["trace"]] == [one.token_id for one in reply.trace.tokens]
+    streamed = [one for choice in choices for one in choice.get("detox", {}).get("trace", ())]
+    assert streamed == whole["detox"]["trace"]
     assert "".join(plain["logprobs"]["tokens"]) == plain["text"]
+    assert plain["logprobs"]["top_logprobs"] is None
 
 
 def test_forced_json_and_calls_of_a_real_model_fit() -> None:
