@@ -54,7 +54,7 @@ def speed(as_json: options.Json = False, **fields: Any) -> None:
 @app.command()
 @options.config_options(LoadConfig)
 def load(**fields: Any) -> None:
-    """The server under many clients: errors, tokens a second, memory, refusals, what was released unscored. Prints JSON."""
+    """The server under many clients: errors, tokens a second, memory, refusals, what came out unscored. Prints JSON."""
     from detox_benchmarks.serving.load import run_load
 
     print(json.dumps(run_load(LoadConfig(**options.given(fields))), indent=2))

@@ -49,7 +49,7 @@ class Line:
         if b"content-length" in self._headers:
             yield await self._reader.readexactly(int(self._headers[b"content-length"]))
         else:
-            while size := int(await self._reader.readline() or b"x", 16):
+            while size := int(await self._reader.readuntil(b"\r\n"), 16):
                 yield await self._reader.readexactly(size)
                 await self._reader.readexactly(2)
             await self._reader.readexactly(2)

@@ -186,8 +186,9 @@ async def _loop(
             await one(number, _Wish.drawn(config, draw))
 
     async with asyncio.timeout(seconds + _PATIENCE_S):
-        rate, *_ = await asyncio.gather(measure(), *map(client, range(clients)))
-    return rate
+        measuring = asyncio.create_task(measure())
+        await asyncio.gather(measuring, *map(client, range(clients)))
+    return measuring.result()
 
 
 def _bare(config: LoadConfig) -> float:
