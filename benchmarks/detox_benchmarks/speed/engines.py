@@ -126,7 +126,7 @@ def _llama_loop(file: str, tokens: int) -> Callable[[], Timed]:
     """The loop that llama-cpp-python brings, greedy."""
     import llama_cpp
 
-    llama = llama_cpp.Llama(model_path=file, n_ctx=2048, verbose=False, logits_all=False)
+    llama: Any = llama_cpp.Llama(model_path=file, n_ctx=2048, verbose=False, logits_all=False)
 
     def loop() -> Timed:
         llama.reset()
