@@ -56,8 +56,8 @@ class LoadConfig(StrictModel):
     """Clients at once; each asks again as soon as it is answered. In overload there are twice as many."""
     seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """How long they ask."""
-    warmup: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Seconds of the same before, until memory is what it will be."""
+    warmup: Annotated[float, Field(gt=0, le=3600)] = 90.0
+    """Seconds of the same before: memory grows over the first one or two thousand replies, then it stays."""
     bare: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds of the same, asked of an engine without a server."""
     overload: Annotated[float, Field(gt=0, le=3600)] = 20.0
@@ -205,7 +205,7 @@ def _bare(config: LoadConfig) -> float:
             stats = model.stats()
             return stats.tokens_steered + stats.tokens_plain
 
-        asyncio.run(_loop(config, config.clients, min(config.bare, config.warmup) / 4, one, decoded))
+        asyncio.run(_loop(config, config.clients, min(config.bare, config.warmup, 40) / 4, one, decoded))
         return asyncio.run(_loop(config, config.clients, config.bare, one, decoded))
 
 
