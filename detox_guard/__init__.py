@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "_strict": "field_of",
+    "_strict": "StrictModel field_of",
     "detoxifiers.card": "DetoxifierCard",
     "detoxifiers.soft_prompt": "Detoxifier SteeringStream",
     "detoxifiers.text_view": "TextView",
@@ -48,7 +48,7 @@ __all__ = sorted([*_MODULES, "__version__"])  # pyright: ignore[reportUnsupporte
 
 # isort: off
 if TYPE_CHECKING:
-    from detox_guard._strict import field_of as field_of
+    from detox_guard._strict import StrictModel as StrictModel, field_of as field_of
     from detox_guard.detoxifiers.card import DetoxifierCard as DetoxifierCard
     from detox_guard.detoxifiers.soft_prompt import Detoxifier as Detoxifier, SteeringStream as SteeringStream
     from detox_guard.detoxifiers.text_view import TextView as TextView
