@@ -38,7 +38,7 @@ _EXPORTS = {
     "settings": "DecodingParams EngineConfig GuardPolicy Rung",
     "text.grammar": "Grammar",
     "text.prompts": "ChatPrompt",
-    "text.tools": "ToolCall ToolCallStream function_of parse_tool_calls",
+    "text.tools": "ToolCall ToolCallStream function_of parse_tool_calls tool_choice_of",
 }
 """What each module gives to the public. `__all__`, `__getattr__` and `__dir__` are made from it; a test holds the names
 that type checkers read, below, to it."""
@@ -108,6 +108,7 @@ if TYPE_CHECKING:
         ToolCallStream as ToolCallStream,
         function_of as function_of,
         parse_tool_calls as parse_tool_calls,
+        tool_choice_of as tool_choice_of,
     )
 # isort: on
 

@@ -27,7 +27,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
-from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
+from llama_index.llms.detox_guard.messages import is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
     current_scope,
     made_here,
@@ -324,16 +324,15 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         tools = options.pop("tools", None) or []
         if not isinstance(tools, list | tuple):
             raise InvalidParamsError("tools", tools, "a list of tools")
-        choice = choice_of(options.pop("tool_choice", None) or "auto", tools)
+        choice = detox_guard.tool_choice_of(options.pop("tool_choice", None), tools)
         parallel = options.pop("allow_parallel_tool_calls", True)
         if not isinstance(parallel, bool):
             raise InvalidParamsError("allow_parallel_tool_calls", parallel, "True or False")
         variables = self._variables(options.pop("chat_template_kwargs", None))
         options = read_options(options)
-        tools = [] if choice == "none" else tools
-        if tools and choice != "auto":
-            name = None if choice in ("any", "required") else choice
-            options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=name)
+        tools = [] if choice.mode == "none" else tools
+        if choice.mode == "any":
+            options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=choice.name)
         if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
             options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
         elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", model.params.stop):
