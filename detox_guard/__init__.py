@@ -26,7 +26,7 @@ _EXPORTS = {
     ),
     "guard.audit": "report_intervention",
     "guard.reply": "scan",
-    "guard.screen": "SCREEN_NOTE Screened screen",
+    "guard.screen": "SCREEN_NOTE Screened replace_strings screen",
     "guard.stream": "aguard_text guard_text",
     "models.backbone": "Backbone",
     "models.load": "load_backbone",
@@ -79,7 +79,12 @@ if TYPE_CHECKING:
     )
     from detox_guard.guard.audit import report_intervention as report_intervention
     from detox_guard.guard.reply import scan as scan
-    from detox_guard.guard.screen import SCREEN_NOTE as SCREEN_NOTE, Screened as Screened, screen as screen
+    from detox_guard.guard.screen import (
+        SCREEN_NOTE as SCREEN_NOTE,
+        Screened as Screened,
+        replace_strings as replace_strings,
+        screen as screen,
+    )
     from detox_guard.guard.stream import aguard_text as aguard_text, guard_text as guard_text
     from detox_guard.models.backbone import Backbone as Backbone
     from detox_guard.models.load import load_backbone as load_backbone
