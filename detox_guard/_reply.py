@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
     from detox_guard.settings import DecodingParams
 
-__all__ = ["Reply", "Served"]
+__all__ = ["Reply", "Speaker"]
 
 
 @dataclass(frozen=True)
-class Served:
+class Speaker:
     """What a model is to each of its replies."""
 
     backbone: Backbone
@@ -41,15 +41,15 @@ class Reply:
 
     guard: str | None = None
 
-    def __init__(self, served: Served, prompt: Prompt, params: DecodingParams) -> None:
-        backbone = served.backbone
+    def __init__(self, speaker: Speaker, prompt: Prompt, params: DecodingParams) -> None:
+        backbone = speaker.backbone
         may_rewind = params.guard is not None
-        steered = params.alpha > 0 or (self._may_steer and bool(served.detoxifiers))
-        contexts = [with_system_text(prompt, text) for text in served.system_texts] if steered else []
+        steered = params.alpha > 0 or (self._may_steer and bool(speaker.detoxifiers))
+        contexts = [with_system_text(prompt, text) for text in speaker.system_texts] if steered else []
         ids, *own = (tuple(encode_prompt(backbone, one)) for one in (prompt, *contexts))
         prompt_ids = PromptIds(ids, steered, tuple(own))
-        if served.check_fits is not None:
-            served.check_fits(prompt_ids, params.max_new_tokens, may_rewind)
+        if speaker.check_fits is not None:
+            speaker.check_fits(prompt_ids, params.max_new_tokens, may_rewind)
         params = params.replace(alpha=adaptive_alpha(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -73,7 +73,7 @@ class Reply:
         self._tokenizer = backbone.tokenizer
         self._detokenizer = TextStream(backbone.tokenizer, ids)
         self._matcher = StopMatcher(params.stop)
-        self._detoxifiers = served.detoxifiers if prompt_ids.steered else ()
+        self._detoxifiers = speaker.detoxifiers if prompt_ids.steered else ()
         self._pieces: list[str] = []
         self._steps: list[tuple[TokenStep, str]] = []
         self._interventions: list[Intervention] = []

@@ -23,7 +23,7 @@ from detox_benchmarks.ablations.weights import (
 from tiny import SENTENCES, TEXTS, make_tiny_backbone
 from torch.nn import functional
 
-from detox_guard._reply import Reply, Served
+from detox_guard._reply import Reply, Speaker
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
 from detox_guard.settings import DecodingParams
@@ -179,7 +179,7 @@ def test_bytes_are_what_the_optimizer_holds(
 
 
 def fresh(backbone: Backbone, params: DecodingParams) -> list[Reply]:
-    return [Reply(Served(backbone), prompt, params.replace(seed=i)) for i, prompt in enumerate(SENTENCES)]
+    return [Reply(Speaker(backbone), prompt, params.replace(seed=i)) for i, prompt in enumerate(SENTENCES)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -239,6 +239,6 @@ def test_stop_strings_and_neighbours(tiny_llama: Backbone) -> None:
     assert made[0].finish_reason == "stop"
     for i, prompt in enumerate(SENTENCES):
         [alone] = decode_pair(
-            tiny_llama, other, [Reply(Served(tiny_llama), prompt, params.replace(stop=(stop,), seed=i))]
+            tiny_llama, other, [Reply(Speaker(tiny_llama), prompt, params.replace(stop=(stop,), seed=i))]
         )
         assert alone.text == made[i].text == texts[i].partition(stop)[0]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
-    from detox_guard._reply import Served
+    from detox_guard._reply import Speaker
     from detox_guard.engine import Verdict
     from detox_guard.scorers.batcher import Batcher
     from detox_guard.settings import DecodingParams, GuardPolicy
@@ -91,15 +91,15 @@ class _Unit:
 class GuardedReply(Reply):
     """A reply under a `GuardPolicy`. Its text goes out unit by unit, each after its verdict."""
 
-    def __init__(self, served: Served, prompt: Prompt, params: DecodingParams) -> None:
+    def __init__(self, speaker: Speaker, prompt: Prompt, params: DecodingParams) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
         self._batcher: Batcher = batcher_for(self.policy.scorer)
         self.guard = self._batcher.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(served, prompt, params)
-        self._can_steer = bool(served.detoxifiers)
+        super().__init__(speaker, prompt, params)
+        self._can_steer = bool(speaker.detoxifiers)
         self._open = _Unit(0, Reading(self.policy.context_chars), 0, "", False)
         self._pending: deque[_Unit] = deque()
         self._over: Finish | None = None

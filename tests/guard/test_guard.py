@@ -22,7 +22,7 @@ from detox_guard import (
     Rung,
     ScorerError,
 )
-from detox_guard._reply import Served
+from detox_guard._reply import Speaker
 from detox_guard.engine import End, Go, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length
 from detox_guard.text.tools import parse_tool_calls
@@ -246,7 +246,7 @@ def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
     """The reply of a model that says the first text, and after each rewind the next (the last one repeats)."""
     backbone = make_tiny_backbone("llama")
     reply = GuardedReply(
-        Served(backbone), "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024)
+        Speaker(backbone), "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024)
     )
     chunks: list[Any] = []
     reply.put = chunks.append

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from detox_benchmarks.ablations.weights import load_weights
-from detox_guard._reply import Reply, Served
+from detox_guard._reply import Reply, Speaker
 from detox_guard.engine.base import End
 from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.samples import row_of
@@ -53,8 +53,8 @@ class TwoModels(Method):
         for first in range(0, len(waiting), at_once):
             some = waiting[first : first + at_once]
             started = time.perf_counter()
-            served = Served(backbone, (self.weights_sha256[:12],))
-            replies = [Reply(served, self.prompt(job.prompt), self.params.replace(seed=job.seed)) for job in some]
+            speaker = Speaker(backbone, (self.weights_sha256[:12],))
+            replies = [Reply(speaker, self.prompt(job.prompt), self.params.replace(seed=job.seed)) for job in some]
             made = decode_pair(backbone, second, replies)
             wall_s = round((time.perf_counter() - started) / len(some), 6)
             for job, reply in zip(some, made, strict=True):
