@@ -12,7 +12,6 @@ import os
 import random
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import pytest
 import torch
 from measuring import LengthJudge, text_of, written
 from tiny import SENTENCES
+from waiting import wait_until
 
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, ScorerError
@@ -69,6 +69,10 @@ def measure(tiny_folder: Path, prompts_file: Path, detoxifier_folder: Path) -> A
         return run_eval(**{**asked, **changes})
 
     return run
+
+
+def rows_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
@@ -269,8 +273,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
         process.start()
         if kills < 5:
             wanted = seen[-1] + rng.randint(1, 60)
-            while process.is_alive() and (part.read_bytes().count(b"\n") if part.exists() else 0) < wanted:
-                time.sleep(0.002)
+            wait_until(lambda process=process, wanted=wanted: rows_in(part) >= wanted or not process.is_alive())
             kills += process.is_alive()
             process.kill()
         process.join()
@@ -278,7 +281,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
             break
         assert process.exitcode == -9
         assert not (cut / "summary.json").exists()
-        seen.append(part.read_bytes().count(b"\n"))
+        seen.append(rows_in(part))
     assert process.exitcode == 0
     assert kills == 5
     assert seen == sorted(seen)  # nothing that was written was lost
