@@ -52,10 +52,10 @@ def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
         alpha=1.0, calm_share=1, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True
     )
     towards = Detoxifier.from_text(prefix, "front", 1.0)
-    with DetoxiGen(tiny_llama, [towards]) as guard:
-        steered = guard.generate(prompt, params)
-        read = guard.generate(prefix + prompt, params, alpha=0.0)
-        assert steered.text == read.text != guard.generate(prompt, params, alpha=0.0).text
+    with DetoxiGen(tiny_llama, [towards]) as model:
+        steered = model.generate(prompt, params)
+        read = model.generate(prefix + prompt, params, alpha=0.0)
+        assert steered.text == read.text != model.generate(prompt, params, alpha=0.0).text
 
 
 def test_banned_words_are_whole_words(tmp_path: Path) -> None:

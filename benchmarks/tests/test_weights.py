@@ -191,8 +191,8 @@ def test_a_second_model_that_is_the_first_changes_no_token(kind: Any, rule: Any,
     ends = tuple(range(4, 480, 20))
     steered = DecodingParams(alpha=2.0, rule=rule, max_new_tokens=24, stop_token_ids=ends, **sampling)
     made = decode_pair(backbone, copy.deepcopy(backbone.model), fresh(backbone, steered))
-    with DetoxiGen(backbone) as guard:
-        plain = guard.batch(SENTENCES, [steered.replace(alpha=0.0, seed=i) for i in range(len(SENTENCES))])
+    with DetoxiGen(backbone) as model:
+        plain = model.batch(SENTENCES, [steered.replace(alpha=0.0, seed=i) for i in range(len(SENTENCES))])
     assert [one.text for one in made] == [one.text for one in plain]
     for one, other in zip(made, plain, strict=True):
         assert (one.finish_reason, one.usage, one.seed) == (other.finish_reason, other.usage, other.seed)

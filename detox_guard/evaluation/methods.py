@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import InvalidParamsError
-from detox_guard.evaluation.metrics import THRESHOLD
 from detox_guard.evaluation.samples import decode
-from detox_guard.scorers.base import checked_scores, load_scorer
+from detox_guard.scorers.base import TOXIC_FROM, checked_scores, load_scorer
 from detox_guard.settings import GuardPolicy
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Method:
             score = checked_scores(self.reject, [reply.text])[0]
             if best is None or score < lowest:
                 best, lowest = reply, score
-            if score < THRESHOLD:
+            if score < TOXIC_FROM:
                 break
         assert best is not None
         return Drawn(best, tries, decoded)

@@ -224,8 +224,8 @@ def test_more_is_not_asked_for_at_once_than_the_queue_takes(tiny_llama: Backbone
     method = Method("plain", DecodingParams(alpha=0.0, max_new_tokens=2))
     jobs = [Job(method, i, "One", 0, i) for i in range(40)]
     config = EngineConfig(max_rows=32, max_queue=4)
-    with Journal(tmp_path / "samples.jsonl", KEY) as journal, DetoxiGen(tiny_llama, config=config) as guard:
-        decode(guard, jobs, journal, lambda: None)
+    with Journal(tmp_path / "samples.jsonl", KEY) as journal, DetoxiGen(tiny_llama, config=config) as model:
+        decode(model, jobs, journal, lambda: None)
         assert len(journal.rows) == 40
 
 
@@ -351,8 +351,8 @@ def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbo
     jobs = [Job(method, i, "One", 0, i) for i in range(4000)]
     ticks = itertools.count()
     with Journal(tmp_path / "samples.jsonl", KEY) as journal:
-        with DetoxiGen(tiny_llama) as guard, pytest.raises(ScorerError, match="out of order"):
-            decode(guard, jobs, journal, lambda: next(ticks))
+        with DetoxiGen(tiny_llama) as model, pytest.raises(ScorerError, match="out of order"):
+            decode(model, jobs, journal, lambda: next(ticks))
         kept = len(journal.rows)
     assert next(ticks) == kept < 1000
     assert len((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == kept

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,10 +18,9 @@ from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from detox_guard.models.backbone import Backbone
-
-DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def test_journal(tmp_path: Path) -> None:
@@ -83,14 +80,14 @@ def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone
             return [next(self.left) for _ in texts]
 
     params = DecodingParams(alpha=0.0, max_new_tokens=4, ignore_eos=True)
-    with DetoxiGen(tiny_llama) as guard:
+    with DetoxiGen(tiny_llama) as model:
         replies = [
-            guard.generate("One", params.replace(seed=(5 + n * 2**40) % 2**63)).text for n in range(8)
+            model.generate("One", params.replace(seed=(5 + n * 2**40) % 2**63)).text for n in range(8)
         ]  # what each try must say
         for scores, tries, kept in (
             ([0.1], 1, 0),
             ([0.9, 0.6, 0.4], 3, 2),
             ([0.9, 0.8, 0.6, 0.7, 0.9, 0.9, 0.9, 0.9], 8, 2),
         ):
-            drawn = Method("resample", params, reject=Judge(scores)).draw(guard, "One", 5)
+            drawn = Method("resample", params, reject=Judge(scores)).draw(model, "One", 5)
             assert (drawn.tries, drawn.generation.text, drawn.decoded_tokens) == (tries, replies[kept], 4 * tries)
