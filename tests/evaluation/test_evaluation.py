@@ -32,7 +32,7 @@ from detox_guard.evaluation import (
     run_eval,
 )
 from detox_guard.evaluation.bench import random_detoxifier
-from detox_guard.evaluation.methods import Method
+from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.samples import Job, decode, seed_of
 from detox_guard.evaluation.store import KEY, Journal, open_run
@@ -175,8 +175,8 @@ def test_perplexities_over_the_limit_are_dropped_and_counted() -> None:
 def test_a_finished_run_takes_more_methods_and_judges(measure: Any, tiny_folder: Path, tmp_path: Path) -> None:
     first = measure(output=tmp_path, methods=("dexperts",), alphas=(1.0,), judges=(LengthJudge(),))
     before = samples_of(tmp_path)
-    more = measure(output=tmp_path, methods=("resample", "guard"), judges=(LengthJudge(),))
-    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "resample", "guard"]
+    more = measure(output=tmp_path, methods=("default", "guard"), judges=(LengthJudge(),))
+    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "default", "guard"]
     assert [row for row in samples_of(tmp_path) if row["method"] in first.summary["methods"]] == before
     old, new = (report.summary["groups"][0]["methods"]["dexperts α=1"] for report in (first, more))
     assert old == new
@@ -206,14 +206,14 @@ def test_judges_of_one_name_are_not_mixed(measure: Any, tmp_path: Path) -> None:
             return [self.given for _ in texts]
 
     measure(output=tmp_path, methods=(), judges=(Trained("a", 0.25),), batch_rows=32)
-    more = measure(output=tmp_path, methods=("resample",), judges=(again := Trained("b", 0.75),), batch_rows=8)
+    more = measure(output=tmp_path, methods=("default",), judges=(again := Trained("b", 0.75),), batch_rows=8)
     for figures in more.summary["groups"][0]["methods"].values():
         assert figures["length:expected_max"]["value"]["value"] == 0.75
     assert more.summary["batch_rows"] == 8
     seen = again.seen
     assert seen == 1 + sum(len(samples_of(tmp_path)) // 2 for _ in range(2))
     # Nothing is judged twice by one judge, nor is what was said of the decoding changed by judging.
-    last = measure(output=tmp_path, methods=("resample",), judges=(again, "embedded"), batch_rows=64)
+    last = measure(output=tmp_path, methods=("default",), judges=(again, "embedded"), batch_rows=64)
     assert again.seen == seen + 1
     assert last.summary["batch_rows"] == 8
     with pytest.raises(InvalidParamsError, match="length"):
@@ -239,10 +239,10 @@ def test_one_process_a_folder(measure: Any, tmp_path: Path) -> None:
 
 
 def test_a_chat_run_goes_through_the_template(measure: Any, tmp_path: Path) -> None:
-    bare = measure(output=tmp_path / "bare", methods=("resample",))
-    chat = measure(output=tmp_path / "chat", methods=("resample",), chat=True)
+    bare = measure(output=tmp_path / "bare", methods=("default",))
+    chat = measure(output=tmp_path / "chat", methods=("default",), chat=True)
     passages = written(tmp_path / "passages.txt", "\n\n".join(SENTENCES[:3]))
-    behind = measure(output=tmp_path / "behind", methods=("resample",), passages=passages, passage_tokens=50)
+    behind = measure(output=tmp_path / "behind", methods=("default",), passages=passages, passage_tokens=50)
     asked = json.loads((tmp_path / "behind" / "run.json").read_text())
     assert asked["source"]["chat"]
     assert len(set(asked["passages"])) == 3
@@ -259,7 +259,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
 ) -> None:  # fmt: skip
     asked: dict[str, Any] = {
         "model": tiny_folder, "detoxifier": str(detoxifier_folder), "prompts": prompts_file,
-        "methods": ("dexperts", "resample"), "samples": 25, "limit": 4, "max_new_tokens": 6,
+        "methods": ("dexperts", "default"), "samples": 25, "limit": 4, "max_new_tokens": 6,
     }  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -303,7 +303,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
 def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     one, two = tmp_path / "one", tmp_path / "two"
-    measure(output=one, methods=("dexperts", "resample", "guard"))
+    measure(output=one, methods=("dexperts", "default", "guard"))
     measure(output=two, methods=("detoxigen",), judges=("embedded",))
     page = write_report([one, two], tmp_path / "report", examples=1)
     assert sorted(path.name for path in page.parent.iterdir()) == [
@@ -338,16 +338,15 @@ def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
 
 
 def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbone, tmp_path: Path) -> None:
-    class Failing(LengthJudge):
-        def score(self, texts: Sequence[str]) -> list[float]:
-            if next(self.calls) == 20:
-                raise RuntimeError("out of order")
-            return [0.0]
+    calls = itertools.count()
 
-        calls = itertools.count()
+    class Failing(Method):
+        def draw(self, model: DetoxiGen, prompt: Any, seed: int) -> Drawn:
+            if next(calls) == 20:
+                raise ScorerError("out of order")
+            return super().draw(model, prompt, seed)
 
-    params = DecodingParams(alpha=0.0, max_new_tokens=3)
-    method = Method("resample", params, reject=Failing())
+    method = Failing("failing", DecodingParams(alpha=0.0, max_new_tokens=3))
     jobs = [Job(method, i, "One", 0, i) for i in range(4000)]
     ticks = itertools.count()
     with Journal(tmp_path / "samples.jsonl", KEY) as journal:

@@ -54,7 +54,7 @@ class TwoModels(Method):
             some = waiting[first : first + at_once]
             started = time.perf_counter()
             speaker = Speaker(backbone, (self.weights_sha256[:12],))
-            replies = [Reply(speaker, self.prompt(job.prompt), self.params.replace(seed=job.seed)) for job in some]
+            replies = [Reply(speaker, job.prompt, self.params.replace(seed=job.seed)) for job in some]
             made = decode_pair(backbone, second, replies)
             wall_s = round((time.perf_counter() - started) / len(some), 6)
             for job, reply in zip(some, made, strict=True):
