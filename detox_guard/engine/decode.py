@@ -1,7 +1,9 @@
-"""Decoding: a step for every seat, and what each sink says of its token. Knows seats and logits; knows no queue."""
+"""Decoding: a step for every seat, and what each sink says of its tokens. Knows seats and logits; knows no queue."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,51 +26,103 @@ if TYPE_CHECKING:
 __all__ = ["Decoder"]
 
 
+@dataclass(eq=False)
+class _Fed:
+    """What a seat is fed in one step."""
+
+    seat: Seat
+    rows: list[int]
+    """Its rows as the step began, and so those of the logits."""
+    tokens: list[int]
+    """Its last token, and the draft."""
+    had: int
+    """Tokens of its reply as the step began."""
+    accepted: int = 0
+    """Tokens of the draft that were chosen."""
+
+    def reaches(self, column: int) -> bool:
+        """Whether the reply is still what was fed, up to this column. One that was rewound is shorter; one that ended
+        has no rows."""
+        if not self.seat.rows or column >= len(self.tokens) or len(self.seat.emitted) != self.had + column:
+            return False
+        return self.seat.emitted[-1] == self.tokens[column]
+
+
 class Decoder:
     """Gives seats their tokens. An error of one seat's sink or constraint takes only that seat's request down."""
 
-    def __init__(self, runner: Runner, seats: Seats, chooser: Chooser, reports: Reports, stats: EngineStats) -> None:
+    def __init__(
+        self, runner: Runner, seats: Seats, chooser: Chooser, reports: Reports, stats: EngineStats, drafts: int = 0
+    ) -> None:
+        """`drafts`: the most tokens of a draft."""
         self._runner = runner
         self._seats = seats
         self._chooser = chooser
         self._reports = reports
         self._stats = stats
+        self._drafts = drafts
 
     def step(self) -> None:
-        """Feed every seat's last token to all of its rows, choose the next."""
-        tokens = [0] * self._runner.rows
-        fed = 0
-        for seat in self._seats.decoding:
-            for row in seat.rows:
-                tokens[row.index] = seat.emitted[-1]
-                fed += 1
-        if fed != len(tokens):
-            raise StepError(f"{len(tokens)} rows in the batch, but seats hold {fed}")
-        self._emit(self._seats.decoding, self._runner.decode(tokens))
+        """Feed every seat's last token to all of its rows, and its draft behind it. Choose what comes next: one token
+        at a time, as long as each is the one that was fed."""
+        fed = self._fed()
+        columns = max(len(one.tokens) for one in fed)
+        tokens: list[Sequence[int]] = [()] * self._runner.rows
+        for one in fed:
+            # Rows of a shorter draft are filled up with what is taken back anyway.
+            padded = [*one.tokens, *one.tokens[-1:] * (columns - len(one.tokens))]
+            for row in one.rows:
+                tokens[row] = padded
+        if sum(len(one.rows) for one in fed) != len(tokens):
+            raise StepError(f"{len(tokens)} rows in the batch, but seats hold {sum(len(one.rows) for one in fed)}")
+        logits = self._runner.decode(tokens)
+        going = fed
+        for column in range(columns):
+            going = [one for one in going if one.reaches(column)]
+            for one in going:
+                one.accepted = column
+            if going:
+                self.begin(self._emit(logits[:, column], [(one.seat, one.rows) for one in going]))
+        if columns > 1:
+            self._clear_up(fed)
+
+    def _clear_up(self, fed: Sequence[_Fed]) -> None:
+        """Take back what was fed and not chosen."""
+        for one in fed:
+            if one.seat.rows:
+                self._seats.trim(one.seat)
+            drafted = len(one.tokens) - 1
+            one.seat.drafter.learn(drafted, one.accepted)
+            self._stats.tokens_drafted += drafted
+            self._stats.tokens_accepted += one.accepted
+
+    def _fed(self) -> list[_Fed]:
+        """What the seats are fed. The drafts are as long as the runner takes at once, and no seat gets more than it has
+        room for."""
+        seats = self._seats.decoding
+        most = min(self._drafts, self._runner.limits.at_once // self._runner.rows - 1)
+        most = min(most, *(seat.request.max_new_tokens - len(seat.emitted) - 1 for seat in seats))
+        fed = []
+        for seat in seats:
+            draft = seat.drafter.propose(seat.emitted, most) if most > 0 else []
+            fed.append(_Fed(seat, [row.index for row in seat.rows], [seat.emitted[-1], *draft], len(seat.emitted)))
+        return fed
 
     def begin(self, seats: list[Seat]) -> None:
         """The first token of seats that have none, from the logits of their prompts."""
-        self._emit(seats, None)
+        while seats:
+            ends = list(accumulate(len(seat.rows) for seat in seats))
+            rows = [range(end - len(seat.rows), end) for seat, end in zip(seats, ends, strict=True)]
+            logits = torch.cat([seat.first_logits for seat in seats])
+            seats = self._emit(logits, list(zip(seats, rows, strict=True)))
 
-    def _emit(self, seats: list[Seat], logits: Tensor | None) -> None:
-        """Choose a token for each seat and hand it over. Without `logits`, from those of the seats' prompts."""
-        waiting = list(seats)
-        while waiting:
-            rows: list[Sequence[int]]
-            if logits is None:
-                stacked = torch.cat([seat.first_logits for seat in waiting])
-                starts = [sum(len(seat.rows) for seat in waiting[:i]) for i in range(len(waiting))]
-                rows = [range(start, start + len(seat.rows)) for seat, start in zip(waiting, starts, strict=True)]
-            else:
-                stacked = logits
-                rows = [[row.index for row in seat.rows] for seat in waiting]
-            # Their rows are known by now: one who leaves moves those of others.
-            able = [(seat, own) for seat, own in zip(waiting, rows, strict=True) if self._can_choose(seat)]
-            waiting = [seat for seat, _ in able]
-            outcomes = self._chooser.choose(stacked, [seat.turn(own) for seat, own in able]) if able else []
-            # A seat that was rewound to its prompt's end has no token to feed: it chooses again at once.
-            waiting = [seat for seat, out in zip(waiting, outcomes, strict=True) if self._deliver(seat, out)]
-            logits = None
+    def _emit(self, logits: Tensor, turns: Sequence[tuple[Seat, Sequence[int]]]) -> list[Seat]:
+        """Choose a token for each seat from its rows of `logits [rows, vocab]`, and hand it over. Those that were
+        rewound to their prompt's end have no token to feed: they choose again at once."""
+        # Their rows were looked up before: one who leaves moves those of others.
+        able = [(seat, rows) for seat, rows in turns if self._can_choose(seat)]
+        outcomes = self._chooser.choose(logits, [seat.turn(rows) for seat, rows in able]) if able else []
+        return [seat for (seat, _), out in zip(able, outcomes, strict=True) if self._deliver(seat, out)]
 
     def _can_choose(self, seat: Seat) -> bool:
         """Ask a seat's constraint what may come next."""
