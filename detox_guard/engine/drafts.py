@@ -1,8 +1,8 @@
 """Drafts: what prompt and reply propose for a reply's next tokens. Knows ids of one request; knows no rows, no logits.
 
-A reply that quotes (a document, code, its own words) repeats runs of tokens. Where its last tokens stand once more, those
-behind them are the draft: prompt lookup decoding (Saxena 2023). A draft is fed along with the last token, and then each
-token is chosen as ever. So it says which logits are there already, and changes no choice.
+A reply that quotes (a document, code, its own words) repeats runs of tokens. Where its last tokens stand once more,
+those behind them are the draft: prompt lookup decoding (Saxena 2023). A draft is fed along with the last token, and
+then each token is chosen as ever. So it says which logits are there already, and changes no choice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOKED_UP = (3, 2)
 """How many of the last tokens are looked up, one length after the other."""
 _COST = 0.15
 """What one more token a row costs, in steps."""
-_TRUST, _FORGETS = 4.0, 0.9
+_TRUST, _FORGETS = 2.0, 0.9
 """Tokens that count as accepted before any was drafted; what is left of the past with each draft."""
 
 
