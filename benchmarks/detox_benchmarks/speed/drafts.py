@@ -2,7 +2,7 @@
 quality.
 
 Two engines over one backbone answer question by question in turn, so that a ratio compares neighbours. What is timed
-is decoding: from the first text of an answer to its end, a token; and the whole answer, its prompt included.
+is decoding, from the first text of an answer to its end, a token; and the whole answer, its prompt included.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -69,13 +70,15 @@ class DraftsConfig(StrictModel):
 class _Answer(NamedTuple):
     text: str
     tokens: int
-    decoding_s: float
-    """From the first text to the end."""
+    later: int
+    """Tokens behind those of the first piece of text,"""
+    later_s: float
+    """and the time from that piece to the end."""
     whole_s: float
 
     @property
     def per_token(self) -> float:
-        return self.decoding_s / (self.tokens - 1)
+        return self.later_s / self.later
 
 
 def run_drafts(config: DraftsConfig) -> str:
@@ -125,22 +128,24 @@ def _model(backbone: Backbone, config: DraftsConfig, drafts: int) -> DetoxiGen:
 
 def _answer(model: DetoxiGen, prompt: str, params: DecodingParams) -> _Answer:
     begun = time.perf_counter()
-    first, text, tokens = 0.0, "", 0
+    chunks = []
     for chunk in model.stream([{"role": "user", "content": prompt}], params):
-        first = first or time.perf_counter()
-        if chunk.generation is not None:
-            text, tokens = chunk.generation.text, chunk.generation.usage.completion_tokens
-    ended = time.perf_counter()
-    return _Answer(text, tokens, ended - first, ended - begun)
+        chunks.append((chunk, time.perf_counter()))
+    (first, first_s), (last, ended) = chunks[0], chunks[-1]
+    assert last.generation is not None
+    assert last.generation.trace is not None
+    ends = accumulate(len(token.text) for token in last.generation.trace.tokens)
+    later = sum(end > len(first.text) for end in ends)
+    return _Answer(last.generation.text, last.generation.usage.completion_tokens, later, ended - first_s, ended - begun)
 
 
 def _ratios(pairs: Sequence[tuple[_Answer, _Answer]]) -> dict[str, Any]:
-    timed = [pair for pair in pairs if all(answer.tokens >= _SHORTEST for answer in pair)]
+    timed = [pair for pair in pairs if all(answer.later >= _SHORTEST for answer in pair)]
+    if not timed:
+        raise DataError(f"no answer is longer than {_SHORTEST} tokens", hint="ask more questions")
     decoding = [without.per_token / drafting.per_token for without, drafting in timed]
     whole = [(without.whole_s / without.tokens) / (drafting.whole_s / drafting.tokens) for without, drafting in timed]
-    sums = [
-        sum(pair[side].decoding_s for pair in timed) / sum(pair[side].tokens - 1 for pair in timed) for side in (0, 1)
-    ]
+    sums = [sum(pair[side].later_s for pair in timed) / sum(pair[side].later for pair in timed) for side in (0, 1)]
     return {
         "decoding, without / with": round(statistics.median(decoding), 3),
         "decoding, of the sums": round(sums[0] / sums[1], 3),

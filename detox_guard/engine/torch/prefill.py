@@ -228,7 +228,7 @@ class Prefill:
         if isinstance(view, EmbeddingPrefix):
             new = len(view)
             added = torch.full_like(lengths, new)
-            inputs = {"embeds": view.embeddings.expand(len(asked), -1, -1)}
+            inputs: dict[str, Any] = {"embeds": view.embeddings.expand(len(asked), -1, -1)}
         else:
             behind = [ids_behind(view, self.prompts[i].ids) for i in asked]
             new = max(map(len, behind))
