@@ -23,7 +23,7 @@ def test_answers_are_timed_with_drafts_and_without(tiny_folder: Path, tmp_path: 
     found = json.loads(run_drafts(DraftsConfig(**asked, dtype="float32", temperature=0, max_new_tokens=24)))
     assert found["answers timed"] == found["answers alike"] == 3
     assert found["tokens"] == 3 * 24
-    assert 0 < found["accepted"] <= found["drafted"]
+    assert 0 <= found["accepted"] <= found["drafted"]
     assert found["decoding, without / with"] > 0
     with pytest.raises(DataError, match="longer than"):
         run_drafts(DraftsConfig(**asked, max_new_tokens=4))

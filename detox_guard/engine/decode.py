@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -26,28 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Decoder"]
 
 
-@dataclass(eq=False)
-class _Fed:
-    """What a seat is fed in one step."""
-
-    seat: Seat
-    rows: list[int]
-    """Its rows as the step began, and so those of the logits."""
-    tokens: list[int]
-    """Its last token, and the draft."""
-    had: int
-    """Tokens of its reply as the step began."""
-    accepted: int = 0
-    """Tokens of the draft that were chosen."""
-
-    def reaches(self, column: int) -> bool:
-        """Whether the reply is still what was fed, up to this column. One that was rewound is shorter; one that ended
-        has no rows."""
-        if not self.seat.rows or column >= len(self.tokens) or len(self.seat.emitted) != self.had + column:
-            return False
-        return self.seat.emitted[-1] == self.tokens[column]
-
-
 class Decoder:
     """Gives seats their tokens. An error of one seat's sink or constraint takes only that seat's request down."""
 
@@ -63,50 +40,43 @@ class Decoder:
         self._drafts = drafts
 
     def step(self) -> None:
-        """Feed every seat's last token to all of its rows, and its draft behind it. Choose what comes next: one token
-        at a time, as long as each is the one that was fed."""
-        fed = self._fed()
-        columns = max(len(one.tokens) for one in fed)
+        """Feed every seat's last token to all of its rows, and a draft behind it; choose what comes next."""
+        turns = [(seat, [row.index for row in seat.rows]) for seat in self._seats.decoding]
+        draft = self._draft()
         tokens: list[Sequence[int]] = [()] * self._runner.rows
-        for one in fed:
-            # Rows of a shorter draft are filled up with what is taken back anyway.
-            padded = [*one.tokens, *one.tokens[-1:] * (columns - len(one.tokens))]
-            for row in one.rows:
-                tokens[row] = padded
-        if sum(len(one.rows) for one in fed) != len(tokens):
-            raise StepError(f"{len(tokens)} rows in the batch, but seats hold {sum(len(one.rows) for one in fed)}")
+        for seat, rows in turns:
+            for row in rows:
+                tokens[row] = [seat.emitted[-1], *draft]
+        if (fed := sum(len(rows) for _, rows in turns)) != len(tokens):
+            raise StepError(f"{len(tokens)} rows in the batch, but seats hold {fed}")
         logits = self._runner.decode(tokens)
-        going = fed
-        for column in range(columns):
-            going = [one for one in going if one.reaches(column)]
-            for one in going:
-                one.accepted = column
-            if going:
-                self.begin(self._emit(logits[:, column], [(one.seat, one.rows) for one in going]))
-        if columns > 1:
-            self._clear_up(fed)
+        had = len(turns[0][0].emitted)
+        self.begin(self._emit(logits[:, 0], turns))
+        if draft:
+            self._follow(draft, had, logits, turns[0])
 
-    def _clear_up(self, fed: Sequence[_Fed]) -> None:
-        """Take back what was fed and not chosen."""
-        for one in fed:
-            if one.seat.rows:
-                self._seats.trim(one.seat)
-            drafted = len(one.tokens) - 1
-            one.seat.drafter.learn(drafted, one.accepted)
-            self._stats.tokens_drafted += drafted
-            self._stats.tokens_accepted += one.accepted
+    def _draft(self) -> list[int]:
+        """What the one seat that decodes is fed besides its last token. Where several decode there are no drafts: more
+        rows cost what a draft costs, and bring a token each."""
+        if len(self._seats.decoding) != 1:
+            return []
+        (seat,) = self._seats.decoding
+        room = seat.request.max_new_tokens - len(seat.emitted) - 1
+        most = min(self._drafts, room, self._runner.limits.at_once // self._runner.rows - 1)
+        return seat.drafter.propose(seat.emitted, most) if most > 0 else []
 
-    def _fed(self) -> list[_Fed]:
-        """What the seats are fed. The drafts are as long as the runner takes at once, and no seat gets more than it has
-        room for."""
-        seats = self._seats.decoding
-        most = min(self._drafts, self._runner.limits.at_once // self._runner.rows - 1)
-        most = min(most, *(seat.request.max_new_tokens - len(seat.emitted) - 1 for seat in seats))
-        fed = []
-        for seat in seats:
-            draft = seat.drafter.propose(seat.emitted, most) if most > 0 else []
-            fed.append(_Fed(seat, [row.index for row in seat.rows], [seat.emitted[-1], *draft], len(seat.emitted)))
-        return fed
+    def _follow(self, draft: list[int], had: int, logits: Tensor, turn: tuple[Seat, Sequence[int]]) -> None:
+        """Choose on, one token at a time, while a seat's reply behind its first `had` tokens is what the draft says;
+        then take back what was fed too much. A reply that was rewound is shorter, one that is over has no rows."""
+        seat, accepted = turn[0], 0
+        while accepted < len(draft) and seat.rows and seat.emitted[had:] == draft[: accepted + 1]:
+            accepted += 1
+            self.begin(self._emit(logits[:, accepted], [turn]))
+        if seat.rows:
+            self._seats.trim(seat)
+        seat.drafter.learn(len(draft), accepted)
+        self._stats.tokens_drafted += len(draft)
+        self._stats.tokens_accepted += accepted
 
     def begin(self, seats: list[Seat]) -> None:
         """The first token of seats that have none, from the logits of their prompts."""

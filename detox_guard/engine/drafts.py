@@ -19,7 +19,7 @@ _IDS = "i"
 _WIDTH = array(_IDS).itemsize
 _LOOKED_UP = (3, 2)
 """How many of the last tokens are looked up, one length after the other."""
-_COST = 0.15
+_COST = 0.2
 """What one more token a row costs, in steps."""
 _TRUST, _FORGETS = 2.0, 0.9
 """Tokens that count as accepted before any was drafted; what is left of the past with each draft."""
@@ -48,9 +48,8 @@ class Drafter:
 
     def learn(self, drafted: int, accepted: int) -> None:
         """How much of a draft was chosen. Behind the first other token nothing was tested."""
-        if drafted:
-            self._accepted = self._accepted * _FORGETS + accepted
-            self._tested = self._tested * _FORGETS + min(drafted, accepted + 1)
+        self._accepted = self._accepted * _FORGETS + accepted
+        self._tested = self._tested * _FORGETS + min(drafted, accepted + 1)
 
     def _worth(self, most: int) -> int:
         """The length of a draft that gives most tokens for its cost; 0 where none is better than no draft."""

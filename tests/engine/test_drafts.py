@@ -208,7 +208,7 @@ def test_several_at_once_and_joining_late(kit: Kit) -> None:
     drafting.close()
 
 
-def test_no_step_takes_more_than_is_cheap(kit: Kit) -> None:
+def test_only_one_alone_drafts_and_no_more_than_is_cheap(kit: Kit) -> None:
     engine, runner = watched_engine(kit, "r", drafts=5)
     pairs = [request(PROMPT, GREEDY, constraint=OfWords(kit.vocab_size)) for _ in range(6)]
     for req, _ in pairs:
@@ -218,7 +218,7 @@ def test_no_step_takes_more_than_is_cheap(kit: Kit) -> None:
     decode(engine, [PROMPT], GREEDY, constraint=OfWords(kit.vocab_size))
     assert {rows for rows, _ in runner.fed} >= {2, 12}
     most = max(1, runner.limits.at_once)
-    assert all(count == 1 or rows * count <= most for rows, count in runner.fed)
+    assert all(count == 1 or (rows == 2 and rows * count <= most) for rows, count in runner.fed)
     assert (max(count for _, count in runner.fed) > 1) == (most > 1)
     engine.close()
 
@@ -292,9 +292,8 @@ def test_a_drafter_that_is_mostly_wrong_proposes_less_and_then_nothing() -> None
     drafter = Drafter([1, 2, 3, 4, 5, 6])
     lengths = []
     for _ in range(40):
-        drafted = len(drafter.propose([1, 2], 4))
-        drafter.learn(drafted, 0)
-        lengths.append(drafted)
+        lengths.append(len(drafter.propose([1, 2], 4)))
+        drafter.learn(lengths[-1], 0) if lengths[-1] else None
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] >= 3
     assert lengths[-1] == 0
