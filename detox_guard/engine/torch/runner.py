@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
+from detox_guard.engine.torch.int4 import FEW_ROWS
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchRunner", "torch_runner"]
 
+AT_ONCE = FEW_ROWS
+"""Tokens of a step that cost little more than one a row: as far as the 4-bit kernel goes, and less than a GPU takes."""
+
 
 def torch_runner(backbone: Backbone, views: Sequence[View], bounds: Bounds) -> Runner:
     """The runner that is exact for this backbone."""
@@ -45,7 +49,11 @@ class TorchRunner:
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         self.limits = RunnerLimits(
-            backbone.vocab_size, backbone.max_positions, frozenset({"embeddings", "tokens"}), continues=True
+            backbone.vocab_size,
+            backbone.max_positions,
+            frozenset({"embeddings", "tokens"}),
+            continues=True,
+            at_once=AT_ONCE,
         )
 
     @property
@@ -75,7 +83,7 @@ class TorchRunner:
     def rewind(self, row: Row, slots: int) -> None:
         self._cache.rewind(row, slots)
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         return self._forward.decode(self._cache, tokens)
 
     def clear(self) -> None:
