@@ -1,4 +1,5 @@
-"""One decoding step and one prefill of a model on a CPU, its linear layers plain, packed and in 4 bits.
+"""One decoding step and one prefill of a model on a CPU, its linear layers plain, packed and in 4 bits; and the step that
+the engine takes, with those in 4 bits.
 
 The ways are timed in turn, round after round, and the least time of each counts. Knows clocks and layouts; knows no
 engine, and no quality but the distance from float32.
@@ -17,6 +18,8 @@ from transformers import DynamicCache
 
 from detox_guard.engine.torch.int4 import Int4Linear
 from detox_guard.engine.torch.packing import can_pack, pack_linears
+from detox_guard.engine.torch.static import static_step
+from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.models.load import load_backbone
 
@@ -43,7 +46,10 @@ def run_steps(model: str | None = None, rounds: int = 30) -> str:
     pack_linears(ways["int4"])
     with torch.inference_mode():
         found: dict[str, Any] = {
-            f"step of {rows} rows": _least({name: _step(way, rows) for name, way in ways.items()}, rounds)
+            f"step of {rows} rows": _least(
+                {name: _step(way, rows) for name, way in ways.items()} | {"own step": _own_step(ways["int4"], rows)},
+                rounds,
+            )
             for rows in ROWS
         }
         found[f"prefill of {PROMPT}"] = _least({name: _prefill(way) for name, way in ways.items()}, max(3, rounds // 5))
@@ -82,6 +88,21 @@ def _step(model: Any, rows: int) -> Callable[[], object]:
     def step() -> None:
         model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.crop(-1)
+
+    return step
+
+
+def _own_step(model: Any, rows: int) -> Callable[[], object]:
+    batch = StaticRows(static_step(model), model.device, model.dtype, max(ROWS), max(ROWS) * 2 * CONTEXT)
+    cache = DynamicCache()
+    model(input_ids=torch.full((1, CONTEXT), 100), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for _ in range(rows):
+        batch.add([(layer.keys, layer.values) for layer in cache.layers])
+
+    def step() -> None:
+        batch.decode([[100]] * rows)
+        for row in batch.rows:
+            batch.rewind(row, 1)
 
     return step
 

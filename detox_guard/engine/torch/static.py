@@ -21,7 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Sequence, Set
 
     from torch import Tensor
 
@@ -143,7 +143,7 @@ class StaticStep:
             both, value = self._project(layer, x if before is None else before(x))
             if layer.rotates:
                 both = _rotated(both, cos, sin)
-            query, key = both.split((self.heads, self.kv_heads), 2)
+            query, key = both[:, :, : self.heads], both[:, :, self.heads :]
             k[at, :, slots] = key
             v[at, :, slots] = value
             query = query.reshape(rows, count, self.kv_heads, shared, self.head_dim).transpose(1, 2)
@@ -166,8 +166,8 @@ class StaticStep:
         """Queries and keys `[rows, n, heads + kv heads, head dim]`, values `[rows, n, kv heads, head dim]`."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         if layer.qkv is not None:
-            both, value = layer.qkv(x).view(shape).split((self.heads + self.kv_heads, self.kv_heads), 2)
-            return both, value
+            all_three, edge = layer.qkv(x).view(shape), self.heads + self.kv_heads
+            return all_three[..., :edge, :], all_three[..., edge:, :]
         parts = [project(x) for project in layer.projections]
         for i, (norm, width) in enumerate(layer.key_norms):
             parts[i] = norm(parts[i].view(*shape[:-2], -1, width)).flatten(-2)
@@ -231,8 +231,8 @@ def _module(kind: str) -> str:
     return f"transformers.models.{kind}.modeling_{kind}"
 
 
-def _whole(module: Any, kind: str, parts: set[str], maybe: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Raise unless this is transformers' own class of that family, with these parts, and nobody changed what it does."""
+def _whole(module: Any, kind: str, parts: Set[str], maybe: Set[str] = frozenset()) -> None:
+    """Raise unless this is transformers' own class of that family, with these parts, and does what it always does."""
     name = type(module).__name__
     if type(module).__module__ != _module(kind):
         raise _Unknown(f"{name} is none of its parts")
@@ -252,7 +252,7 @@ def _norm(module: Any, kind: str) -> Callable[[Tensor], Tensor]:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[rows, n, heads, dim]`, rotated. The first half of `sin` is negated; the last dims may be left as they are."""
+    """`x` `[rows, n, heads, dim]`, rotated. The first half of `sin` is negated. Dims past its width stay."""
     width = cos.shape[-1]
     part = x if width == x.shape[-1] else x[..., :width]
     turned = torch.addcmul(part * cos, part.roll(width // 2, -1), sin)
