@@ -1,6 +1,6 @@
 """One decoding step and one prefill of a model on a CPU, its linear layers plain, packed and in 4 bits.
 
-"own step" is the engine's step on those in 4 bits, where it has one for the model; the others are transformers' forward.
+"own step" is the engine's step on those in 4 bits, where it has one; the others are transformers' forward.
 The ways are timed in turn, round after round, and the least time of each counts. Knows clocks and layouts; knows no
 scheduler, and no quality but the distance from float32.
 """
