@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
+from detox_guard.engine.torch.graphs import recorder_for
 from detox_guard.engine.torch.int4 import FEW_ROWS
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
+from detox_guard.engine.torch.static import static_step
+from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from torch import Tensor
 
     from detox_guard.detoxifiers.base import View
@@ -44,8 +48,13 @@ class TorchRunner:
         if bounds.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._forward = Forward(backbone, views)
-        self._cache = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         self.device: torch.device = self._forward.device
+        self._cache: RowCache | StaticRows = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
+        with torch.inference_mode():
+            step = None if backbone.spread else static_step(backbone.model)
+        if step is not None:
+            room = (bounds.max_rows, bounds.max_cached_slots)
+            self._cache = StaticRows(step, self.device, backbone.dtype, *room, recorder_for(self.device))
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         self.limits = RunnerLimits(
@@ -84,6 +93,8 @@ class TorchRunner:
         self._cache.rewind(row, slots)
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        if isinstance(self._cache, StaticRows):
+            return self._cache.decode(tokens)
         return self._forward.decode(self._cache, tokens)
 
     def clear(self) -> None:
