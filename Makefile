@@ -10,7 +10,7 @@ RAY = integrations/ray-detox-guard
 # One process a core, each with one thread of arithmetic: two pools of threads on two cores slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-.PHONY: demo serve test test-ray test-llamacpp check wheels docs bench bench-rag bench-chains ablate eval registry clean
+.PHONY: demo serve test test-ray test-llamacpp test-clients check wheels docs bench bench-rag bench-chains ablate eval registry clean
 
 demo: .venv/.installed
 	.venv/bin/detox-guard demo
@@ -34,6 +34,15 @@ LLAMACPP ?= "llama-cpp-python>=0.3.36,<0.4"
 test-llamacpp: .venv/.installed-dev
 	$(PIP) $(LLAMACPP)
 	$(PYTEST) tests/engine -k llamacpp
+
+# LiteLLM and LlamaIndex's OpenAILike against the server, in an environment of their own, before this one's packages:
+# they want openai 2, and LiteLLM brings boto3.
+test-clients: .venv/.installed-dev
+	.venv/bin/python -m venv build/clients
+	build/clients/bin/python -m pip install --quiet --disable-pip-version-check litellm llama-index-llms-openai-like
+	.venv/bin/python -c "import site; print(site.getsitepackages()[0])" > \
+	  "$$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+	PYTHONPATH=$(CURDIR) build/clients/bin/python -m pytest -q tests/server/test_clients.py
 
 # Weights rounded by torchao and bitsandbytes, which `make test` does without.
 test-quantize: .venv/.installed-dev

@@ -6,16 +6,18 @@ Knows prompts, text and traces; knows no rows and no threads.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.engine import End, Finish, Go, PromptIds, Request, Rewind, Sampling, TokenStep, Verdict
-from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, Trace, Usage
+from detox_guard.results import Chunk, Generation, Intervention, Steering, TokenTrace, TopToken, Trace, Usage
 from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts, with_system_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
 
     from detox_guard.models.backbone import Backbone
     from detox_guard.settings import DecodingParams
@@ -67,15 +69,20 @@ class Reply:
             self,
             constraint=constraint,
             may_rewind=may_rewind,
+            keep_distributions=params.trace and params.trace_top > 0,
         )
         self.params = params
         self.put: Callable[[Chunk | Exception], object] = lambda item: None
-        self._tokenizer = backbone.tokenizer
+        self._vocabulary = _Vocabulary(backbone.tokenizer, ids[-1:])
         self._detokenizer = TextStream(backbone.tokenizer, ids)
         self._matcher = StopMatcher(params.stop)
         self._detoxifiers = speaker.detoxifiers if prompt_ids.steered else ()
         self._pieces: list[str] = []
         self._steps: list[tuple[TokenStep, str]] = []
+        self._told: list[TokenTrace] = []
+        """Figures of the first of these, whose text is out."""
+        self._told_chars = self._out_chars = 0
+        """How long their text is; and all that is out."""
         self._interventions: list[Intervention] = []
         self._discarded = 0
 
@@ -98,9 +105,8 @@ class Reply:
 
     def on_finish(self, reason: Finish) -> None:
         tail = self._matcher.flush()
-        if tail:
-            self._pieces.append(tail)
-        self.put(Chunk(tail, self._generation(reason)))
+        self._keep(tail)
+        self._finish(tail, reason)
 
     def on_error(self, error: Exception) -> None:
         self.put(error)
@@ -108,13 +114,27 @@ class Reply:
     def _take(self, step: TokenStep) -> str:
         """Book one token; the text that it completes."""
         text = self._detokenizer.push(step.token_id)
+        if step.distribution is not None:  # as wide as the vocabulary, at worst: the best of it are enough
+            ids, p = step.distribution
+            best = p.topk(min(self.params.trace_top, len(p)))
+            step = replace(step, distribution=(ids[best.indices], best.values))
         self._steps.append((step, text))
         return text
 
     def _emit(self, text: str) -> None:
         if text:
-            self._pieces.append(text)
-            self.put(Chunk(text))
+            self._keep(text)
+            self.put(Chunk(text, tokens=self._figures()))
+
+    def _keep(self, text: str) -> None:
+        self._pieces.append(text)
+        self._out_chars += len(text)
+
+    def _finish(self, text: str, reason: Finish) -> None:
+        """The last chunk, with what is left of the figures."""
+        told = len(self._told)
+        generation = self._generation(reason)
+        self.put(Chunk(text, generation, tuple(self._told[told:])))
 
     def _generation(self, reason: Finish) -> Generation:
         text = "".join(self._pieces)
@@ -130,30 +150,61 @@ class Reply:
             fallbacks=sum(step.fallback for step in steps),
         )
         usage = Usage(len(self.request.prompt.ids), len(steps), self._discarded)
-        trace = self._trace(len(text)) if self.params.trace else None
+        self._figures(last=True)
         taken = tuple(self._interventions)
+        trace = Trace(tuple(self._told), taken) if self.params.trace else None
         return Generation(text, reason, usage, self.request.seed, trace, steering, taken, self.guard)
 
-    def _trace(self, length: int) -> Trace:
-        """Every token's figures; their texts joined are the reply's, so a stop string is cut off here too."""
-        tokens = []
-        for step, text in self._steps:
-            cut = text[: max(0, length)]
-            length -= len(text)
-            preferred = str(self._tokenizer.decode([step.preferred_id], clean_up_tokenization_spaces=False))
-            tokens.append(
-                TokenTrace(
-                    text=cut,
-                    token_id=step.token_id,
-                    p_before=step.p_before,
-                    p_after=step.p_after,
-                    kl_detoxifier=step.kl_detoxifier,
-                    kl_steering=step.kl_steering,
-                    clipped_mass=step.clipped_mass,
-                    fallback=step.fallback,
-                    preferred=preferred,
-                    preferred_id=step.preferred_id,
-                    preferred_p=step.preferred_p,
-                )
+    def _figures(self, *, last: bool = False) -> tuple[TokenTrace, ...]:
+        """Figures of the tokens whose text came out since they were asked for; of all the others where nothing comes
+        any more. Their texts joined are the reply's, so a stop string is cut off here too."""
+        if not self.params.trace:
+            return ()
+        told, end = len(self._told), self._told_chars
+        left = self._out_chars - end
+        upto = len(self._steps) if last else told
+        for at, (_, text) in enumerate(self._steps[told:], start=told + 1):
+            end += len(text)
+            if text and end <= self._out_chars:
+                upto, self._told_chars = max(upto, at), end
+            elif text:
+                break
+        for step, text in self._steps[told:upto]:
+            self._told.append(self._vocabulary.told(step, text[: max(0, left)]))
+            left -= len(text)
+        return tuple(self._told[told:])
+
+
+class _Vocabulary:
+    """Texts of single tokens, as they stand behind another token: some tokenizers drop a leading space."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: tuple[int, ...]) -> None:
+        self._tokenizer, self._before = tokenizer, before
+        self._texts: dict[int, str] = {}
+
+    def text_of(self, token_id: int) -> str:
+        if token_id not in self._texts:
+            before, now = (
+                str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+                for ids in (self._before, (*self._before, token_id))
             )
-        return Trace(tuple(tokens), tuple(self._interventions))
+            self._texts[token_id] = now[len(before) :]
+        return self._texts[token_id]
+
+    def told(self, step: TokenStep, text: str) -> TokenTrace:
+        """The figures of a token that completed `text`."""
+        ids, p = ([], []) if step.distribution is None else (each.tolist() for each in step.distribution)
+        return TokenTrace(
+            text=text,
+            token_id=step.token_id,
+            p_before=step.p_before,
+            p_after=step.p_after,
+            kl_detoxifier=step.kl_detoxifier,
+            kl_steering=step.kl_steering,
+            clipped_mass=step.clipped_mass,
+            fallback=step.fallback,
+            preferred=self.text_of(step.preferred_id),
+            preferred_id=step.preferred_id,
+            preferred_p=step.preferred_p,
+            top=tuple(TopToken(self.text_of(i), i, one) for i, one in zip(ids, p, strict=True) if one > 0),
+        )

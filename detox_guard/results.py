@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Chunk", "Finish", "Generation", "Intervention", "Steering", "TokenTrace", "Trace", "Usage"]
+__all__ = ["Chunk", "Finish", "Generation", "Intervention", "Steering", "TokenTrace", "TopToken", "Trace", "Usage"]
 
 Finish = Literal["stop", "length", "guard"]
 """How a reply ended: an end token, stop string or stop id; `max_new_tokens`; or a guard that let no more through."""
 
 _STRONG_NATS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the most probable tokens of a step; `p` is what the contrast gave it, from 0 to 1."""
+
+    text: str
+    token_id: int
+    p: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,8 @@ class TokenTrace:
     preferred: str
     preferred_id: int
     preferred_p: float
+    top: tuple[TopToken, ...] = ()
+    """The most probable tokens, best first: `DecodingParams.trace_top` of them, fewer where no more could be drawn."""
 
     @property
     def strength(self) -> float:
@@ -186,6 +197,9 @@ class Chunk:
 
     text: str
     generation: Generation | None = None
+    tokens: tuple[TokenTrace, ...] = field(default=(), repr=False)
+    """Figures of the tokens whose text is out with this piece. Those of all chunks, in order, are the reply's trace;
+    there are none without `DecodingParams.trace`. Under a guard they are told as late as their text."""
 
     @property
     def finish_reason(self) -> Finish | None:

@@ -172,6 +172,9 @@ class DecodingParams(StrictModel):
     with it."""
     trace: bool = True
     """Keep the figures of every step."""
+    trace_top: Annotated[int, Field(ge=0, le=20)] = 0
+    """Keep so many of the most probable tokens of each step too, by the distribution that its token was drawn from. It
+    needs `trace`."""
     guard: GuardPolicy | None = None
     """Check text before it is released, and decode again what fails. None is steering alone."""
 

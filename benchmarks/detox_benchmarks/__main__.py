@@ -67,7 +67,7 @@ def engines(**fields: Any) -> None:
 @app.command()
 @options.config_options(LoadConfig)
 def load(**fields: Any) -> None:
-    """The server under many clients: answers, tokens a second, memory, what was released unscored. Prints JSON."""
+    """The server under many clients: errors, tokens a second, memory, refusals, what came out unscored. Prints JSON."""
     from detox_benchmarks.serving.load import run_load
 
     print(json.dumps(run_load(LoadConfig(**options.given(fields))), indent=2))

@@ -137,7 +137,7 @@ def guard_policy(guard: bool, threshold: float | None, audit_log: Path | None, *
 
 def decoding_options(command: Command) -> Command:
     """The command, with options for all fields of `DecodingParams` that can be typed; they arrive in `**fields`."""
-    return _with_options(command, DecodingParams, "Decoding", leave={"grammar", "trace", "guard"})
+    return _with_options(command, DecodingParams, "Decoding", leave={"grammar", "trace", "trace_top", "guard"})
 
 
 def loading_options(command: Command) -> Command:

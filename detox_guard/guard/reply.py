@@ -17,7 +17,7 @@ from detox_guard.engine import End, Finish, Go, Rewind, Sampling, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.guard.audit import check_log, report_intervention
 from detox_guard.guard.units import Asked, Reading, read_whole
-from detox_guard.results import Chunk, Intervention
+from detox_guard.results import Intervention
 from detox_guard.scorers.batcher import batcher_for
 from detox_guard.text.prompts import prompt_texts
 from detox_guard.text.sentences import in_code, last_space, sentence_end
@@ -143,7 +143,7 @@ class GuardedReply(Reply):
 
     def on_finish(self, reason: Finish) -> None:
         unread = "".join(self._pieces) if self._interventions and self._interventions[0].unit < 0 else ""
-        self.put(Chunk(unread, self._generation(reason)))
+        self._finish(unread, reason)
 
     def on_error(self, error: Exception) -> None:
         self._drop_pending()
@@ -249,7 +249,7 @@ class GuardedReply(Reply):
             )
         self._forget(unit)
         if action == "replace" and unit.index < 0:
-            self._pieces.append(self.policy.replacement)  # nobody listens yet: `on_finish` hands it over
+            self._keep(self.policy.replacement)  # nobody listens yet: `on_finish` hands it over
         elif action == "replace":
             self._emit(_joined("".join(self._pieces), self.policy.replacement))
         self._over = "guard"

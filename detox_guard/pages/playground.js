@@ -89,7 +89,7 @@ async function* events(response) {
 }
 
 async function ask(body, panel, signal) {
-  const text = panel.querySelector(".text");
+  const reply = replyIn(panel);
   panel.classList.add("busy");
   try {
     const path = body.messages ? "/v1/chat/completions" : "/v1/completions";
@@ -100,10 +100,10 @@ async function ask(body, panel, signal) {
       if (event.error) throw new Error(event.error.message);
       const [choice] = event.choices;
       if (!choice) continue;
-      text.append(choice.delta ? choice.delta.content ?? "" : choice.text);
-      if (choice.detox) show(panel, text.textContent, choice);
+      reply.grow(choice.delta ? choice.delta.content ?? "" : choice.text, choice.detox?.trace ?? []);
+      if (choice.finish_reason) reply.end(choice);
     }
-    return text.dataset.whole ?? text.textContent;
+    return reply.whole;
   } catch (error) {
     const words = error.name === "AbortError" ? "Stopped." : error.message;
     panel.append(element("p", { className: "facts failed", textContent: words }));
@@ -113,29 +113,41 @@ async function ask(body, panel, signal) {
   }
 }
 
-function show(panel, whole, choice) {
-  const detox = choice.detox;
+// A reply as it comes: its tokens, and behind them the text whose tokens were not told yet.
+function replyIn(panel) {
   const text = panel.querySelector(".text");
   const figures = panel.querySelector(".figures");
-  text.dataset.whole = whole;
-  if (detox.trace) {
-    const parts = [];
-    detox.trace.forEach((token, i) => {
-      parts.push(...detox.interventions.filter((one) => one.start === i).map(takenBack), tokenOf(token, figures));
-    });
-    const rest = detox.interventions.filter((one) => one.start >= detox.trace.length);
-    const told = detox.trace.map((token) => token.text).join("");
-    text.replaceChildren(...parts, ...rest.map(takenBack), whole.slice(told.length));
-    moveAlong(text);
-  }
-  const facts = [
-    choice.finish_reason,
-    `${detox.trace?.length ?? "?"} tokens`,
-    `alpha ${detox.alpha.toFixed(2)}`,
-    `KL ${detox.mean_kl_steering.toFixed(2)} nats a token`,
-  ];
-  if (detox.guard) facts.push(`guard: ${detox.guard}, ${detox.interventions.length} taken back`);
-  panel.querySelector(".facts").textContent = facts.join(" · ");
+  const rest = document.createTextNode("");
+  const tokens = [];
+  let told = 0;
+  text.append(rest);
+  moveAlong(text, tokens);
+  return {
+    whole: "",
+    grow(piece, trace) {
+      this.whole += piece;
+      for (const one of trace) {
+        const token = tokenOf(one, figures);
+        if (!tokens.length) token.tabIndex = 0;
+        tokens.push(token);
+        rest.before(token);
+        told += one.text.length;
+      }
+      rest.data = this.whole.slice(told);
+    },
+    end(choice) {
+      const detox = choice.detox;
+      for (const one of detox.interventions) (tokens[one.start] ?? rest).before(takenBack(one));
+      const facts = [
+        choice.finish_reason,
+        `${detox.trace ? tokens.length : "?"} tokens`,
+        `alpha ${detox.alpha.toFixed(2)}`,
+        `KL ${detox.mean_kl_steering.toFixed(2)} nats a token`,
+      ];
+      if (detox.guard) facts.push(`guard: ${detox.guard}, ${detox.interventions.length} taken back`);
+      panel.querySelector(".facts").textContent = facts.join(" · ");
+    },
+  };
 }
 
 function tokenOf(token, figures) {
@@ -168,9 +180,7 @@ function takenBack(one) {
   );
 }
 
-function moveAlong(text) {
-  const tokens = [...text.querySelectorAll(".t")];
-  if (tokens.length) tokens[0].tabIndex = 0;
+function moveAlong(text, tokens) {
   text.addEventListener("keydown", (event) => {
     const at = tokens.indexOf(document.activeElement);
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1 }[event.key];

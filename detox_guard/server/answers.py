@@ -13,9 +13,9 @@ import detox_guard
 from detox_guard.text.tools import ToolCall, ToolCallStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from detox_guard.results import Chunk, Generation
+    from detox_guard.results import Chunk, Generation, TokenTrace
     from detox_guard.server.asking import Asked
 
 __all__ = ["Answer", "event"]
@@ -96,15 +96,19 @@ class _Choice:
         self._calls = ToolCallStream(asked.tools) if asked.tools else None
         self._content: list[str] = []
         self._called: list[dict[str, Any]] = []
+        self._tokens: list[TokenTrace] = []
+        """Not told yet."""
+        self._offset = 0
         self.reply: Generation | None = None
 
     def push(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """The choice of each event."""
         for part in self._parts(chunk):
             if isinstance(part, str):
-                yield self.delta({"content": part}) if self._chat else self._text(part)
+                told = self.delta({"content": part}) if self._chat else self._text(part)
             else:
-                yield self.delta({"tool_calls": [{"index": len(self._called) - 1, **part}]})
+                told = self.delta({"tool_calls": [{"index": len(self._called) - 1, **part}]})
+            yield told | self._figures()
         if self.reply is not None:
             yield {**(self.delta({}) if self._chat else self._text("")), **self._end(self.reply)}
 
@@ -131,6 +135,7 @@ class _Choice:
     def _parts(self, chunk: Chunk) -> Iterator[str | dict[str, Any]]:
         """Text, and calls of tools, of a chunk; both are kept."""
         self.reply = chunk.generation
+        self._tokens += chunk.tokens
         said: Iterable[str | ToolCall] = [chunk.text]
         if self._calls is not None:
             said = self._calls.push(chunk.text)
@@ -153,30 +158,41 @@ class _Choice:
         detox = reply.summary()
         if self._calls is not None and self._calls.invalid:
             detox["unreadable_calls"] = len(self._calls.invalid)
-        if self._asked.trace and reply.trace is not None:
-            tokens = [{**asdict(token), "strength": token.strength} for token in reply.trace.tokens]
-            detox["trace"] = [{name: _finite(value) for name, value in token.items()} for token in tokens]
-        logprobs = self._logprobs(reply) if self._asked.logprobs else None
-        return {"finish_reason": reason, "logprobs": logprobs, "detox": detox}
+        figures = self._figures(last=True)
+        return {"finish_reason": reason, **figures, "detox": detox | figures.get("detox", {})}
 
-    def _logprobs(self, reply: Generation) -> dict[str, Any] | None:
-        if reply.trace is None:
-            return None
-        drawn = [(token.text, _log(token.p_after)) for token in reply.trace.tokens]
-        if self._chat:
-            told = [
-                {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, value in drawn
-            ]
-            return {"content": told, "refusal": None}
-        offsets = [0]
-        for text, _ in drawn[:-1]:
-            offsets.append(offsets[-1] + len(text))
+    def _figures(self, *, last: bool = False) -> dict[str, Any]:
+        """Log probabilities and trace of the tokens that were not told yet."""
+        tokens, self._tokens = self._tokens, []
+        told: dict[str, Any] = {"logprobs": None}
+        if self._asked.logprobs and (tokens or last):
+            told["logprobs"] = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
+        if self._asked.trace and (tokens or (last and self.reply is not None and self.reply.trace is not None)):
+            told["detox"] = {"trace": [_figures_of(token) for token in tokens]}
+        return told
+
+    def _chat_logprobs(self, tokens: Sequence[TokenTrace]) -> dict[str, Any]:
+        told = [
+            {**_told(token.text, token.p_after), "top_logprobs": [_told(one.text, one.p) for one in token.top]}
+            for token in tokens
+        ]
+        return {"content": told, "refusal": None}
+
+    def _text_logprobs(self, tokens: Sequence[TokenTrace]) -> dict[str, Any]:
+        """The token that was drawn is always among the others, as OpenAI has it."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.text)
+        tops = [
+            {**{one.text: _log(one.p) for one in reversed(token.top)}, token.text: _log(token.p_after)}
+            for token in tokens
+        ]
         return {
-            "tokens": [text for text, _ in drawn],
-            "token_logprobs": [value for _, value in drawn],
-            "top_logprobs": None,
-            "text_offset": offsets[: len(drawn)],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_log(token.p_after) for token in tokens],
+            "top_logprobs": tops if self._asked.prompts[self._index][1].trace_top else None,
+            "text_offset": offsets,
         }
 
 
@@ -187,6 +203,21 @@ def event(told: dict[str, Any]) -> str:
 
 def _log(probability: float) -> float:
     return max(_LEAST, math.log(probability)) if probability > 0 else _LEAST
+
+
+def _told(text: str, probability: float) -> dict[str, Any]:
+    """A token by itself; half a character has bytes that its text does not tell."""
+    return {
+        "token": text,
+        "logprob": _log(probability),
+        "bytes": None if "\ufffd" in text else list(text.encode("utf-8", "replace")),
+    }
+
+
+def _figures_of(token: TokenTrace) -> dict[str, Any]:
+    figures = {**asdict(token), "strength": token.strength}
+    del figures["top"]  # what `top_logprobs` is for
+    return {name: _finite(value) for name, value in figures.items()}
 
 
 def _finite(value: Any) -> Any:

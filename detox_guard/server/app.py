@@ -142,6 +142,8 @@ def _add_routes(app: FastAPI, state: State) -> None:
 async def _answered(
     kind: Literal["chat", "text"], state: State, served: Served, asked: Asked, request: Request
 ) -> Response:
+    if asked.logprobs and not getattr(served.model, "tells_tokens", True):
+        raise ApiError(400, "logprobs: not of a model behind another endpoint.", "invalid_value", param="logprobs")
     answer = Answer(kind, served.name, asked)
     visit: Visit = request.scope["visit"]
     visit.told |= {"model": served.name, "stream": asked.stream, "choices": len(asked.prompts)}

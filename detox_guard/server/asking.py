@@ -42,6 +42,7 @@ class Asked:
     usage: bool
     """A stream ends with its usage."""
     logprobs: bool
+    """Each token's log probability, and those of `DecodingParams.trace_top` others."""
     trace: bool
     tools: tuple[dict[str, Any], ...] = ()
     parallel: bool = True
@@ -53,13 +54,13 @@ def ask_chat(body: ChatRequest, base: DecodingParams, config: ServerConfig, *, l
     """Raises `ApiError` and `InvalidParamsError`. `loose`: the client may loosen its guard."""
     if len(body.messages) > config.max_messages:
         raise ApiError(400, f"At most {config.max_messages} messages.", "too_many", param="messages")
-    if body.top_logprobs:
-        raise ApiError(400, "top_logprobs: only the drawn token's probability is kept.", param="top_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs: only with logprobs.", "invalid_value", param="top_logprobs")
     tools, grammar, schema = _held_to(body)
     messages = _told_of_schema(body.messages, schema)
     prompt = ChatPrompt(messages, tools, body.chat_template_kwargs or {})
     most = body.max_completion_tokens or body.max_tokens
-    params = _params(body, base, config, most, loose=loose, trace=bool(body.logprobs))
+    params = _params(body, base, config, most, loose=loose, logprobs=body.top_logprobs or 0 if body.logprobs else None)
     if grammar is not None:
         params = params.replace(grammar=grammar)
     return Asked(
@@ -76,10 +77,8 @@ def ask_chat(body: ChatRequest, base: DecodingParams, config: ServerConfig, *, l
 
 def ask_completion(body: CompletionRequest, base: DecodingParams, config: ServerConfig, *, loose: bool) -> Asked:
     """Raises `ApiError` and `InvalidParamsError`."""
-    if body.logprobs:
-        raise ApiError(400, "logprobs: 0 gives the drawn tokens'; no others are kept.", param="logprobs")
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    params = _params(body, base, config, body.max_tokens, loose=loose, trace=body.logprobs is not None)
+    params = _params(body, base, config, body.max_tokens, loose=loose, logprobs=body.logprobs)
     return Asked(
         prompts=_choices(texts, params, body, config),
         stream=bool(body.stream),
@@ -107,7 +106,13 @@ def _choices(
 
 
 def _params(
-    body: SamplingRequest, base: DecodingParams, config: ServerConfig, most: int | None, *, loose: bool, trace: bool
+    body: SamplingRequest,
+    base: DecodingParams,
+    config: ServerConfig,
+    most: int | None,
+    *,
+    loose: bool,
+    logprobs: int | None,
 ) -> DecodingParams:
     if most is not None and most > config.max_tokens:
         raise InvalidParamsError("max_tokens", most, f"at most {config.max_tokens} on this server")
@@ -120,7 +125,7 @@ def _params(
         changes["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     standing = config.guard if base.guard is None else base.guard
     changes["guard"] = _guard(body.detox.guard, standing, loose=loose)
-    return base.replace(**changes, trace=trace or body.detox.trace)
+    return base.replace(**changes, trace=logprobs is not None or body.detox.trace, trace_top=logprobs or 0)
 
 
 def _guard(asked: bool | GuardOptions | None, standing: GuardPolicy | None, *, loose: bool) -> GuardPolicy | None:

@@ -77,6 +77,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case PromptTooLongError():
             return ApiError(400, _told(error), "context_length_exceeded", param="messages")
+        case InvalidParamsError(field="audit_log"):
+            return ApiError(503, "The guard's log cannot be written, so nothing is decoded.", "audit_log_failed")
         case InvalidParamsError() | PromptError():
             return ApiError(400, _told(error), "invalid_value", param=_OURS.get(error.field, error.field))
         case EngineBusyError():

@@ -45,6 +45,10 @@ _HEADERS = {
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
+_ARRIVING = 64
+"""The longest requests that may be on their way at once. Of shorter ones there may be more."""
+
+
 @dataclass(eq=False)
 class Visit:
     """One request, as it goes through."""
@@ -64,6 +68,8 @@ class Gate:
         self._app, self._state = app, state
         self._per_key: Counter[str] = Counter()
         self._under_way = 0
+        self._arriving = 0
+        """Bytes of requests that are not whole yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's own."""
@@ -120,21 +126,60 @@ class Gate:
             raise _too_large(config.max_body_bytes)
         if self._state.ended.is_set():
             raise ApiError(503, "The server is being stopped.", "unavailable", headers={"Retry-After": "5"})
-        if self._under_way >= config.max_requests:
-            raise _busy("This server takes no more requests at once.")
-        if self._state.keys and self._per_key[visit.holder] >= config.max_requests_per_key:
-            raise _busy("This key has too many requests under way.")
+        self._check_room(visit)
+        receive = await self._arrived(receive)
+        self._check_room(visit)
         self._under_way += 1
         self._per_key[visit.holder] += 1
         self._state.meters.under_way.inc()
         try:
-            await self._app(scope, _bounded(receive, config.max_body_bytes, config.body_timeout_s), send)
+            await self._app(scope, receive, send)
         finally:
             self._under_way -= 1
             self._per_key[visit.holder] -= 1
             if not self._per_key[visit.holder]:
                 del self._per_key[visit.holder]
             self._state.meters.under_way.dec()
+
+    def _check_room(self, visit: Visit) -> None:
+        config = self._state.config
+        if self._under_way >= config.max_requests:
+            raise _busy("This server takes no more requests at once.")
+        if self._state.keys and self._per_key[visit.holder] >= config.max_requests_per_key:
+            raise _busy("This key has too many requests under way.")
+
+    async def _arrived(self, receive: Receive) -> Receive:
+        """`receive` once the whole body is here: one that is slow to come takes nobody's place. Raises `ApiError` for a
+        body that is too long or too slow, `Gone`."""
+        most, timeout_s = self._state.config.max_body_bytes, self._state.config.body_timeout_s
+        body = bytearray()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._arriving += len(piece)
+                    if len(body) > most:
+                        raise _too_large(most)
+                    if self._arriving > _ARRIVING * most:
+                        raise _busy("Too many requests are on their way.")
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise ApiError(408, "The request did not arrive in time.", "too_slow", headers=_CLOSE) from None
+        finally:
+            self._arriving -= len(body)
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        async def arrived() -> Message:
+            nonlocal whole
+            told, whole = whole, None
+            return await receive() if told is None else told
+
+        return arrived
 
     def _check_host(self, headers: Headers) -> None:
         """A page whose name was pointed at this machine is another site."""
@@ -175,31 +220,6 @@ class Gate:
             **visit.told,
         }
         access.info("request", extra={"told": told})
-
-
-def _bounded(receive: Receive, most: int, timeout_s: float) -> Receive:
-    """`receive` that refuses a body that is too long or too slow."""
-    read, whole = 0, False
-    deadline = time.monotonic() + timeout_s
-
-    async def bounded() -> Message:
-        nonlocal read, whole
-        if whole:
-            return await receive()
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                message = await receive()
-        except TimeoutError:
-            raise ApiError(408, "The request did not arrive in time.", "too_slow", headers=_CLOSE) from None
-        if message["type"] == "http.disconnect":
-            raise Gone
-        read += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if read > most:
-            raise _too_large(most)
-        return message
-
-    return bounded
 
 
 _CLOSE = {"Connection": "close"}

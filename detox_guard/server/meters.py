@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,12 +118,15 @@ class _Engines:
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One gauge a figure."""
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """One gauge a figure, and what was decoded, whoever took it."""
         gauges = {
             name: GaugeMetricFamily(f"detox_guard_engine_{name}", f"The engine's {name} in use.", labels=["model"])
             for name in ("seats", "rows", "queued")
         }
+        decoded = CounterMetricFamily(
+            "detox_guard_engine_decoded_tokens", "Tokens decoded, also for who hung up.", labels=["model", "kind"]
+        )
         for served in self._models:
             stats = getattr(served.model, "stats", None)
             if stats is None or served.model.closed:
@@ -131,4 +134,7 @@ class _Engines:
             now = stats()
             for name, gauge in gauges.items():
                 gauge.add_metric([served.name], getattr(now, name))
+            decoded.add_metric([served.name, "steered"], now.tokens_steered)
+            decoded.add_metric([served.name, "plain"], now.tokens_plain)
         yield from gauges.values()
+        yield decoded

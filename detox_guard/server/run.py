@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 _log = logging.getLogger("detox_guard.server")
+_SOCKETS = 65_536
 _LAST_WORDS_S = 5
 """For the errors with which replies end that did not come to their end in time."""
 
@@ -73,6 +74,7 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Until it is told to stop."""
+        _allow_many_sockets()
         super().run([self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -104,6 +106,18 @@ class Server(uvicorn.Server):
             _log.error("the configuration was not read again: %s", type(error).__name__)
         else:
             _log.info("the configuration was read again")
+
+
+def _allow_many_sockets() -> None:
+    """As many as the system lets this process have: the 1024 of many systems could be taken by idle clients alone."""
+    try:
+        import resource
+    except ImportError:  # Windows knows no such bound
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _SOCKETS if hard == resource.RLIM_INFINITY else min(hard, _SOCKETS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -136,7 +136,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = False
     """Log probabilities of the tokens as they were drawn: of the steered distribution."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Must be 0: only the drawn token's probability is kept."""
+    """So many of the most probable tokens besides, by the same distribution. Only with `logprobs`."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as `{"enable_thinking": false}`."""
 
@@ -147,7 +147,7 @@ class CompletionRequest(SamplingRequest):
     prompt: str | Annotated[list[str], Field(min_length=1)]
     """One text or several."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    """0: log probabilities of the tokens as they were drawn. More alternatives are not kept."""
+    """Log probabilities of the tokens as they were drawn, and of so many of the most probable ones besides."""
     echo: Literal[False] | None = False
     """Must be false."""
     best_of: Literal[1] | None = None

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from detox_guard.errors import InvalidParamsError
+from detox_guard.guard.audit import check_log
 from detox_guard.scorers.base import load_scorer
 from detox_guard.server.config import is_loopback
 from detox_guard.server.keys import Keys
@@ -46,6 +47,8 @@ class State:
                 hint="`detox-guard key NAME --file keys.txt`, then --api-keys keys.txt",
             )
         if config.guard is not None:
+            if config.guard.audit_log is not None:
+                check_log(config.guard.audit_log)
             timed = Timed(load_scorer(config.guard.scorer), self.meters)
             config = config.replace(guard=config.guard.replace(scorer=timed))
         self.config, self.keys = config, keys

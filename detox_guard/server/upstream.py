@@ -41,6 +41,8 @@ class Upstream:
     detoxifier_ids: tuple[str, ...] = ()
     context_window: int | None = None
     has_chat_template = supports_tools = True
+    tells_tokens = False
+    """Its text comes without the figures of its tokens."""
 
     def __init__(self, url: str, model: str | None = None, *, key: str | None = None, timeout_s: float = 600.0) -> None:
         """`model`: its name there; None asks for the first one. Raises `InvalidParamsError` for a URL that is none, and

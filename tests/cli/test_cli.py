@@ -54,7 +54,7 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "source", "left"),
     [
-        ("generate", DecodingParams, {"trace", "guard", "grammar"}),
+        ("generate", DecodingParams, {"trace", "trace_top", "guard", "grammar"}),
         ("train", TrainingConfig, set()),
         ("adapt", AdaptConfig, {"model"}),
     ],

@@ -129,7 +129,8 @@ def test_json_is_held_to_its_grammar_and_the_model_is_told_the_schema() -> None:
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty", "invalid_value"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "invalid_value"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs", None),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "invalid_value"),
         ({"max_tokens": 5000}, "max_tokens", "invalid_value"),
         ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
         ({"n": 9}, "n", "too_many"),

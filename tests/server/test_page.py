@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,9 +17,9 @@ from detox_guard.server.keys import Keys, new_key
 from detox_guard.testing import ScriptedDetoxiGen, ScriptedScorer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
-    from detox_guard import DetoxiGen
+    from detox_guard import Chunk, DetoxiGen
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -93,6 +96,57 @@ def test_three_replies_side_by_side_with_tokens_figures_and_what_was_taken_back(
         assert [first.get_attribute("tabindex"), second.get_attribute("tabindex")] == ["-1", "0"]
 
 
+class Halting:
+    """A model whose replies stop half-way until they may go on."""
+
+    def __init__(self, model: DetoxiGen, chunks: int) -> None:
+        self.go_on = threading.Event()
+        self._model, self._chunks = model, chunks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    async def astream(self, *args: Any, **how: Any) -> AsyncGenerator[Chunk, None]:
+        async with aclosing(self._model.astream(*args, **how)) as chunks:
+            count = 0
+            async for chunk in chunks:
+                if count == self._chunks:
+                    await asyncio.to_thread(self.go_on.wait, 30)
+                count += 1
+                yield chunk
+
+
+@pytest.mark.parametrize("way", ["steered", "guarded"])
+def test_tokens_are_tinted_as_they_come(model: DetoxiGen, open_page: Any, way: str) -> None:
+    reply = model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=12, seed=3, alpha=6.0, calm_share=1.0)
+    assert reply.trace is not None
+    halting = Halting(model, 3)
+    halting.params = model.params.replace(calm_share=1.0)
+    guard = GuardPolicy(scorer=ScriptedScorer("nothing"), unit=3)
+    with listening(create_app(halting, ServerConfig(guard=guard))) as url:
+        page = open_page(url)
+        page.get_by_role("button", name="Compare").click()
+        page.get_by_label("Seed").fill("3")
+        page.get_by_label("Most tokens").fill("12")
+        page.get_by_label("Steering").fill("6")
+        ask(page, "Hi")
+        panel = page.locator(".reply").filter(has=page.get_by_role("heading", name=way))
+        tokens = panel.locator(".t")
+        tokens.nth(2).wait_for(state="attached")
+        assert page.locator(".reply.busy").count() == 3
+        assert 3 <= tokens.count() < len(reply.trace)
+        tokens.nth(0).focus()
+        page.keyboard.press("ArrowRight")
+        halting.go_on.set()
+        whole(page, 3)
+        assert tokens.all_text_contents() == [token.text for token in reply.trace.tokens]
+        tints = [one.evaluate("it => Number(it.style.getPropertyValue('--s'))") for one in tokens.all()]
+        assert tints == pytest.approx([token.strength for token in reply.trace.tokens], abs=0.006)
+        assert max(tints) > 0
+        assert tokens.nth(1).evaluate("it => it === document.activeElement")
+        assert panel.locator(".text").text_content() == reply.text
+
+
 def test_a_chat_goes_on_with_its_passages_and_settings(open_page: Any) -> None:
     model = ScriptedDetoxiGen(["First.", "Second."])
     with listening(create_app(model)) as url:
@@ -141,15 +195,21 @@ def test_what_fails_is_told(open_page: Any) -> None:
         page.get_by_text("The server failed.").wait_for()
 
 
-@pytest.mark.parametrize("how", [{}, PHONE], ids=["desk", "phone"])
-def test_axe_finds_nothing_serious(open_page: Any, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", [{}, {"color_scheme": "dark"}, PHONE], ids=["desk", "dark", "phone"])
+def test_axe_finds_nothing_serious(open_page: Any, model: DetoxiGen, how: dict[str, Any]) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    with listening(create_app(ScriptedDetoxiGen(["Fine."]))) as url:
+    said = model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=12, seed=3, alpha=3.0).text
+    with listening(create_app(model, ServerConfig(guard=GuardPolicy(scorer=ScriptedScorer(said[2:6]))))) as url:
         page = open_page(url, **how)
         page.locator("#model option").first.wait_for(state="attached")
+        page.get_by_role("button", name="Compare").click()
+        page.get_by_label("Seed").fill("3")
+        page.get_by_label("Most tokens").fill("12")
         ask(page, "Hi")
-        whole(page, 1)
+        whole(page, 3)
+        page.locator("summary").first.click()
         page.get_by_role("button", name="Copy as curl").click()
+        page.locator(".t").last.evaluate("it => it.style.setProperty('--s', '1')")  # as hard as can be
         found = axe.Axe().run(page).response["violations"]
         wide = page.evaluate("() => document.documentElement.scrollWidth > document.documentElement.clientWidth")
     assert [(one["id"], one["impact"]) for one in found if one["impact"] in ("serious", "critical")] == []

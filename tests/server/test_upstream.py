@@ -85,8 +85,9 @@ def test_a_prompt_may_be_scored_too() -> None:
 def test_without_a_guard_it_comes_as_it_is_and_it_is_never_steered() -> None:
     with in_front_of(["You idiot."], None) as (client, _):
         assert chat(client).json()["choices"][0]["message"]["content"] == "You idiot."
-        refused = chat(client, detox={"alpha": 2})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "detox.alpha")
+        refused = [chat(client, detox={"alpha": 2}), chat(client, logprobs=True)]
+    assert [one.status_code for one in refused] == [400, 400]
+    assert [one.json()["error"]["param"] for one in refused] == ["detox.alpha", "logprobs"]
 
 
 def test_hanging_up_here_hangs_up_there() -> None:

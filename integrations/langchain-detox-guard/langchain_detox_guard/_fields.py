@@ -201,7 +201,7 @@ class ModelFields(Around, LoadFields):
         if (detoxigen := self.detoxigen or self._loaded) is not None:
             names["detoxifier"] = list(detoxigen.detoxifier_ids)
         params = self._decoding_params().replace(guard=self._guard)
-        shown = params.model_dump(mode="json", exclude={"trace"}, fallback=name_of)
+        shown = params.model_dump(mode="json", exclude={"trace", "trace_top"}, fallback=name_of)
         return {**names, **shown, "version": __version__}
 
     @property

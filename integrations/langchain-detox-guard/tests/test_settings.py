@@ -153,7 +153,7 @@ def test_a_twin_crosses_processes_as_itself(error: Any, theirs: str) -> None:
 @pytest.mark.parametrize("name", sorted(DecodingParams.model_fields))
 def test_fields_are_the_cores(kind: Any, name: str) -> None:
     """Default, description and bounds: nothing is written twice."""
-    if name in ("stop_token_ids", "ignore_eos", "grammar", "trace"):
+    if name in ("stop_token_ids", "ignore_eos", "grammar", "trace", "trace_top"):
         assert name not in kind.model_fields  # no setting of a LangChain model
         return
     core, ours = DecodingParams.model_fields[name], kind.model_fields[{"max_new_tokens": "max_tokens"}.get(name, name)]
