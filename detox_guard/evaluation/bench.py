@@ -141,7 +141,7 @@ def run_bench(
         tokens, context, runs, streams = min(tokens, 8), min(context, 40), min(runs, 2), min(streams, 3)
     ours, detoxifier = config.model, config.detoxifier
     if not isinstance(ours, Backbone):
-        ours = run_aside(lambda: load_backbone(config.model, device=config.device, dtype=config.dtype))
+        ours = run_aside(lambda: load_backbone(config.model, **config.loading))
     is_random = detoxifier == "random"
     with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as guard:
         ways = {**_ways(guard, tokens, context, streams), **beside(tokens)}
@@ -152,7 +152,7 @@ def run_bench(
             "machine": machine(ours.device),
             "versions": versions(),
             "backbone": ours.id,
-            "dtype": ours.identity["dtype"],
+            **{name: value for name, value in ours.identity.items() if name != "model"},
             "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in guard.streams],
             "position": [s.place for s in guard.streams],
             "tokens": tokens,
