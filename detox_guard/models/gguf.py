@@ -41,6 +41,7 @@ __all__ = [
     "NoWeights",
     "as_backbone",
     "facts_of",
+    "kept_tokenizer",
     "need_llamacpp",
     "ollama_file",
     "revision_of",
@@ -145,7 +146,7 @@ def facts_of(path: Path) -> GgufFacts:
     cannot be steered.
     """
     need_llamacpp()
-    kept = _kept(path)
+    kept = _kept(path, ".json")
     if kept is not None:
         with suppress(OSError, ValueError):
             return GgufFacts.model_validate_json(kept.read_text())
@@ -266,7 +267,14 @@ def _tried(path: Path) -> dict[str, Any]:
     return said
 
 
-def _kept(path: Path) -> Path | None:
+def kept_tokenizer(path: Path) -> Path | None:
+    """The folder in the cache for this file's tokenizer, as the installed transformers makes it."""
+    from transformers import __version__
+
+    return _kept(path, f"-tokenizer-{__version__}")
+
+
+def _kept(path: Path, end: str) -> Path | None:
     """Where the answer for this file lies: another size, time or library is another place. None without a cache."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -278,7 +286,7 @@ def _kept(path: Path) -> Path | None:
         found, own = path.stat(), Path(gguf_probe.__file__).read_bytes()
         stamp = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, library]
         digest = hashlib.sha256(json.dumps(stamp).encode() + own).hexdigest()
-        return cache_dir() / "gguf" / f"{digest[:24]}.json"
+        return cache_dir() / "gguf" / (digest[:24] + end)
     return None
 
 

@@ -22,7 +22,17 @@ from detox_guard.models.default import (
     default_gguf,
     default_is_cached,
 )
-from detox_guard.models.gguf import OLLAMA, GgufModel, as_backbone, facts_of, need_llamacpp, ollama_file, revision_of
+from detox_guard.models.gguf import (
+    OLLAMA,
+    GgufModel,
+    as_backbone,
+    facts_of,
+    kept_tokenizer,
+    need_llamacpp,
+    ollama_file,
+    revision_of,
+)
+from detox_guard.models.gguf_tokenizer import read_saved, tokenizer_of
 from detox_guard.models.options import LoadOptions
 from detox_guard.models.quantization import INT4, as_config, is_quantized, need
 from detox_guard.models.translate import translated
@@ -118,7 +128,8 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
     if model is None:
         file, id_, revision = default_gguf(), DEFAULT_ID, DEFAULT_REVISION
         if tokenizer is None and default_is_cached():
-            tokenizer = default_backbone_dir()  # it was made from this very file, and is read faster
+            with translated(id_):
+                tokenizer = read_saved(default_backbone_dir())  # it was made from this very file
     elif not isinstance(model, str | os.PathLike):
         raise InvalidParamsError("model", model, 'a GGUF file, to be served by engine="llamacpp"')
     else:
@@ -130,16 +141,10 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
         raise InvalidParamsError("n_ctx", options.n_ctx, f"at most {facts.positions}, which {id_} was trained for")
     if tokenizer is None:
         with translated(str(file.parent), file.name):
-            its_tokenizer: Any = _own_tokenizer(file)
+            its_tokenizer: Any = tokenizer_of(file, kept_tokenizer(file))
     else:
         its_tokenizer = _tokenizer(tokenizer, options)
     return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision)
-
-
-def _own_tokenizer(file: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _gguf_of(place: _Place, options: LoadOptions) -> Path:
