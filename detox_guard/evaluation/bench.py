@@ -168,7 +168,12 @@ def random_detoxifier(backbone: Backbone, *, virtual_tokens: int = 20, seed: int
     one costs, and steers nowhere."""
     import torch
 
-    size = float(backbone.model.get_input_embeddings().weight[:512].float().std())
+    if backbone.gguf is not None:
+        from detox_guard.models.gguf_probe import embeddings
+
+        size = float(embeddings(str(backbone.gguf.path), 0, 512).std())
+    else:
+        size = float(backbone.model.get_input_embeddings().weight[:512].float().std())
     generator = torch.Generator().manual_seed(seed)
     card = DetoxifierCard(
         base_id=backbone.id,

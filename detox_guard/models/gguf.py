@@ -163,7 +163,7 @@ def facts_of(path: Path) -> GgufFacts:
     return facts
 
 
-def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str) -> Backbone:
+def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str, file: str | None = None) -> Backbone:
     """The backbone that llama.cpp serves. Raises `InvalidParamsError`, or `BackboneError` for another's tokenizer."""
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -194,6 +194,7 @@ def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str) -> Ba
         quantization=facts.description,
         gguf=gguf,
         also_called=facts.names(gguf.path.name),
+        file=file,
     )
 
 

@@ -58,6 +58,11 @@ class _Place:
     revision: str | None = None
     """Of the embedded default, which has no hub to ask."""
 
+    @property
+    def file(self) -> str | None:
+        """The GGUF file, unless the id is its name."""
+        return self.gguf_file if self.gguf_file != self.id else None
+
 
 def load_backbone(
     model: str | Path | PreTrainedModel | None = None,
@@ -98,7 +103,8 @@ def load_backbone(
             return from_model(loaded, its_tokenizer, id=place.id, revision=adapter.commit or options.revision, **told)
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
-    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
+    told = {"quantization": _rounded(loaded, options), "file": place.file}
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, **told)
 
 
 def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
@@ -126,7 +132,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
     """A GGUF file that llama.cpp serves: no weights are read here, only its tokenizer and what it is."""
     need_llamacpp()
     if model is None:
-        file, id_, revision = default_gguf(), DEFAULT_ID, DEFAULT_REVISION
+        file, id_, revision, named = default_gguf(), DEFAULT_ID, DEFAULT_REVISION, None
         if tokenizer is None and default_is_cached():
             with translated(id_):
                 tokenizer = read_saved(default_backbone_dir())  # it was made from this very file
@@ -134,7 +140,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
         raise InvalidParamsError("model", model, 'a GGUF file, to be served by engine="llamacpp"')
     else:
         place = _locate(model, options.gguf_file)
-        file, id_ = _gguf_of(place, options), place.id
+        file, id_, named = _gguf_of(place, options), place.id, place.file
         revision = _commit(place, options) or options.revision or revision_of(file)
     facts = facts_of(file)
     if options.n_ctx and options.n_ctx > facts.positions:
@@ -144,7 +150,7 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
             its_tokenizer: Any = tokenizer_of(file, kept_tokenizer(file))
     else:
         its_tokenizer = _tokenizer(tokenizer, options)
-    return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision)
+    return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision, named)
 
 
 def _gguf_of(place: _Place, options: LoadOptions) -> Path:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from detox_guard._strict import StrictModel
 from detox_guard.errors import InvalidParamsError
 
-__all__ = ["DTYPES", "KV_TYPES", "OF_LLAMACPP", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
+__all__ = ["CACHE_OPTIONS", "DTYPES", "KV_TYPES", "OF_LLAMACPP", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(DtypeName)
@@ -26,6 +26,8 @@ OF_LLAMACPP = (
     "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "type_k", "type_v", "flash_attn", "use_mmap", "use_mlock",
     "main_gpu", "tensor_split",
 )  # fmt: skip
+CACHE_OPTIONS = ("type_k", "type_v", "flash_attn")
+"""Of those, what changes what a model says."""
 _TORCH = (
     "device", "dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation",
     "trust_remote_code", "model_kwargs",

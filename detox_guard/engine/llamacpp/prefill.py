@@ -147,9 +147,9 @@ class Prefill:
         before = own_contexts(self._views, base.prompt.contexts) if base is not None and others else {}
         for v, own in own_contexts(self._views, prompt.contexts).items():
             held = self._whole_blocks(own, before[v]) if v in before else 0
-            state = others[v] if held else None
-            assert state is None or isinstance(state, State)
-            pieces.append(_Piece(own[held:], start=state, keep=held, row=(i, v)))
+            own_state = others[v] if held else None
+            assert own_state is None or isinstance(own_state, State)
+            pieces.append(_Piece(own[held:], start=own_state, keep=held, row=(i, v)))
         return pieces
 
     def _whole_blocks(self, ids: Sequence[int], before: Sequence[int]) -> int:
