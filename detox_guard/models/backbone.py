@@ -20,6 +20,7 @@ from detox_guard.models.checks import (
     max_positions,
     probe,
     running_of,
+    text_part,
 )
 from detox_guard.models.options import CACHE_OPTIONS
 from detox_guard.models.quantization import quantization_of
@@ -123,8 +124,10 @@ def from_model(
         raise InvalidParamsError("model", model, "a name, a path, or a transformers PreTrainedModel")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InvalidParamsError("tokenizer", tokenizer, "a loaded model needs its PreTrainedTokenizer")
+    name = id or Path(getattr(model.config, "_name_or_path", "") or "").name or str(model.config.model_type)
+    device_map = getattr(model, "hf_device_map", {})
+    model = text_part(model)
     config = model.config
-    name = id or Path(getattr(config, "_name_or_path", "") or "").name or str(config.model_type)
     check_config(config, type(model), name)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
@@ -132,7 +135,7 @@ def from_model(
             f"{name}: attn_implementation {attention!r} takes no mask of the engine's kind",
             hint="Load the model with attn_implementation='sdpa'.",
         )
-    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1 or hasattr(model, "_hf_hook")
+    spread = len(set(device_map.values())) > 1 or hasattr(model, "_hf_hook")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if not spread and (len(devices) != 1 or "meta" in devices):
         raise BackboneError(

@@ -31,6 +31,7 @@ __all__ = [
     "max_positions",
     "probe",
     "running_of",
+    "text_part",
 ]
 
 Layout = Literal["padded", "rows", "alone", "recompute"]
@@ -69,6 +70,10 @@ _PAD_FIRST = frozenset(
     {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )
 """Types that count positions from behind the padding's."""
+_INSIDE = {
+    "blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model",
+}  # fmt: skip
+"""Types that do not run without an image, and where their causal language model lies."""
 _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
 """Types that route or patch tokens by their ids."""
 REFUSED = {
@@ -76,7 +81,9 @@ REFUSED = {
     "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
     "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
+    "idefics": "transformers runs it with an image only",
     "reformer": "its attention hashes tokens at random, and whole chunks of them",
+    "unlimited_ocr": "its window is of the reply only, so what a token sees depends on where the prompt ended",
     "xlnet": "its context is read in both directions",
 }
 """Types that no engine could steer exactly, and why."""
@@ -123,6 +130,12 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
     if config.model_type in REFUSED:
         raise refuse(REFUSED[config.model_type])
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model inside one that does not run without an image; else the model itself."""
+    place = _INSIDE.get(str(model.config.model_type))
+    return model if place is None else model.get_submodule(place)
 
 
 def running_of(model: PreTrainedModel) -> Running:
