@@ -78,10 +78,12 @@ _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
 """Types that route or patch tokens by their ids."""
 REFUSED = {
     "cpmant": "its context is read in both directions",
+    "diffusion_gemma": "it writes by diffusion, whole blocks at a time",
     "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
     "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
     "idefics": "transformers runs it with an image only",
+    "pi0": "it gives a robot's movements, not text",
     "reformer": "its attention hashes tokens at random, and whole chunks of them",
     "unlimited_ocr": "its window is of the reply only, so what a token sees depends on where the prompt ended",
     "xlnet": "its context is read in both directions",

@@ -70,8 +70,8 @@ _ROPES = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("f
 
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 _MROPES = (
-    "qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text", "paddleocr_vl_text",
-    "qwen2_5_omni_text", "cosmos3_edge_text",
+    "qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text",
+    "paddleocr_vl_text", "qwen2_5_omni_text", "cosmos3_edge_text",
 )  # fmt: skip
 _ALTERNATING = ["full_attention", "sliding_attention"] * 2
 _HYBRID = ["linear_attention", "full_attention"] * 2
