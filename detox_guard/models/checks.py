@@ -58,9 +58,21 @@ _ROW_LAYERS = {
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
 _ALONE = frozenset(
-    {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
+    {
+        "llama4",
+        "llama4_text",
+        "roformer",
+        "trocr",
+        "ctrl",
+        "git",
+        "mllama_text_model",
+        "minimax",
+        "qwen4_exp_text",
+        "glm5_next_text",
+    }  # fmt: skip
 )
-"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache."""
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache, or
+pick whole blocks of tokens, which begin elsewhere in a padded row."""
 _NO_CACHE = frozenset({"recurrent_gemma", "xlstm", "moss_transcribe_diarize", "blt"})
 """Types that keep their states in the module, where no two rows can have their own, or whose cache takes no second part
 of a prompt."""
@@ -72,6 +84,7 @@ _PAD_FIRST = frozenset(
 """Types that count positions from behind the padding's."""
 _INSIDE = {
     "blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model",
+    "nemotron_h_omni": "language_model",
 }  # fmt: skip
 """Types that do not run without an image, and where their causal language model lies."""
 _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
