@@ -58,18 +58,8 @@ _ROW_LAYERS = {
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
 _ALONE = frozenset(
-    {
-        "llama4",
-        "llama4_text",
-        "roformer",
-        "trocr",
-        "ctrl",
-        "git",
-        "mllama_text_model",
-        "minimax",
-        "qwen4_exp_text",
-        "glm5_next_text",
-    }  # fmt: skip
+    {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
+    | {"glm5_next_text"}
 )
 """Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache, or
 pick whole blocks of tokens, which begin elsewhere in a padded row."""
@@ -96,6 +86,8 @@ REFUSED = {
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
     "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
     "idefics": "transformers runs it with an image only",
+    "kosmos-2": "its text model counts positions in a way that the engine does not follow",
+    "kosmos-2.5": "its text model counts positions in a way that the engine does not follow",
     "pi0": "it gives a robot's movements, not text",
     "reformer": "its attention hashes tokens at random, and whole chunks of them",
     "unlimited_ocr": "its window is of the reply only, so what a token sees depends on where the prompt ended",

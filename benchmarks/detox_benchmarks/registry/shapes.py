@@ -58,7 +58,8 @@ _SMALL_PARTS = {
     "image_size": 16, "patch_size": 8, "depth": 1, "out_hidden_size": 32, "embed_dim": 32, "codebook_size": 16,
     "num_embeddings": 16, "base_channels": 32, "latent_channels": 4, "channel_multiplier": [1], "num_res_blocks": 1,
     "mlp_dim": 48, "projection_dim": 32, "output_dim": 32, "vision_output_dim": 32, "mm_embed_dim": 32,
-    "adapter_out_dim": 32, "video_temporal_patch_size": 2, "text_hidden_size": 32, "adapter_input_size": 32, "adapter_in_dim": 32, "hidden_size_global": 32,
+    "adapter_out_dim": 32, "video_temporal_patch_size": 2, "text_hidden_size": 32,
+    "adapter_input_size": 32, "adapter_in_dim": 32, "hidden_size_global": 32,
 }  # fmt: skip
 """Of what a wrapper holds besides its text model; it is built and never run."""
 _PATTERNS = (
