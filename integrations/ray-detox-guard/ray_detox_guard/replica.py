@@ -8,9 +8,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from detox_guard import EngineClosedError
+from detox_guard.server import load_model
 from ray import serve
-
-from ray_detox_guard.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -31,17 +30,17 @@ def make_replica(multiplexed: int | None) -> type[Any]:
         """Answers with the pieces of a reply. A replica that cannot load its model, or its detoxifier, never starts."""
 
         def __init__(self, models: Mapping[str, ModelConfig], guard: GuardPolicy | None) -> None:
-            """Raises as `load`; Serve tells it as the reason why the replica did not start."""
+            """Raises as `load_model`; Serve tells it as the reason why the replica did not start."""
             self._models, self._guard = dict(models), guard
             self._own: DetoxiGen | None = None
             if multiplexed is None:
                 ((_, one),) = self._models.items()
-                self._own = load(one, guard)
+                self._own = load_model(one, guard)
 
         @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)
         async def held(self, name: str) -> DetoxiGen:
             """One of several models, loaded when it is first asked for."""
-            return await asyncio.to_thread(load, self._models[name], self._guard)
+            return await asyncio.to_thread(load_model, self._models[name], self._guard)
 
         async def facts(self, name: str) -> dict[str, Any]:
             """What `/v1/models` tells of a model."""
