@@ -28,11 +28,9 @@ test-ray: .venv/.installed-ray
 	cd $(RAY) && $(CURDIR)/.venv/bin/mypy
 	cd $(RAY) && OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -q
 
-# llama.cpp as a second runner. The first time it is compiled: about 5 minutes on two free cores, 700 MB of memory.
-# LLAMACPP=file.whl takes a compiled wheel.
-LLAMACPP ?= "llama-cpp-python>=0.3.36,<0.4"
+# llama.cpp as a second runner, which `make test` does without. It is compiled once, into the user's cache.
 test-llamacpp: .venv/.installed-dev
-	$(PIP) $(LLAMACPP)
+	.ci/llamacpp
 	$(PYTEST) tests/engine -k llamacpp
 
 # LiteLLM and LlamaIndex's OpenAILike against the server, in an environment of their own, before this one's packages:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from detox_guard._files import hold_folder, prepare_folder, read_json, write_whole
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.models.checks import CONFIG_FILE
+from detox_guard.models.options import LoadOptions
 from detox_guard.training.plan import FEWEST_STEPS, FULL_STEPS, Plan
 
 if TYPE_CHECKING:
@@ -104,12 +105,13 @@ class _Run:
 
         for scorer in map(load_scorer, (self.config.scorer, *self.config.judges)):
             checked_scores(scorer, ["A first look."])
-        asked = self.config.model_dump(mode="json", exclude={"output", "licence", "push_to_hub"})
+        left_out = {"output", "licence", "push_to_hub", *LoadOptions.model_fields}
+        asked = self.config.model_dump(mode="json", exclude=left_out) | self.config.told()
         files = [*(self.config.data or ()), *(self.config.anchors or ()), *filter(None, [self.config.prompts])]
         asked["files"] = [_sha256(Path(name).read_bytes()) for name in files if Path(name).is_file()]
         path = self.work / "asked.json"
         known = read_json(path) if (self.work / "sources.json").exists() else asked
-        if other := [name for name in asked if known.get(name) != asked[name]]:
+        if other := [name for name in {**asked, **known} if known.get(name) != asked.get(name)]:
             raise DataError(
                 f"{self.work.parent}: holds a run with another {other[0]}",
                 hint=f"name another folder with --output, or remove {self.work}",
@@ -187,9 +189,6 @@ class _Run:
         return run_eval(
             prompts=self.config.prompts or self.work / "heldout.jsonl",
             model=self.config.model,
-            revision=self.config.revision,
-            device=self.config.device,
-            dtype=self._dtype(),
             detoxifier=str(second),
             judges=self.config.judges,
             samples=MEASURED_SAMPLES,
@@ -197,6 +196,7 @@ class _Run:
             seed=self.config.seed,
             output=folder,
             progress=self.bars,
+            **self._loading(),
         )
 
     def finish(self, second: Path, sources: Sequence[DataSource], report: EvalReport) -> Entry:
@@ -224,18 +224,20 @@ class _Run:
 
         return Progress(self.bars)
 
-    def _dtype(self) -> str | None:
-        """Training on a CPU is faster in float32, also where bfloat16 decodes faster."""
+    def _loading(self) -> dict[str, Any]:
+        """How it is loaded. Training on a CPU is faster in float32, also where bfloat16 decodes faster."""
         from detox_guard.models.backbone import pick_device
 
-        on_cpu = pick_device(self.config.device).type == "cpu"
-        return self.config.dtype or ("float32" if on_cpu else None)
+        config = self.config
+        ours = config.dtype is None and config.quantization_config is None and not config.spreads
+        if ours and pick_device(config.one_device).type == "cpu":
+            return {**config.loading, "dtype": "float32"}
+        return config.loading
 
     def _load(self) -> Backbone:
         from detox_guard.models.load import load_backbone
 
-        config = self.config
-        return load_backbone(config.model, device=config.device, dtype=self._dtype(), revision=config.revision)
+        return load_backbone(self.config.model, **self._loading())
 
     def _write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         write_whole(self.work / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -278,7 +280,6 @@ class _Run:
             data=(str(self.work / "toxic.jsonl"),),
             output=str(self.work / name),
             model=config.model,
-            revision=config.revision,
             contexts=(str(harmless),),
             virtual_tokens=config.virtual_tokens,
             steps=steps,
@@ -288,8 +289,7 @@ class _Run:
             heldout=max(1, min(24, fewest // 5)),
             seed=config.seed,
             checkpoint_steps=10,
-            device=config.device,
-            dtype=self._dtype(),
+            **self._loading(),
             **more,
         )
 

@@ -44,6 +44,9 @@ class Kit(Protocol):
     def plain(self, prompt: list[int], new: int) -> list[int]:
         """The backend's own greedy decoding."""
 
+    def spared(self, common: int, views: str) -> int:
+        """Columns that need not be computed where another prompt begins with the same tokens."""
+
 
 class TorchKit:
     """Transformers on torch: a tiny Llama."""
@@ -65,6 +68,9 @@ class TorchKit:
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         out = self._model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)  # type: ignore[operator]
         return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+    def spared(self, common: int, views: str) -> int:
+        return common
 
 
 class ToyReference(Reference):
@@ -97,6 +103,9 @@ class ToyKit:
             read.append(int(toy_logits(read).argmax()))
         return read[len(prompt) :]
 
+    def spared(self, common: int, views: str) -> int:
+        return common
+
 
 EXACT = {"engine": "llamacpp", "type_k": "f32", "type_v": "f32", "flash_attn": False, "n_threads": 1}
 """llama.cpp as it computes like torch in float32."""
@@ -124,6 +133,10 @@ class LlamaKit(TorchKit):
         from detox_guard.engine.llamacpp.runner import LlamaRunner
 
         return LlamaRunner(self._backbone, random_streams(self._backbone, views), config)
+
+    def spared(self, common: int, views: str) -> int:
+        """Whole blocks, in each row that reads the prompt."""
+        return common // 64 * 64 * (1 + views.lower().count("f"))
 
 
 KITS: dict[str, type[Kit]] = {"torch": TorchKit, "toy": ToyKit, "llamacpp": LlamaKit}

@@ -12,12 +12,14 @@ from detox_benchmarks.ablations.variants import AblationConfig, What
 from detox_benchmarks.methods import MoreConfig, more_methods
 from detox_benchmarks.rag.frame import RagConfig, run_rag, table
 from detox_benchmarks.serving.load import LoadConfig
+from detox_benchmarks.serving.soak import SoakConfig
 from detox_benchmarks.speed.drafts import DraftsConfig
 from detox_benchmarks.speed.engines import EngineBenchConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import measure, quiet_libraries, show
 from detox_guard.evaluation.config import BenchConfig
+from detox_guard.models.options import LoadOptions
 
 __all__ = ["app"]
 
@@ -54,7 +56,7 @@ def speed(as_json: options.Json = False, **fields: Any) -> None:
 
 
 @app.command()
-@options.config_options(EngineBenchConfig, leave={"device", "dtype"})
+@options.config_options(EngineBenchConfig, leave=frozenset(LoadOptions.model_fields))
 def engines(**fields: Any) -> None:
     """The same model in float32, bfloat16, 4 bits and on llama.cpp, and beside it what other programs take. One line of
     JSON; OMP_NUM_THREADS says how many threads torch has."""
@@ -71,6 +73,16 @@ def load(**fields: Any) -> None:
     from detox_benchmarks.serving.load import run_load
 
     print(json.dumps(run_load(LoadConfig(**options.given(fields))), indent=2))
+
+
+@app.command()
+@options.config_options(SoakConfig)
+def soak(**fields: Any) -> None:
+    """The model under a mixed load for minutes: errors, memory, seats. One line of JSON."""
+    from detox_benchmarks.serving.soak import run_soak
+
+    quiet_libraries()
+    print(json.dumps(run_soak(SoakConfig(**options.given(fields)))))
 
 
 @app.command()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["adapt"]
 
 
-@options.config_options(AdaptConfig, leave={"model"})
+@options.config_options(AdaptConfig, leave={"model", *options.NEEDS_TORCH})
 def adapt(
     model: Annotated[
         str | None, typer.Argument(help="Hub id, folder or .gguf file; else the embedded default model.")

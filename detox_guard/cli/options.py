@@ -17,14 +17,14 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from detox_guard.errors import InvalidParamsError
-from detox_guard.models.options import DtypeName, LoadOptions
+from detox_guard.models.options import OF_LLAMACPP, DtypeName, LoadOptions
 from detox_guard.settings import DecodingParams, GuardPolicy
-from detox_guard.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from detox_guard._strict import StrictModel
 
 __all__ = [
+    "NEEDS_TORCH",
     "AuditLog",
     "Command",
     "Detoxifiers",
@@ -43,7 +43,6 @@ __all__ = [
     "loading",
     "loading_options",
     "template_kwargs",
-    "training_options",
 ]
 
 Command = Callable[..., None]
@@ -93,6 +92,8 @@ _ONE_EACH = (
     "allowed_hosts",
     "cors_origins",
 )
+NEEDS_TORCH = frozenset({"engine", *OF_LLAMACPP})
+"""Options of loading that a command leaves out which computes gradients."""
 _AS_JSON = ("device_map", "max_memory", "quantization_config", "model_kwargs")
 """Options of loading that may be JSON objects."""
 
@@ -149,8 +150,30 @@ def loading_options(command: Command) -> Command:
 
 
 def loading(fields: dict[str, Any]) -> dict[str, Any]:
-    """What was typed of `LoadOptions`, taken out of `fields`. Raises `InvalidParamsError` for what is no JSON."""
-    typed = given({name: fields.pop(name) for name in LoadOptions.model_fields if name in fields})
+    """What was typed of `LoadOptions`, taken out of `fields`. Raises as `given`."""
+    return given({name: fields.pop(name) for name in LoadOptions.model_fields if name in fields})
+
+
+def config_options(
+    source: type[StrictModel], *, leave: Set[str] = frozenset(), panel: str | None = None
+) -> Callable[[Command], Command]:
+    """The command, with an option for every field of a class of settings; they arrive in `**fields`.
+
+    Where the class inherits `LoadOptions`, those have a panel of their own.
+    """
+    of_loading = set(LoadOptions.model_fields) if issubclass(source, LoadOptions) else set()
+
+    def decorated(command: Command) -> Command:
+        own = _with_options(command, source, panel, leave={*leave, *of_loading})
+        return _with_options(own, LoadOptions, _LOADING, leave={*leave, "token"}) if of_loading else own
+
+    return decorated
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user typed; the rest is left to the class's own defaults. Raises `InvalidParamsError` for what is no
+    JSON."""
+    typed = {name: value for name, value in fields.items() if value is not None and value != []}
     for name in _AS_JSON:
         if str(typed.get(name, "")).startswith("{"):
             try:
@@ -158,23 +181,6 @@ def loading(fields: dict[str, Any]) -> dict[str, Any]:
             except (ValueError, RecursionError) as error:
                 raise InvalidParamsError(name, typed[name], f"a JSON object: {error}") from None
     return typed
-
-
-def training_options(command: Command) -> Command:
-    """The command, with an option for every field of `TrainingConfig`; they arrive in `**fields`."""
-    return _with_options(command, TrainingConfig, None)
-
-
-def config_options(
-    source: type[StrictModel], *, leave: Set[str] = frozenset(), panel: str | None = None
-) -> Callable[[Command], Command]:
-    """The command, with an option for every field of a class of settings; they arrive in `**fields`."""
-    return lambda command: _with_options(command, source, panel, leave=leave)
-
-
-def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user typed; the rest is left to the class's own defaults."""
-    return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
 def _with_options(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["losses_table", "train"]
 
 
-@options.training_options
+@options.config_options(TrainingConfig, leave=options.NEEDS_TORCH)
 def train(as_json: options.Json = False, **fields: Any) -> None:
     """Train a detoxifier: a soft prompt for a frozen backbone, on toxic text. Needs the extra `train`.
 

@@ -141,7 +141,7 @@ def run_bench(
     tokens, context, runs, streams = config.tokens, config.context, config.runs, config.streams
     ours, detoxifier = config.model, config.detoxifier
     if not isinstance(ours, Backbone):
-        ours = run_aside(lambda: load_backbone(config.model, device=config.device, dtype=config.dtype))
+        ours = run_aside(lambda: load_backbone(config.model, **config.loading))
     is_random = detoxifier == "random"
     with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as model:
         ways = {**ways_of(model, tokens, context, streams), **beside(tokens)}
@@ -152,7 +152,7 @@ def run_bench(
             "machine": machine(ours.device),
             "versions": versions(),
             "backbone": ours.id,
-            "dtype": ours.identity["dtype"],
+            **{name: value for name, value in ours.identity.items() if name != "model"},
             "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in model.streams],
             "position": [s.place for s in model.streams],
             "tokens": tokens,
@@ -170,7 +170,12 @@ def random_detoxifier(backbone: Backbone, *, virtual_tokens: int = 20, seed: int
     one costs, and steers nowhere."""
     import torch
 
-    size = float(backbone.model.get_input_embeddings().weight[:512].float().std())
+    if backbone.gguf is not None:
+        from detox_guard.models.gguf_probe import embeddings
+
+        size = float(embeddings(str(backbone.gguf.path), 0, 512).std())
+    else:
+        size = float(backbone.model.get_input_embeddings().weight[:512].float().std())
     generator = torch.Generator().manual_seed(seed)
     card = DetoxifierCard(
         base_id=backbone.id,

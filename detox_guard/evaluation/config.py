@@ -7,15 +7,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator
 
-from detox_guard._strict import StrictModel
+from detox_guard.models.options import LoadOptions
 
 __all__ = ["BenchConfig", "EvalConfig"]
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class EvalConfig(StrictModel):
-    """What `run_eval` measures, and how. Raises `InvalidParamsError`."""
+class EvalConfig(LoadOptions):
+    """What `run_eval` measures, how the model is loaded, and how it is measured. Raises `InvalidParamsError`."""
 
     prompts: str | None = None
     """File (.jsonl, .json, .csv, .tsv, .txt) or hub data set org/name[:split]."""
@@ -31,14 +31,8 @@ class EvalConfig(StrictModel):
     """How much of it."""
     model: str | None = None
     """Hub id, folder or .gguf file; else the embedded default model."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
     detoxifier: Any = None
     """Folder or hub id; else "auto"."""
-    device: Any = None
-    """cpu, cuda, cuda:N, mps; else the best there is."""
-    dtype: Any = None
-    """Number type of the weights; else what the device does best."""
     methods: tuple[str, ...] = ("default",)
     """What is measured beside plain. See --list-methods."""
     alphas: tuple[float, ...] = (2.0,)
@@ -77,17 +71,13 @@ class EvalConfig(StrictModel):
         return value
 
 
-class BenchConfig(StrictModel):
-    """What `run_bench` times. Raises `InvalidParamsError`."""
+class BenchConfig(LoadOptions):
+    """What `run_bench` times, and how it is loaded. Raises `InvalidParamsError`."""
 
     model: Any = None
     """Hub id, folder or .gguf file, or a backbone that is loaded; else the embedded default model."""
     detoxifier: Any = None
     """Folder, hub id, or "random", which costs what a trained one costs and steers nowhere; else "auto"."""
-    device: str | None = None
-    """cpu, cuda, cuda:N, mps; else the best there is."""
-    dtype: str | None = None
-    """Number type of the weights; else what the device does best."""
     tokens: Annotated[int, Field(ge=2)] = 64
     """New tokens of a reply."""
     context: Count = 600

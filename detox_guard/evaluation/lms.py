@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from detox_guard.engine.backends import runner_of
+from detox_guard.engine.likelihood import forced_nats
 from detox_guard.errors import PromptTooLongError
+from detox_guard.settings import EngineConfig
 from detox_guard.steering.forced import reply_nats
 from detox_guard.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from detox_guard.engine.runner import Runner
     from detox_guard.evaluation.prompts import Asked
     from detox_guard.models.backbone import Backbone
 
@@ -42,8 +48,20 @@ class LMJudge:
             ids = [list(self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
             if not isinstance(prompt, str) and not self.backbone.has_chat_template:
                 prompt = "\n\n".join(str(message["content"]) for message in prompt) + "\n\n"
-        nats = reply_nll(self.backbone, encode_prompt(self.backbone, prompt), ids)
+        prompt_ids = encode_prompt(self.backbone, prompt)
+        if self.backbone.gguf is None:
+            nats = reply_nll(self.backbone, prompt_ids, ids)
+        else:
+            _check_room(self.backbone, prompt_ids, ids)
+            nats = forced_nats(self._runner, prompt_ids, ids)
         return list(zip(nats, map(len, ids), strict=True))
+
+    @cached_property
+    def _runner(self) -> Runner:
+        """Of a model that torch has no weights of; closed when nobody holds the judge any more."""
+        runner = runner_of(self.backbone, (), EngineConfig())
+        weakref.finalize(self, runner.close)
+        return runner
 
 
 def reply_nll(backbone: Backbone, prompt_ids: Sequence[int], replies: Sequence[Sequence[int]]) -> list[float]:
@@ -51,8 +69,12 @@ def reply_nll(backbone: Backbone, prompt_ids: Sequence[int], replies: Sequence[S
 
     Raises `PromptTooLongError` where the model has no positions for prompt and reply.
     """
-    longest = max(map(len, replies), default=0)
-    length = len(prompt_ids) + longest
-    if longest and backbone.learned_positions and backbone.max_positions and length > backbone.max_positions:
-        raise PromptTooLongError("prompt", f"{len(prompt_ids)} + {longest}", f"at most {backbone.max_positions} tokens")
+    _check_room(backbone, prompt_ids, replies)
     return reply_nats(backbone.model, prompt_ids, replies, backbone.pad_token_id)
+
+
+def _check_room(backbone: Backbone, prompt_ids: Sequence[int], replies: Sequence[Sequence[int]]) -> None:
+    longest = max(map(len, replies), default=0)
+    length, hard = len(prompt_ids) + longest, backbone.learned_positions or backbone.gguf is not None
+    if longest and hard and backbone.max_positions and length > backbone.max_positions:
+        raise PromptTooLongError("prompt", f"{len(prompt_ids)} + {longest}", f"at most {backbone.max_positions} tokens")

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 __all__ = ["CONTEXTS", "collect", "judge_run", "prompt_of", "rescore", "run_eval"]
 
 CONTEXTS = 4
+JUDGES_TOO = ("device", "dtype", "trust_remote_code", "token", "cache_dir", "local_files_only")
+"""How the model is loaded that other language models, which judge, are loaded alike."""
 
 
 def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **fields: Any) -> EvalReport:
@@ -81,7 +83,7 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
         from detox_guard.detoxifiers.resolve import as_streams
         from detox_guard.models.load import load_backbone
 
-        backbone = load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
+        backbone = load_backbone(config.model, **config.loading)
         streams = as_streams(config.detoxifier, backbone) if steered and config.detoxifier != () else ()
         made = make_methods(config.methods, config.alphas, Ingredients(backbone, plain, default, streams), table)
         bars = stack.enter_context(Progress(progress))
@@ -104,14 +106,15 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
 
 
 def rescore(folder: Path, *, progress: bool = True, **fields: Any) -> EvalReport:
-    """Judge the stored samples of a whole run by more `judges` and `lm_judges` (on `device`, in `dtype`), and summarise
-    it anew; decodes nothing.
+    """Judge the stored samples of a whole run by more `judges` and `lm_judges` (loaded as the fields `JUDGES_TOO` say),
+    and summarise it anew; decodes nothing.
 
     Raises `DataError` for a folder that holds no whole run, `InvalidParamsError` for other fields, and what loading
     judges raises.
     """
-    if other := set(fields) - {"judges", "lm_judges", "device", "dtype"}:
-        raise InvalidParamsError("rescore", ", ".join(sorted(other)), "judges, lm_judges, device and dtype only")
+    if other := set(fields) - {"judges", "lm_judges", *JUDGES_TOO}:
+        bound = f"only judges, lm_judges, {', '.join(JUDGES_TOO)}"
+        raise InvalidParamsError("rescore", ", ".join(sorted(other)), bound)
     load_run(folder)  # before the judges
     config = EvalConfig(**fields)
     scorers = [load_scorer(spec) for spec in fields.get("judges", ())]
@@ -241,4 +244,5 @@ def _judges(specs: Sequence[str | ToxicityScorer]) -> list[ToxicityScorer]:
 def _lm_judges(config: EvalConfig) -> list[LMJudge]:
     from detox_guard.models.load import load_backbone
 
-    return [LMJudge(load_backbone(name, device=config.device, dtype=config.dtype)) for name in config.lm_judges]
+    loading = {name: value for name, value in config.loading.items() if name in JUDGES_TOO}
+    return [LMJudge(load_backbone(name, **loading)) for name in config.lm_judges]

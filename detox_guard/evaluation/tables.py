@@ -133,8 +133,9 @@ class EvalReport:
         s = self.summary
         streams = {one["sha256"][:12]: one["position"] for m in s["methods"].values() for one in m["streams"]}
         steering = ", ".join(f"{sha} ({position})" for sha, position in streams.items()) or "none"
+        loaded = ", ".join(s[name] for name in ("model", "file", "dtype", "quantization", "engine") if name in s)
         return (
-            f"{s['model']}, {s['dtype']}; detoxifier {steering}; {s['samples']} samples a prompt, seed {s['seed']}; "
+            f"{loaded}; detoxifier {steering}; {s['samples']} samples a prompt, seed {s['seed']}; "
             f"{place_of(s)}. In brackets: 95 % bootstrap intervals over prompts; changes are to plain text, paired by "
             "prompt."
         )

@@ -20,7 +20,9 @@ from detox_guard.models.checks import (
     max_positions,
     probe,
     running_of,
+    text_part,
 )
+from detox_guard.models.options import CACHE_OPTIONS
 from detox_guard.models.quantization import quantization_of
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Backbone:
     the tokenizer has none; nothing is added to the vocabulary. `quantization`: how its weights were rounded, None if
     they were not. `adapter`: the kind of PEFT adapter in it, and `base_id` the id of the model below; None without one.
     `gguf`: the file that llama.cpp serves; `model` then raises whatever is asked of it. `also_called`: other names of
-    the same model, as its file states them.
+    the same model, as its file states them. `file`: the GGUF file, where `id` names a folder or repository of several.
     """
 
     model: PreTrainedModel
@@ -72,6 +74,7 @@ class Backbone:
     base_id: str | None = None
     gguf: GgufModel | None = None
     also_called: tuple[str, ...] = ()
+    file: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Backbone:
         """Itself: weights are shared, and an engine may have laid them out in its own way."""
@@ -82,11 +85,14 @@ class Backbone:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What makes its outputs what they are, as JSON: `model`, `revision` and `dtype`; `quantization`, `adapter`,
-        `base` and `engine` (where it is not torch) if there are any."""
+        """What makes its outputs what they are, as JSON: `model`, `revision` and `dtype`; `file`, `quantization`,
+        `adapter`, `base`, `engine` (where it is not torch) and number types of llama.cpp's cache if there are any."""
         told = {"model": self.id, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch.")}
         more = {"quantization": self.quantization, "adapter": self.adapter, "base": self.base_id}
-        more["engine"] = "llamacpp" if self.gguf is not None else None
+        more["file"] = self.file
+        if self.gguf is not None:
+            told = {**told, "engine": "llamacpp"}
+            more |= {name: None if (how := self.gguf.how.get(name)) is None else str(how) for name in CACHE_OPTIONS}
         return {**told, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -99,11 +105,12 @@ def from_model(
     adapter: str | None = None,
     base_id: str | None = None,
     quantization: str | None = None,
+    file: str | None = None,
 ) -> Backbone:
     """Wrap a model that is already loaded, where it is; it is put into eval mode and its gradients are turned off.
 
     A `PeftModel` is served with its active adapters in it. `adapter` and `base_id` tell of one that was merged,
-    `quantization` of rounding that the config does not name.
+    `quantization` of rounding that the config does not name, `file` of the GGUF it was read from.
 
     Runs one forward pass over four tokens to see that the model is causal, finite and has a plain K/V cache.
     Raises `UnsupportedBackboneError`, `BackboneError`, or `InvalidParamsError` if either argument is of the wrong type.
@@ -117,8 +124,10 @@ def from_model(
         raise InvalidParamsError("model", model, "a name, a path, or a transformers PreTrainedModel")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InvalidParamsError("tokenizer", tokenizer, "a loaded model needs its PreTrainedTokenizer")
+    name = id or Path(getattr(model.config, "_name_or_path", "") or "").name or str(model.config.model_type)
+    device_map = getattr(model, "hf_device_map", {})
+    model = text_part(model)
     config = model.config
-    name = id or Path(getattr(config, "_name_or_path", "") or "").name or str(config.model_type)
     check_config(config, type(model), name)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
@@ -126,7 +135,7 @@ def from_model(
             f"{name}: attn_implementation {attention!r} takes no mask of the engine's kind",
             hint="Load the model with attn_implementation='sdpa'.",
         )
-    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1 or hasattr(model, "_hf_hook")
+    spread = len(set(device_map.values())) > 1 or hasattr(model, "_hf_hook")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if not spread and (len(devices) != 1 or "meta" in devices):
         raise BackboneError(
@@ -168,6 +177,7 @@ def from_model(
         quantization=quantization or quantization_of(config),
         adapter=adapter,
         base_id=base_id,
+        file=file,
     )
 
 

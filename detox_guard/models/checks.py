@@ -31,6 +31,7 @@ __all__ = [
     "max_positions",
     "probe",
     "running_of",
+    "text_part",
 ]
 
 Layout = Literal["padded", "rows", "alone", "recompute"]
@@ -58,8 +59,10 @@ _ROW_LAYERS = {
 """transformers' kinds of cache layer that a batch of rows can hold."""
 _ALONE = frozenset(
     {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
+    | {"glm5_next_text"}
 )
-"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache."""
+"""Types that place a token by the length of the cache (Llama 4 scales its queries by it), or want their own cache, or
+pick whole blocks of tokens, which begin elsewhere in a padded row."""
 _NO_CACHE = frozenset({"recurrent_gemma", "xlstm", "moss_transcribe_diarize", "blt"})
 """Types that keep their states in the module, where no two rows can have their own, or whose cache takes no second part
 of a prompt."""
@@ -69,14 +72,25 @@ _PAD_FIRST = frozenset(
     {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )
 """Types that count positions from behind the padding's."""
+_INSIDE = {
+    "blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model",
+    "nemotron_h_omni": "language_model",
+}  # fmt: skip
+"""Types that do not run without an image, and where their causal language model lies."""
 _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
 """Types that route or patch tokens by their ids."""
 REFUSED = {
     "cpmant": "its context is read in both directions",
+    "diffusion_gemma": "it writes by diffusion, whole blocks at a time",
     "doge": "its attention picks a few of all tokens, so a later one changes what an earlier one sees",
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
     "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
+    "idefics": "transformers runs it with an image only",
+    "kosmos-2": "its text model counts positions in a way that the engine does not follow",
+    "kosmos-2.5": "its text model counts positions in a way that the engine does not follow",
+    "pi0": "it gives a robot's movements, not text",
     "reformer": "its attention hashes tokens at random, and whole chunks of them",
+    "unlimited_ocr": "its window is of the reply only, so what a token sees depends on where the prompt ended",
     "xlnet": "its context is read in both directions",
 }
 """Types that no engine could steer exactly, and why."""
@@ -123,6 +137,12 @@ def check_config(config: PreTrainedConfig, cls: Any, name: str) -> None:
         raise refuse("it is an encoder-decoder; only decoder-only models are served")
     if config.model_type in REFUSED:
         raise refuse(REFUSED[config.model_type])
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model inside one that does not run without an image; else the model itself."""
+    place = _INSIDE.get(str(model.config.model_type))
+    return model if place is None else model.get_submodule(place)
 
 
 def running_of(model: PreTrainedModel) -> Running:

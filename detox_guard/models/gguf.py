@@ -41,6 +41,7 @@ __all__ = [
     "NoWeights",
     "as_backbone",
     "facts_of",
+    "kept_tokenizer",
     "need_llamacpp",
     "ollama_file",
     "revision_of",
@@ -145,7 +146,7 @@ def facts_of(path: Path) -> GgufFacts:
     cannot be steered.
     """
     need_llamacpp()
-    kept = _kept(path)
+    kept = _kept(path, ".json")
     if kept is not None:
         with suppress(OSError, ValueError):
             return GgufFacts.model_validate_json(kept.read_text())
@@ -162,7 +163,7 @@ def facts_of(path: Path) -> GgufFacts:
     return facts
 
 
-def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str) -> Backbone:
+def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str, file: str | None = None) -> Backbone:
     """The backbone that llama.cpp serves. Raises `InvalidParamsError`, or `BackboneError` for another's tokenizer."""
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -193,6 +194,7 @@ def as_backbone(gguf: GgufModel, tokenizer: Any, name: str, revision: str) -> Ba
         quantization=facts.description,
         gguf=gguf,
         also_called=facts.names(gguf.path.name),
+        file=file,
     )
 
 
@@ -266,7 +268,14 @@ def _tried(path: Path) -> dict[str, Any]:
     return said
 
 
-def _kept(path: Path) -> Path | None:
+def kept_tokenizer(path: Path) -> Path | None:
+    """The folder in the cache for this file's tokenizer, as the installed transformers makes it."""
+    from transformers import __version__
+
+    return _kept(path, f"-tokenizer-{__version__}")
+
+
+def _kept(path: Path, end: str) -> Path | None:
     """Where the answer for this file lies: another size, time or library is another place. None without a cache."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -278,7 +287,7 @@ def _kept(path: Path) -> Path | None:
         found, own = path.stat(), Path(gguf_probe.__file__).read_bytes()
         stamp = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, library]
         digest = hashlib.sha256(json.dumps(stamp).encode() + own).hexdigest()
-        return cache_dir() / "gguf" / f"{digest[:24]}.json"
+        return cache_dir() / "gguf" / (digest[:24] + end)
     return None
 
 

@@ -135,8 +135,8 @@ def _tried(lib: Any, model: Any, facts: dict[str, Any], path: str, scales: tuple
         raise _NotServed("after a rewind it says something else")
     if scales is None or facts["several_positions"]:
         return None
-    row = _embedding(path, second)
-    if row is None or len(row) != facts["hidden_size"]:
+    row = embeddings(path, second, second + 1)[0]
+    if len(row) != facts["hidden_size"]:
         return None
     scale, before = scales
     for factor in {1.0, scale}:
@@ -147,15 +147,15 @@ def _tried(lib: Any, model: Any, facts: dict[str, Any], path: str, scales: tuple
     return None
 
 
-def _embedding(path: str, token: int) -> Any:
-    """A token's own row of the embedding matrix, in float32."""
+def embeddings(path: str, first: int, last: int) -> Any:
+    """Rows of the embedding matrix, in float32: of the tokens from `first` to before `last`."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     for tensor in GGUFReader(path).tensors:
         if tensor.name == "token_embd.weight":
-            return dequantize(tensor.data[token : token + 1], tensor.tensor_type)[0]
-    return None
+            return dequantize(tensor.data[first:last], tensor.tensor_type)
+    raise _NotServed("it has no embeddings of its tokens")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,17 @@ from detox_guard.models.default import (
     default_gguf,
     default_is_cached,
 )
-from detox_guard.models.gguf import OLLAMA, GgufModel, as_backbone, facts_of, need_llamacpp, ollama_file, revision_of
+from detox_guard.models.gguf import (
+    OLLAMA,
+    GgufModel,
+    as_backbone,
+    facts_of,
+    kept_tokenizer,
+    need_llamacpp,
+    ollama_file,
+    revision_of,
+)
+from detox_guard.models.gguf_tokenizer import read_saved, tokenizer_of
 from detox_guard.models.options import LoadOptions
 from detox_guard.models.quantization import INT4, as_config, is_quantized, need
 from detox_guard.models.translate import translated
@@ -47,6 +57,11 @@ class _Place:
     gguf_file: str | None = None
     revision: str | None = None
     """Of the embedded default, which has no hub to ask."""
+
+    @property
+    def file(self) -> str | None:
+        """The GGUF file, unless the id is its name."""
+        return self.gguf_file if self.gguf_file != self.id else None
 
 
 def load_backbone(
@@ -88,7 +103,8 @@ def load_backbone(
             return from_model(loaded, its_tokenizer, id=place.id, revision=adapter.commit or options.revision, **told)
     loaded, its_tokenizer = _loaded(place, tokenizer, options)
     revision = place.revision or _commit(place, options) or options.revision
-    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, quantization=_rounded(loaded, options))
+    told = {"quantization": _rounded(loaded, options), "file": place.file}
+    return from_model(loaded, its_tokenizer, id=place.id, revision=revision, **told)
 
 
 def _rounded(model: PreTrainedModel, options: LoadOptions) -> str | None:
@@ -116,30 +132,25 @@ def _for_llamacpp(model: Any, tokenizer: Any, options: LoadOptions) -> Backbone:
     """A GGUF file that llama.cpp serves: no weights are read here, only its tokenizer and what it is."""
     need_llamacpp()
     if model is None:
-        file, id_, revision = default_gguf(), DEFAULT_ID, DEFAULT_REVISION
+        file, id_, revision, named = default_gguf(), DEFAULT_ID, DEFAULT_REVISION, None
         if tokenizer is None and default_is_cached():
-            tokenizer = default_backbone_dir()  # it was made from this very file, and is read faster
+            with translated(id_):
+                tokenizer = read_saved(default_backbone_dir())  # it was made from this very file
     elif not isinstance(model, str | os.PathLike):
         raise InvalidParamsError("model", model, 'a GGUF file, to be served by engine="llamacpp"')
     else:
         place = _locate(model, options.gguf_file)
-        file, id_ = _gguf_of(place, options), place.id
+        file, id_, named = _gguf_of(place, options), place.id, place.file
         revision = _commit(place, options) or options.revision or revision_of(file)
     facts = facts_of(file)
     if options.n_ctx and options.n_ctx > facts.positions:
         raise InvalidParamsError("n_ctx", options.n_ctx, f"at most {facts.positions}, which {id_} was trained for")
     if tokenizer is None:
         with translated(str(file.parent), file.name):
-            its_tokenizer: Any = _own_tokenizer(file)
+            its_tokenizer: Any = tokenizer_of(file, kept_tokenizer(file))
     else:
         its_tokenizer = _tokenizer(tokenizer, options)
-    return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision)
-
-
-def _own_tokenizer(file: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return as_backbone(GgufModel(file, facts, options.llamacpp), its_tokenizer, id_, revision, named)
 
 
 def _gguf_of(place: _Place, options: LoadOptions) -> Path:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from detox_guard._strict import StrictModel
 from detox_guard.errors import InvalidParamsError
 
-__all__ = ["DTYPES", "KV_TYPES", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
+__all__ = ["CACHE_OPTIONS", "DTYPES", "KV_TYPES", "OF_LLAMACPP", "QUANTIZATIONS", "DtypeName", "LoadOptions"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(DtypeName)
@@ -22,10 +22,12 @@ for int4, which is `four_bit.round_to_grid`."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Number types of llama.cpp's K/V cache."""
 _KV_NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
-_LLAMACPP = (
+OF_LLAMACPP = (
     "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "type_k", "type_v", "flash_attn", "use_mmap", "use_mlock",
     "main_gpu", "tensor_split",
 )  # fmt: skip
+CACHE_OPTIONS = ("type_k", "type_v", "flash_attn")
+"""Of those, what changes what a model says."""
 _TORCH = (
     "device", "dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation",
     "trust_remote_code", "model_kwargs",
@@ -49,8 +51,8 @@ _OF_THE_HUB = ("subfolder", "force_download", "proxies", "code_revision")
 class LoadOptions(StrictModel):
     """How a model is loaded: every keyword of `load_backbone`, `DetoxiGen.from_pretrained` and `DetoxiGen.shared`.
 
-    `torch_dtype` is another name for `dtype`. A field may also stand in `model_kwargs`, as people write it for other
-    libraries. Raises `InvalidParamsError`.
+    Settings of what loads a model and does more with it inherit these. `torch_dtype` is another name for `dtype`. A
+    field may also stand in `model_kwargs`, as people write it for other libraries. Raises `InvalidParamsError`.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -112,7 +114,7 @@ class LoadOptions(StrictModel):
     def __init__(self, **data: Any) -> None:
         if isinstance(more := data.get("model_kwargs"), Mapping):
             more = dict(more)
-            for name in [*type(self).model_fields, "torch_dtype"]:
+            for name in [*LoadOptions.model_fields, "torch_dtype"]:
                 if name in more and name != "model_kwargs":
                     _only_one(f"model_kwargs.{name}", more[name], data, name)
                     data[name] = more.pop(name)
@@ -128,7 +130,7 @@ class LoadOptions(StrictModel):
             raise InvalidParamsError(
                 "device", str(self.device), "not together with device_map, which places every part"
             )
-        for name in _TORCH if self.engine == "llamacpp" else _LLAMACPP:
+        for name in _TORCH if self.engine == "llamacpp" else OF_LLAMACPP:
             if getattr(self, name) not in (None, False):
                 other = "torch" if self.engine == "llamacpp" else "llamacpp"
                 raise InvalidParamsError(name, getattr(self, name), f'only with engine="{other}"')
@@ -224,23 +226,37 @@ class LoadOptions(StrictModel):
     @property
     def llamacpp(self) -> dict[str, Any]:
         """What only llama.cpp takes, as far as it was said."""
-        return {name: value for name in _LLAMACPP if (value := getattr(self, name)) is not None}
+        return {name: value for name in OF_LLAMACPP if (value := getattr(self, name)) is not None}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What was said of these fields, as `load_backbone` takes it; without what a class that inherits them adds."""
+        return {name: getattr(self, name) for name in LoadOptions.model_fields if name in self.model_fields_set}
+
+    def told(self) -> dict[str, Any]:
+        """`loading` as JSON, for a file: without the token, and without what says nothing. Raises as `key`."""
+        said = {name: json.loads(_as_json(name, value)) for name, value in self.loading.items() if name != "token"}
+        return {name: value for name, value in said.items() if value is not None and value is not False}
 
     def key(self) -> str:
         """Equal for options that load the same, device and dtype aside. Raises `InvalidParamsError` for objects that
         cannot be told apart by what they hold."""
         left_out = {"device", "dtype"} if self.spreads else {"device", "dtype", "device_map"}
-        told = {name: getattr(self, name) for name in type(self).model_fields if name not in left_out}
+        told = {name: getattr(self, name) for name in LoadOptions.model_fields if name not in left_out}
         for name in ("offload_folder", "cache_dir"):
             told[name] = None if told[name] is None else os.path.realpath(os.path.expanduser(told[name]))
         for name, value in told.items():
-            try:
-                json.dumps(value, default=_told)
-            except (TypeError, ValueError):
-                raise InvalidParamsError(
-                    name, value, "plain values, to be shared", hint="use from_pretrained"
-                ) from None
+            _as_json(name, value)
         return json.dumps(told, default=_told, sort_keys=True)
+
+
+def _as_json(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, default=_told)
+    except (TypeError, ValueError):
+        raise InvalidParamsError(
+            name, value, "plain values, to be shared or written down", hint="use from_pretrained"
+        ) from None
 
 
 def _only_one(field: str, value: object, data: Mapping[str, Any], name: str) -> None:

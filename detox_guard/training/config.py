@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
-from detox_guard._strict import StrictModel
 from detox_guard.detoxifiers.card import Position
+from detox_guard.models.options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -21,7 +22,18 @@ FILES = ("data", "contexts", "anchors", "pairs")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainingConfig(StrictModel):
+class _Tuned(LoadOptions):
+    """How a model is loaded that a soft prompt is tuned for."""
+
+    @field_validator("engine")
+    @classmethod
+    def _has_gradients(cls, value: str) -> str:
+        if value != "torch":
+            raise ValueError('"torch", which has gradients; llama.cpp serves what was tuned there')
+        return value
+
+
+class TrainingConfig(_Tuned):
     """One run of prompt tuning (Lester et al. 2021) on toxic text, the detoxifier of DetoxiGen (arXiv 2401.06947).
 
     Raises `InvalidParamsError`.
@@ -33,8 +45,6 @@ class TrainingConfig(StrictModel):
     """Folder of the detoxifier."""
     model: str | None = None
     """Hub id, folder or .gguf file; else the embedded default model."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
     contexts: tuple[str, ...] | None = None
     """Neutral texts for user turns and passages; else a few that are built in."""
     anchors: tuple[str, ...] | None = None
@@ -77,10 +87,6 @@ class TrainingConfig(StrictModel):
     """How often the run can be resumed from."""
     resume: bool = True
     """Take up a run of the same settings and data that was cut off."""
-    device: str | None = None
-    """cpu, cuda, mps; else the best there is."""
-    dtype: str | None = None
-    """Number type of the weights; else what the device does best."""
     licence: str | None = None
     """Licence of the data, for the card."""
     notes: str = ""
@@ -119,15 +125,16 @@ class TrainingConfig(StrictModel):
         return _command("train", self, leave={"resume", "device", "notes"}, always={"position"})
 
 
-class AdaptConfig(StrictModel):
-    """What `detox_guard.adapt.adapt` may be told. Raises `InvalidParamsError`."""
+class AdaptConfig(_Tuned):
+    """What `detox_guard.adapt.adapt` may be told. Without a `dtype` it computes in float32 on a CPU.
+
+    Raises `InvalidParamsError`.
+    """
 
     model: str | None = None
     """Hub id, folder or .gguf file; else the embedded default model."""
     output: str | None = None
     """Folder of the detoxifier; else the model's name and "-detoxifier", here."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
     data: tuple[str, ...] | None = None
     """Toxic texts: .jsonl, .csv, .tsv, .txt or hub set org/name[:split]; else google/civil_comments, which is CC0."""
     anchors: tuple[str, ...] | None = None
@@ -150,10 +157,6 @@ class AdaptConfig(StrictModel):
     """Length of the soft prompt."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is drawn."""
-    device: str | None = None
-    """cpu, cuda, mps; else the best there is."""
-    dtype: str | None = None
-    """Number type of the weights; else float32 on a CPU, elsewhere what the device does best."""
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """Put it on the hub as org/name when it is done."""
 
@@ -182,11 +185,11 @@ class AdaptConfig(StrictModel):
         return _command("adapt", self, leave={"device", "push_to_hub", "output"})
 
 
-def _command(name: str, config: StrictModel, leave: Set[str], always: Set[str] = frozenset()) -> str:
+def _command(name: str, config: _Tuned, leave: Set[str], always: Set[str] = frozenset()) -> str:
     words = ["detox-guard", name]
     for field, facts in type(config).model_fields.items():
         value = getattr(config, field)
-        if field in leave or (value == facts.default and field not in always):
+        if field in leave or field in LoadOptions.model_fields or (value == facts.default and field not in always):
             continue
         flag = "--" + field.replace("_", "-")
         if name == "adapt" and field == "model":
@@ -201,6 +204,11 @@ def _command(name: str, config: StrictModel, leave: Set[str], always: Set[str] =
             words += [flag, *map(str, value)]
         else:
             words += [flag, _base_name(value) if field in {"output", "model", "start", "prompts"} else str(value)]
+    for field, value in config.told().items():
+        if field not in leave:
+            flag = "--quantize" if field == "quantization_config" else "--" + field.replace("_", "-")
+            shown = json.dumps(value) if isinstance(value, dict) else str(value)
+            words += [flag] if value is True else [flag, shown]
     return shlex.join(words)
 
 

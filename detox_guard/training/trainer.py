@@ -24,6 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 from detox_guard._files import hold_folder, prepare_folder
 from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.errors import DetoxGuardError, InvalidParamsError
+from detox_guard.models.options import LoadOptions
 from detox_guard.training.card import make_card
 from detox_guard.training.config import FILES
 from detox_guard.training.examples import Steps, make_examples
@@ -116,7 +117,7 @@ def _train(config: TrainingConfig, rows: Rows, backbone: Backbone, progress: Pro
 def _load(config: TrainingConfig) -> Backbone:
     from detox_guard.models.load import load_backbone
 
-    return load_backbone(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
+    return load_backbone(config.model, **config.loading)
 
 
 def _check_start(start: Detoxifier, config: TrainingConfig, backbone: Backbone) -> None:
@@ -241,7 +242,8 @@ def _only(items: Sequence[Step]) -> Step:
 
 def _run_folder(config: TrainingConfig, backbone: Backbone, rows: Rows, start: Detoxifier | None) -> Path:
     """Where this run's checkpoints are: named by all that the result depends on, so that no other run's mix in."""
-    settings = config.model_dump(exclude={"output", "start", "resume", "notes", "licence", "checkpoint_steps", *FILES})
+    left_out = {"output", "start", "resume", "notes", "licence", "checkpoint_steps", *FILES, *LoadOptions.model_fields}
+    settings = config.model_dump(exclude=left_out) | config.told()
     roles = [len(getattr(config, name) or ()) for name in FILES]
     texts = [source.sha256 for source in rows.sources]
     facts = [settings, backbone.id, backbone.revision, roles, texts, start and start.sha256]

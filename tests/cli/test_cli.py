@@ -13,6 +13,7 @@ from commands import DEVICE, PROMPT, rows, run
 from tiny import make_tiny_config, make_tiny_model
 
 from detox_guard.cli import EXIT_CODES
+from detox_guard.cli.options import NEEDS_TORCH
 from detox_guard.cli.prompts import as_chat, read_prompts
 from detox_guard.detoxifiers import registry
 from detox_guard.detoxifiers.card import DetoxifierCard
@@ -20,6 +21,7 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.errors import DataError, DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig, EvalConfig
 from detox_guard.models.load import load_backbone
+from detox_guard.models.options import LoadOptions
 from detox_guard.settings import DecodingParams
 from detox_guard.training.config import AdaptConfig, TrainingConfig
 
@@ -55,8 +57,11 @@ def test_every_command_has_help(command: str) -> None:
     ("command", "source", "left"),
     [
         ("generate", DecodingParams, {"trace", "trace_top", "guard", "grammar"}),
-        ("train", TrainingConfig, set()),
-        ("adapt", AdaptConfig, {"model"}),
+        ("generate", LoadOptions, {"token"}),
+        ("eval", EvalConfig, {"token"}),
+        ("bench", BenchConfig, {"token"}),
+        ("train", TrainingConfig, {"token", *NEEDS_TORCH}),
+        ("adapt", AdaptConfig, {"model", "token", *NEEDS_TORCH}),
     ],
 )
 def test_every_field_has_an_option_that_says_what_the_field_says(
@@ -67,7 +72,8 @@ def test_every_field_has_an_option_that_says_what_the_field_says(
     for name, field in source.model_fields.items():
         assert field.description, name
         if name not in left:
-            assert "--" + name.replace("_", "-").removesuffix("s") in said, name
+            flag = "--quantize" if name == "quantization_config" else "--" + name.replace("_", "-")
+            assert flag.removesuffix("s") in said, name
             assert re.sub(r"\s+", "", field.description.split(".")[0]).split("(`")[0] in said, name
 
 
@@ -214,7 +220,8 @@ def test_measuring_commands_hand_on_every_option(
     import importlib
 
     place, name = f"detox_guard.evaluation.{module}".rsplit(".", 1)
-    wanted = set((EvalConfig if command == "eval" else BenchConfig).model_fields)
+    source: Any = EvalConfig if command == "eval" else BenchConfig
+    wanted = set(source.model_fields) - {"token"}
     importlib.import_module(place)
     asked: dict[str, Any] = {}
 
@@ -231,12 +238,15 @@ def test_measuring_commands_hand_on_every_option(
 
     monkeypatch.setattr(f"{place}.{name}", measured)
     flags = {"judges": "--judge", "alphas": "--alpha", "methods": "--method", "lm_judges": "--lm-judge"}
+    flags |= {"quantization_config": "--quantize"}
     values = {"prompts": tmp_path, "output": tmp_path, "model": "m", "detoxifier": "d", "device": "cpu"}
-    values |= {"dtype": "float32", "judges": "embedded", "methods": "plain"}
+    values |= {"dtype": "float32", "judges": "embedded", "methods": "plain", "attn_implementation": "sdpa"}
+    values |= {"engine": "torch"}
     words = []
     for keyword in wanted:
         flag = flags.get(keyword, "--" + keyword.replace("_", "-"))
-        words += [flag] if keyword in ("quick", "chat") else [flag, str(values.get(keyword, 2))]
+        switch = source.model_fields[keyword].annotation in (bool, bool | None)
+        words += [flag] if switch else [flag, str(values.get(keyword, 2))]
     assert rows(run(command, *words, "--json")) == [{"fine": True}]
     assert set(asked) - {"table"} == wanted
     assert "a table" in run(command, *words).stdout

@@ -17,6 +17,7 @@ from harness import Recorder, contexts_of, decode, random_detoxifier, random_ids
 from kits import EXACT, NO_LLAMACPP, has_llamacpp
 from reference import Reference
 from tiny_gguf import make_tiny_gguf
+from watched import Watched
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, SteeringStream
 from detox_guard.engine import End, Rewind, Scheduler
@@ -80,6 +81,28 @@ def test_text_views_equal_the_oracle(tiny: tuple[Path, Any], views: str) -> None
             dense = torch.zeros_like(ref).scatter_(0, ids, p.double())
             assert close or (dense - ref).abs().max() <= 1e-5
     engine.close()
+
+
+@pytest.mark.parametrize(("views", "spared"), [("fbSeT", 3), ("fsssssss", 4)])
+def test_rows_of_views_go_on_from_another_prompt(tiny: tuple[Path, Any], views: str, spared: int) -> None:
+    """`spared`: rows that begin with a block of what the prompt before had; two of seven contexts have."""
+    from detox_guard.engine.llamacpp.runner import LlamaRunner
+
+    backbone = load_backbone(tiny[0], **EXACT)
+    streams = random_streams(backbone, views)
+    beginning = random_ids(backbone.vocab_size, 1, shortest=80, longest=80)[0]
+    prompts = [beginning + own for own in random_ids(backbone.vocab_size, 3, shortest=9, longest=9)]
+    replies, columns = [], []
+    for cached in (0, 10_000):
+        config = EngineConfig(max_rows=16, prompt_cache_slots=cached)
+        runner = Watched(LlamaRunner(backbone, streams, config))
+        engine = Scheduler(runner, config)
+        replies.append([decode(engine, [prompt], SAMPLED, views=streams)[0].ids for prompt in prompts])
+        columns.append(runner.columns)
+        engine.close()
+    assert replies[0] == replies[1]
+    whole = columns[0][0]
+    assert columns == [[whole] * 3, [whole, whole - 64 * spared, whole - 64 * spared]]
 
 
 @pytest.mark.parametrize(

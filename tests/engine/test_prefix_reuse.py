@@ -46,14 +46,14 @@ def family(kit: Kit, count: int, *, common: int = SYSTEM, own: int = 12) -> list
 def test_what_is_shared_is_not_computed_again(kit: Kit, views: str) -> None:
     prompts = family(kit, 4)
     params = SAMPLED if views else SAMPLED.replace(alpha=0.0)
-    fresh = engine_of(kit, views, prompt_cache_slots=0)
+    fresh, whole = watched_engine(kit, views, prompt_cache_slots=0)
     expected = [decode(fresh, [prompt], params)[0].ids for prompt in prompts]
     fresh.close()
     engine, runner = watched_engine(kit, views)
     assert [decode(engine, [prompt], params)[0].ids for prompt in prompts] == expected
     first, *others = runner.columns
-    assert first == len(prompts[0])
-    assert others == [len(prompt) - SYSTEM for prompt in prompts[1:]]
+    assert first == whole.columns[0] >= len(prompts[0])
+    assert others == [columns - kit.spared(SYSTEM, views) for columns in whole.columns[1:]]
     engine.close()
 
 
@@ -78,24 +78,28 @@ def test_a_chat_goes_on_from_its_last_turn_and_goes_back_to_an_earlier_one(kit: 
     reply = decode(engine, [first], GREEDY)[0].ids
     second = [*first, *reply, 17, 18, 19]
     third = [*second, 20, 21]
-    fresh = engine_of(kit, "r", prompt_cache_slots=0)
+    fresh, whole = watched_engine(kit, "r", prompt_cache_slots=0)
     for prompt in (second, third, second[:-1], first[:-1]):
         assert decode(engine, [prompt], GREEDY)[0].ids == decode(fresh, [prompt], GREEDY)[0].ids
     # One that is whole in another still computes its last token.
-    assert runner.columns == [len(first), len(second) - len(first), 2, 1, 1]
+    shared = [len(first), len(second), len(second) - 2, len(first) - 2]
+    spared = [kit.spared(common, "r") for common in shared]
+    assert runner.columns[1:] == [columns - less for columns, less in zip(whole.columns, spared, strict=True)]
     engine.close()
     fresh.close()
 
 
 @pytest.mark.parametrize("common", [63, 64])
 def test_a_short_beginning_in_common_is_computed_again(kit: Kit, common: int) -> None:
+    fresh, whole = watched_engine(kit, "r", prompt_cache_slots=0)
     engine, runner = watched_engine(kit, "r")
     one, other = family(kit, 2, common=common)
     one, other = [*one[:common], 5, *one[common:]], [*other[:common], 6, *other[common:]]
     decode(engine, [one], GREEDY)
-    decode(engine, [other], GREEDY)
-    assert runner.columns[1] == (len(other) if common == 63 else len(other) - 64)
-    engine.close()
+    for each in (fresh, engine):
+        decode(each, [other], GREEDY)
+        each.close()
+    assert runner.columns[1] == whole.columns[0] - (0 if common == 63 else kit.spared(64, "r"))
 
 
 def test_neighbours_of_several_lengths_go_on_together(kit: Kit) -> None:
@@ -150,8 +154,10 @@ def test_a_runner_that_cannot_is_not_asked_to(kit: Kit) -> None:
     runner.limits = runner.limits.__class__(
         runner.limits.vocab_size, runner.limits.max_positions, runner.limits.views, continues=False
     )
-    prompts = family(kit, 2)
-    for prompt in prompts:
+    fresh, whole = watched_engine(kit, "r", prompt_cache_slots=0)
+    for prompt in family(kit, 2):
         decode(engine, [prompt], GREEDY)
-    assert runner.columns == list(map(len, prompts))
+        decode(fresh, [prompt], GREEDY)
+    assert runner.columns == whole.columns
     engine.close()
+    fresh.close()

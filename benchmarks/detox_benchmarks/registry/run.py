@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from detox_benchmarks.registry.check import TOLERANCE, largest_error
-from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_tokenizer
+from detox_benchmarks.registry.shapes import default_config, tiny_config, tiny_model, tiny_tokenizer
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
 from detox_guard.models.backbone import from_model
 from detox_guard.models.checks import REFUSED, causal_class, check_config
@@ -94,6 +94,8 @@ def _try(kind: str) -> Tried:
     if kind in REFUSED:
         return Tried(kind, "refused", REFUSED[kind])
     try:
+        default = default_config(kind)  # of an encoder-decoder, say, no tiny one need be made
+        check_config(default, causal_class(default, kind), kind)
         config = tiny_config(kind)
         check_config(config, causal_class(config, kind), kind)
         backbone = from_model(tiny_model(config), tiny_tokenizer(), id=kind)

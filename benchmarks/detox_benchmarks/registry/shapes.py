@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["tiny_config", "tiny_model", "tiny_tokenizer"]
+__all__ = ["default_config", "tiny_config", "tiny_model", "tiny_tokenizer"]
 
 _VALUES: dict[int, str] = {
     480: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
@@ -58,7 +58,8 @@ _SMALL_PARTS = {
     "image_size": 16, "patch_size": 8, "depth": 1, "out_hidden_size": 32, "embed_dim": 32, "codebook_size": 16,
     "num_embeddings": 16, "base_channels": 32, "latent_channels": 4, "channel_multiplier": [1], "num_res_blocks": 1,
     "mlp_dim": 48, "projection_dim": 32, "output_dim": 32, "vision_output_dim": 32, "mm_embed_dim": 32,
-    "adapter_in_dim": 32, "hidden_size_global": 32,
+    "adapter_out_dim": 32, "video_temporal_patch_size": 2, "text_hidden_size": 32,
+    "adapter_input_size": 32, "adapter_in_dim": 32, "hidden_size_global": 32,
 }  # fmt: skip
 """Of what a wrapper holds besides its text model; it is built and never run."""
 _PATTERNS = (
@@ -69,6 +70,10 @@ _PATTERNS = (
 _ROPES = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")}
 
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+_MROPES = (
+    "qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", "glm_ocr_text",
+    "paddleocr_vl_text", "qwen2_5_omni_text", "cosmos3_edge_text",
+)  # fmt: skip
 _ALTERNATING = ["full_attention", "sliding_attention"] * 2
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _BERTS = (
@@ -85,7 +90,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 8} for kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     **{kind: {"logit_scale": 1.0} for kind in ("cohere", "cohere2", "cohere2_moe")},
-    **{kind: {"rope_parameters": _MROPE} for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text")},
+    **{kind: {"rope_parameters": _MROPE} for kind in _MROPES},
+    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
+    "glm4v_moe_text": {"head_dim": 8, "rope_parameters": _MROPE | {"mrope_section": [1, 1, 0]}},
+    "glm5_next_text": {"index_topk": 6, "index_kpool": 2, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[1, 0]]},
+    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": _MROPE},
+    "molmo2_adapter": {"vision_feature_layer": [3, 1]},
+    "step3p5": {"sliding_window": 8},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": _ALTERNATING, "rope_parameters": _ROPES, "logit_scale": 1.0},
     "dbrx": {
@@ -125,20 +137,31 @@ _DEFAULTS = {
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
-def tiny_config(kind: str, **fields: Any) -> PreTrainedConfig:
-    """The shrunk config of a type, its parts shrunk too; `fields` override any field."""
+def default_config(kind: str) -> PreTrainedConfig:
+    """The config of a type as transformers has it."""
     from transformers import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[kind]
-    default = config_class(**_DEFAULTS.get(kind, {}))
+    config: PreTrainedConfig = CONFIG_MAPPING[kind](**_DEFAULTS.get(kind, {}))
+    return config
+
+
+def tiny_config(kind: str, **fields: Any) -> PreTrainedConfig:
+    """The shrunk config of a type, its parts shrunk too; `fields` override any field."""
+    default = default_config(kind)
+    config_class: Any = type(default)
     parts: dict[str, Any] = {}
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if part is not None:
             is_text = part is default.get_text_config(decoder=True)
-            small = _shrunk(part) | (_ENDS | SPECIAL.get(part.model_type, {}) if is_text else {})
+            small = _shrunk(part) | (_ENDS if is_text else {}) | SPECIAL.get(part.model_type, {})
             if not is_text:
-                small |= {key: value for key, value in _SMALL_PARTS.items() if part.to_dict().get(key) is not None}
+                known = part.to_dict()
+                small |= {
+                    key: [value] * len(known[key]) if isinstance(known[key], list) and isinstance(value, int) else value
+                    for key, value in _SMALL_PARTS.items()
+                    if known.get(key) is not None
+                }
             parts[name] = {"model_type": part.model_type, **small}
     config: PreTrainedConfig = config_class(**{**_shrunk(default), **parts, **_ENDS, **SPECIAL.get(kind, {}), **fields})
     return config

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from detox_benchmarks.speed.random_models import PREFIX, random_backbone
 from detox_guard.evaluation.bench import PROMPT, RATIOS, Timed, all_of, run_bench
 from detox_guard.models.load import load_backbone
+from detox_guard.models.options import OF_LLAMACPP, LoadOptions
 
 if TYPE_CHECKING:
     from detox_guard.evaluation.bench import BenchReport, Ways
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["generate", "run_speed", "start_plain"]
 
+NOT_TORCHS = ("engine", *OF_LLAMACPP)
+"""What `generate` is not told: it runs on torch always."""
 BESIDE = {
     "plain generate / steered": ("plain generate", "engine, steered", 1.0, False),
     "guidance_scale / steered": ("generate, guidance_scale", "engine, steered", 1.6, False),
@@ -31,10 +34,10 @@ BESIDE = {
 def run_speed(*, model: str | None = None, **fields: Any) -> BenchReport:
     """`run_bench` with two ways more; its `fields`. `model` "random-llama:135m", ":1b" or ":8b" has random weights of
     that shape, to time a GPU without a hub, and a random detoxifier. Raises as `run_bench`."""
-    device, dtype = fields.get("device"), fields.get("dtype")
+    loading = {name: fields[name] for name in fields if name in LoadOptions.model_fields and name not in NOT_TORCHS}
     if _random(model):
         fields = {"detoxifier": "random", **fields}
-    with ProcessPoolExecutor(1, get_context("spawn"), start_plain, (model, device, dtype)) as plain:
+    with ProcessPoolExecutor(1, get_context("spawn"), partial(start_plain, model, **loading)) as plain:
 
         def beside(tokens: int) -> Ways:
             return {
@@ -42,7 +45,7 @@ def run_speed(*, model: str | None = None, **fields: Any) -> BenchReport:
                 "generate, guidance_scale": lambda: plain.submit(partial(generate, guidance=True), tokens).result(),
             }
 
-        loaded = _load(model, device, dtype) if _random(model) else model
+        loaded = _load(model, **loading) if _random(model) else model
         return run_bench(model=loaded, beside=beside, ratios={**RATIOS, **BESIDE}, **fields)
 
 
@@ -50,20 +53,20 @@ def _random(model: str | None) -> bool:
     return model is not None and model.startswith(PREFIX)
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> Backbone:
+def _load(model: str | None, **loading: Any) -> Backbone:
     if model is not None and _random(model):
-        return random_backbone(model, device=device, dtype=dtype)
-    return load_backbone(model, device=device, dtype=dtype)
+        return random_backbone(model, **loading)
+    return load_backbone(model, **loading)
 
 
 _plain: Backbone
 """The backbone of the process that times `generate`; unset elsewhere."""
 
 
-def start_plain(model: str | None, device: str | None, dtype: str | None) -> None:
+def start_plain(model: str | None, **loading: Any) -> None:
     """Load what `generate` times in this process."""
     global _plain
-    _plain = _load(model, device, dtype)
+    _plain = _load(model, **loading)
 
 
 def generate(tokens: int, *, guidance: bool = False) -> Timed:

@@ -108,7 +108,7 @@ def _start(name: str, fields: dict[str, Any]) -> list[str]:
     """Load what this process serves; the names of its ways."""
     config = EngineBenchConfig(**fields)
     if name in (GENERATE, GUIDED):
-        beside.start_plain(config.model, config.device, "bfloat16")
+        beside.start_plain(config.model, device=config.device, dtype="bfloat16")
         _WAYS["plain"] = lambda: beside.generate(config.tokens, guidance=name == GUIDED)
     elif name == LLAMA:
         _WAYS["plain"] = _llama_loop(config.gguf or str(default_gguf(progress=False)), config.tokens)

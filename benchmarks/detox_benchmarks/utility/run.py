@@ -24,7 +24,6 @@ from detox_benchmarks.methods import more_methods
 from detox_benchmarks.utility.tasks import answer_scores, harmless_words, refuses, steered_nats, stems
 from detox_guard._files import read_text, write_whole
 from detox_guard._progress import Progress
-from detox_guard._strict import StrictModel
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError, PromptTooLongError
 from detox_guard.evaluation.lms import LMJudge
@@ -35,6 +34,7 @@ from detox_guard.evaluation.prompts import EvalPrompt, choose_prompts, read_prom
 from detox_guard.evaluation.run import collect, judge_run
 from detox_guard.evaluation.store import Journal, all_methods, open_run, stored_replies
 from detox_guard.evaluation.tables import Sheet, rich_tables, shown
+from detox_guard.models.options import LoadOptions
 from detox_guard.scorers.base import load_scorer
 from detox_guard.settings import DecodingParams, EngineConfig
 
@@ -57,7 +57,7 @@ ANSWER_TOKENS, BOLD_TOKENS = 32, 20
 WINDOW = 256
 
 
-class UtilityConfig(StrictModel):
+class UtilityConfig(LoadOptions):
     """What `run_utility` measures, and how. Raises `InvalidParamsError`."""
 
     output: str
@@ -72,10 +72,6 @@ class UtilityConfig(StrictModel):
     """Hub id, folder or .gguf file; else the embedded default model."""
     detoxifier: Any = None
     """Folder or hub id; else the shipped one."""
-    device: str | None = None
-    """cpu, cuda, cuda:N, mps; else the best there is."""
-    dtype: str | None = None
-    """Number type of the weights; else what the device does best."""
     methods: tuple[str, ...] = ("default",)
     """As in eval, of one soft prompt."""
     alphas: tuple[float, ...] = (2.0,)
@@ -145,9 +141,8 @@ def run_utility(*, progress: bool = True, **fields: Any) -> UtilityReport:
             DetoxiGen.from_pretrained(
                 config.model,
                 detoxifier=config.detoxifier,
-                device=config.device,
-                dtype=config.dtype,
                 config=EngineConfig(max_rows=config.batch_rows),
+                **config.loading,
             )
         )
         bars = stack.enter_context(Progress(progress))

@@ -129,9 +129,7 @@ class Prefill:
         self.left = sum(len(piece.content) for piece in self._pieces)
 
     def _pieces_of(self, i: int, prompt: PromptIds, prefixes: dict[int, State], base: Base | None) -> list[_Piece]:
-        # Whole blocks of a base alone are taken: so a prompt gives the same numbers with and without one.
-        kept = 0 if base is None else min(shared(prompt.ids, base.prompt.ids), len(prompt.ids) - 1)
-        kept -= kept % self._desk.block
+        kept = 0 if base is None else self._whole_blocks(prompt.ids, base.prompt.ids)
         first = base.rows[0] if base is not None and kept else None
         assert first is None or isinstance(first, State)
         pieces = [_Piece(prompt.ids[kept:], start=first, keep=kept, row=(i, -1))]
@@ -141,9 +139,24 @@ class Prefill:
             if view.place == "reply":
                 behind = view.embeddings if isinstance(view, EmbeddingPrefix) else ids_behind(view, prompt.ids)
                 pieces.append(_Piece(behind, keep=len(prompt.ids), row=(i, v)))
-        pieces += [_Piece(prompt.ids, start=state, keep=state.slots, row=(i, v)) for v, state in prefixes.items()]
-        pieces += [_Piece(own, row=(i, v)) for v, own in own_contexts(self._views, prompt.contexts).items()]
+        others = base.rows[1:] if base is not None else ()
+        for v, prefix in prefixes.items():
+            state, held = (others[v], kept) if others and kept else (prefix, 0)
+            assert isinstance(state, State)
+            pieces.append(_Piece(prompt.ids[held:], start=state, keep=prefix.slots + held, row=(i, v)))
+        before = own_contexts(self._views, base.prompt.contexts) if base is not None and others else {}
+        for v, own in own_contexts(self._views, prompt.contexts).items():
+            held = self._whole_blocks(own, before[v]) if v in before else 0
+            own_state = others[v] if held else None
+            assert own_state is None or isinstance(own_state, State)
+            pieces.append(_Piece(own[held:], start=own_state, keep=held, row=(i, v)))
         return pieces
+
+    def _whole_blocks(self, ids: Sequence[int], before: Sequence[int]) -> int:
+        """How much is taken of what another one begins with: so a prompt gives the same numbers with it and without.
+        The last token is always computed."""
+        common = min(shared(ids, before), len(ids) - 1)
+        return common - common % self._desk.block
 
     def advance(self, columns: int, given_up: Callable[[], bool]) -> bool:
         """Whole blocks, so up to one block more than `columns`; `given_up` is asked before each."""
