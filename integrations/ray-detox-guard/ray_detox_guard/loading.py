@@ -21,6 +21,9 @@ def load(one: ModelConfig, guard: GuardPolicy | None = None) -> DetoxiGen:
 
     Raises `BackboneError`, `DetoxifierError`, `ScorerError`, `EngineError`.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # nobody watches a worker: its bars would fill the driver's log
     plain, params = _is_plain(one), params_of(one)
     model = DetoxiGen.from_pretrained(
         one.model,

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from detox_guard import EngineClosedError
+from detox_guard import DetoxGuardError, EngineClosedError
 from ray import serve
 
 from ray_detox_guard.loading import load
@@ -34,14 +35,15 @@ def make_replica(multiplexed: int | None) -> type[Any]:
             """Raises as `load`; Serve tells it as the reason why the replica did not start."""
             self._models, self._guard = dict(models), guard
             self._own: DetoxiGen | None = None
+            self._loaded: WeakSet[DetoxiGen] = WeakSet()
             if multiplexed is None:
                 ((_, one),) = self._models.items()
-                self._own = load(one, guard)
+                self._own = self._load(one)
 
         @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)
         async def held(self, name: str) -> DetoxiGen:
             """One of several models, loaded when it is first asked for."""
-            return await asyncio.to_thread(load, self._models[name], self._guard)
+            return await asyncio.to_thread(self._load, self._models[name])
 
         async def facts(self, name: str) -> dict[str, Any]:
             """What `/v1/models` tells of a model."""
@@ -54,17 +56,29 @@ def make_replica(multiplexed: int | None) -> type[Any]:
                 "supports_tools": model.supports_tools,
             }
 
-        async def astream(self, name: str, prompt: Any, params: DecodingParams) -> AsyncGenerator[list[Chunk], None]:
-            """The pieces of a reply, as `DetoxiGen.astream` gives them, a few at a time. Raises as that."""
-            model = await self._model(name)
-            async with aclosing(model.astream(prompt, params)) as chunks, aclosing(gathered(chunks)) as batches:
-                async for batch in batches:
-                    yield batch
+        async def astream(
+            self, name: str, prompt: Any, params: DecodingParams
+        ) -> AsyncGenerator[list[Chunk | DetoxGuardError], None]:
+            """The pieces of a reply, as `DetoxiGen.astream` gives them, a few at a time. What that raises is the last
+            piece: an error that is raised here Serve writes to its log, with a client's words in it.
+            """
+            try:
+                model = await self._model(name)
+                async with aclosing(model.astream(prompt, params)) as chunks, aclosing(gathered(chunks)) as batches:
+                    async for batch in batches:
+                        yield [*batch]
+            except DetoxGuardError as error:
+                yield [error]
 
         def check_health(self) -> None:
             """Serve's own: a replica whose engine ended is exchanged for a new one."""
-            if self._own is not None and self._own.closed:
-                raise EngineClosedError("the engine of this replica ended")
+            if any(model.closed for model in self._loaded):
+                raise EngineClosedError("an engine of this replica ended")
+
+        def _load(self, one: ModelConfig) -> DetoxiGen:
+            model = load(one, self._guard)
+            self._loaded.add(model)
+            return model
 
         async def _model(self, name: str) -> DetoxiGen:
             return await self.held(name) if self._own is None else self._own
