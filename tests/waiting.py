@@ -14,9 +14,9 @@ WAIT_S = 60.0
 """Longer than anything takes here, even where others use the machine."""
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return once it holds. Fails where it never does."""
-    deadline = time.monotonic() + WAIT_S
+def wait_until(condition: Callable[[], object], seconds: float = WAIT_S) -> None:
+    """Return once it holds. Fails where it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.002)

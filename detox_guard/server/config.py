@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -127,7 +127,7 @@ class ServerFile(StrictModel):
     """Models by the name that clients use."""
 
     @classmethod
-    def read(cls, path: str | Path, environ: Mapping[str, str] | None = None) -> ServerFile:
+    def read(cls, path: str | Path, environ: Mapping[str, str] | None = None) -> Self:
         """From a .toml, .yaml or .yml file. `${NAME}` in a string is an environment variable, `${NAME:-word}` one with
         a default. Raises `DataError` for a file that cannot be read, `InvalidParamsError` for what is wrong in it.
         """

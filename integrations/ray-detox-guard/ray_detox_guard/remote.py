@@ -99,9 +99,7 @@ class RemoteModel:
         """This model for replies that nobody sees before they are whole: no text that was lost binds the next try."""
         return _Unstreamed(self._tried)
 
-    async def _tried(
-        self, prompt: Any, params: DecodingParams, *, whole: bool = False
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _tried(self, prompt: Any, params: DecodingParams, *, whole: bool = False) -> AsyncGenerator[Chunk, None]:
         params, given = self._portable(params), ""
         for attempt in range(self._retries + 1):
             if attempt:
@@ -109,7 +107,7 @@ class RemoteModel:
             try:
                 if not self._facts:
                     await self.learn()
-                async with aclosing(_after(given, self._once(prompt, params))) as chunks:
+                async with aclosing(_after(given, self._once(prompt, params, whole))) as chunks:
                     if whole:
                         came = [chunk async for chunk in chunks]
                         yield Chunk("".join(chunk.text for chunk in came), came[-1].generation)
@@ -126,9 +124,9 @@ class RemoteModel:
             f"the replica of {self._name!r} was lost, and so were {self._retries} after it", hint="try again"
         ) from lost
 
-    async def _once(self, prompt: Any, params: DecodingParams) -> AsyncGenerator[Chunk, None]:
+    async def _once(self, prompt: Any, params: DecodingParams, whole: bool) -> AsyncGenerator[Chunk, None]:
         """The reply of one replica. Raises `EngineClosedError` where that was lost."""
-        asked = self._handle.options(stream=True).astream.remote(self._name, prompt, params)
+        asked = self._handle.options(stream=True).astream.remote(self._name, prompt, params, whole)
         try:
             async for batch in asked:
                 for chunk in batch:

@@ -40,7 +40,7 @@ def make_replica(multiplexed: int | None) -> type[Any]:
                 ((_, one),) = self._models.items()
                 self._own = self._load(one)
 
-        @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)
+        @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)  # type: ignore[untyped-decorator]
         async def held(self, name: str) -> DetoxiGen:
             """One of several models, loaded when it is first asked for."""
             return await asyncio.to_thread(self._load, self._models[name])
@@ -57,14 +57,18 @@ def make_replica(multiplexed: int | None) -> type[Any]:
             }
 
         async def astream(
-            self, name: str, prompt: Any, params: DecodingParams
+            self, name: str, prompt: Any, params: DecodingParams, whole: bool = False
         ) -> AsyncGenerator[list[Chunk | DetoxGuardError], None]:
-            """The pieces of a reply, as `DetoxiGen.astream` gives them, a few at a time. What that raises is the last
-            piece: an error that is raised here Serve writes to its log, with a client's words in it.
+            """The pieces of a reply, as `DetoxiGen.astream` gives them: a few at a time, or `whole`. What that raises
+            is the last piece: an error that is raised here Serve writes to its log, with a client's words in it.
             """
             try:
                 model = await self._model(name)
-                async with aclosing(model.astream(prompt, params)) as chunks, aclosing(gathered(chunks)) as batches:
+                seconds = None if whole else _GATHER_S
+                async with (
+                    aclosing(model.astream(prompt, params)) as chunks,
+                    aclosing(gathered(chunks, seconds)) as batches,
+                ):
                     async for batch in batches:
                         yield [*batch]
             except DetoxGuardError as error:
@@ -86,8 +90,10 @@ def make_replica(multiplexed: int | None) -> type[Any]:
     return Replica
 
 
-async def gathered(chunks: AsyncIterator[Chunk], seconds: float = _GATHER_S) -> AsyncGenerator[list[Chunk], None]:
-    """Chunks in lists: each list is what came within `seconds`. An error comes after all that came before it."""
+async def gathered(
+    chunks: AsyncIterator[Chunk], seconds: float | None = _GATHER_S
+) -> AsyncGenerator[list[Chunk], None]:
+    """Chunks in lists: each list is what came within `seconds` (None: all of them). An error comes last."""
     inbox: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
 
     async def read() -> None:

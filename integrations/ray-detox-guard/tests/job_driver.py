@@ -20,7 +20,9 @@ if __name__ == "__main__":
         checkpoint=f"{output}-seen",
         workers=2,
         batch_size=64,
+        rows_per_file=500,
         model=model,
+        detoxifier=(),  # rows are what is counted here
         params=DecodingParams(max_new_tokens=4, ignore_eos=True),
         loading={"device": "cpu", "dtype": "float32"},
     )

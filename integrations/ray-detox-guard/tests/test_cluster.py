@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from waiting import wait_until
 
 from asking import post, streamed
 from small import TINY, kill, replicas_of, serving
-from waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FOUR = {"min_replicas": 4, "max_replicas": 4}
+START_S = 240
 LONG: dict[str, Any] = {"max_tokens": 500, "detox": {"guard": False}}
 """Long enough to be under way when a replica is lost; unguarded, so that the first words come soon."""
 
@@ -87,4 +88,4 @@ def test_lost_replicas_cost_no_answer_and_no_word_of_a_stream(url: str, lost: in
         stream = streams[seed].result()
         assert (stream.error, stream.reason, stream.events[-1]) == (None, "length", "[DONE]")
         assert stream.text == text
-    wait_until(lambda: len(replicas_of("engine-tiny")) == 4)
+    wait_until(lambda: len(replicas_of("engine-tiny")) == 4, START_S)

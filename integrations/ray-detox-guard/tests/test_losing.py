@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from waiting import wait_until
 
 from asking import opened, post
 from small import TINY, kill, replicas_of, serving
-from waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+START_S = 240
 LONG: dict[str, Any] = {"max_tokens": 1500, "detox": {"guard": False}}
 
 
@@ -43,5 +44,5 @@ def test_an_untried_stream_ends_with_a_named_error_and_an_answer_with_503(url: s
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "unavailable"
     assert answer.headers["retry-after"]
-    wait_until(lambda: replicas_of("engine-tiny") not in ([], [before]))
-    wait_until(lambda: post(url).status_code == 200)
+    wait_until(lambda: replicas_of("engine-tiny") not in ([], [before]), START_S)
+    wait_until(lambda: post(url).status_code == 200, START_S)
