@@ -34,7 +34,14 @@ def save_tiny(folder: Path, seed: int = 0) -> str:
 @contextmanager
 def nodes(count: int = 2) -> Iterator[str]:
     """So many nodes of three cores, with a driver connected; their address."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Where others use the machine, a proxy takes longer to start than Serve waits by default.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    }
     import ray
     from ray.cluster_utils import Cluster
 

@@ -46,3 +46,14 @@ def test_an_untried_stream_ends_with_a_named_error_and_an_answer_with_503(url: s
     assert answer.headers["retry-after"]
     wait_until(lambda: replicas_of("engine-tiny") not in ([], [before]), START_S)
     wait_until(lambda: post(url).status_code == 200, START_S)
+
+
+def test_a_lost_gateway_breaks_its_stream_where_the_client_sees_it(url: str) -> None:
+    with opened(url, **LONG) as (status, events):
+        assert status == 200
+        assert next(events)["choices"][0]["delta"]["role"] == "assistant"
+        (before,) = replicas_of("gateway")
+        kill([before])
+        with pytest.raises(httpx.TransportError):
+            list(events)
+    wait_until(lambda: post(url).status_code == 200, START_S)
