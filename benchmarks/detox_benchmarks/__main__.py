@@ -12,6 +12,7 @@ from detox_benchmarks.ablations.variants import AblationConfig, What
 from detox_benchmarks.methods import MoreConfig, more_methods
 from detox_benchmarks.rag.frame import RagConfig, run_rag, table
 from detox_benchmarks.serving.load import LoadConfig
+from detox_benchmarks.speed.engines import EngineBenchConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import measure, quiet_libraries, show
@@ -49,6 +50,17 @@ def speed(as_json: options.Json = False, **fields: Any) -> None:
 
     quiet_libraries()
     show(run_speed(**options.given(fields)), as_json)
+
+
+@app.command()
+@options.config_options(EngineBenchConfig, leave={"device", "dtype"})
+def engines(**fields: Any) -> None:
+    """The same model in float32, bfloat16, 4 bits and on llama.cpp, and beside it what other programs take. One line of
+    JSON; OMP_NUM_THREADS says how many threads torch has."""
+    from detox_benchmarks.speed.engines import run_engines
+
+    quiet_libraries()
+    print(run_engines(**options.given(fields)))
 
 
 @app.command()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-__all__ = ["RATIOS", "BenchReport", "Timed", "Ways", "all_of", "random_detoxifier", "run_bench"]
+__all__ = ["RATIOS", "BenchReport", "Timed", "Ways", "all_of", "figures", "random_detoxifier", "run_bench", "ways_of"]
 
 MOST = 0.999
 """A threshold that lets all through."""
@@ -135,16 +135,14 @@ def run_bench(
     `beside` gives more ways to time, from the tokens of a reply, and `ratios` what is told of them.
     Raises `InvalidParamsError`, and what loading and decoding raise.
     """
-    config = BenchConfig(**fields)
+    config = BenchConfig(**fields).sized()
     tokens, context, runs, streams = config.tokens, config.context, config.runs, config.streams
-    if config.quick:
-        tokens, context, runs, streams = min(tokens, 8), min(context, 40), min(runs, 2), min(streams, 3)
     ours, detoxifier = config.model, config.detoxifier
     if not isinstance(ours, Backbone):
         ours = run_aside(lambda: load_backbone(config.model, device=config.device, dtype=config.dtype))
     is_random = detoxifier == "random"
     with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as guard:
-        ways = {**_ways(guard, tokens, context, streams), **beside(tokens)}
+        ways = {**ways_of(guard, tokens, context, streams), **beside(tokens)}
         for way in ways.values():
             way()
         rounds = [{name: way() for name, way in ways.items()} for _ in range(runs)]
@@ -161,7 +159,7 @@ def run_bench(
             "streams": streams,
             "peak_mib": peak_memory_mib(ours.device),
         }
-    timings = {name: _figures([found[name] for found in rounds]) for name in ways}
+    timings = {name: figures([found[name] for found in rounds]) for name in ways}
     return BenchReport(timings, {name: _ratio(rounds, *ratio) for name, ratio in ratios.items()}, about)
 
 
@@ -183,7 +181,8 @@ def random_detoxifier(backbone: Backbone, *, virtual_tokens: int = 20, seed: int
     return Detoxifier(torch.randn(virtual_tokens, backbone.hidden_size, generator=generator) * size, card)
 
 
-def _ways(guard: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
+def ways_of(guard: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
+    """What a bench times of one model."""
     greedy = DecodingParams(calm_share=1, temperature=0.0, max_new_tokens=tokens, ignore_eos=True, seed=0)
     off = greedy.replace(alpha=0.0)
     guarded = greedy.replace(guard=GuardPolicy(threshold=MOST))
@@ -255,7 +254,8 @@ def _many(guard: DetoxiGen, params: DecodingParams, streams: int) -> Timed:
     return Timed(wall_s, sum(run.tokens for run in results), max(run.first_s for run in results), gaps)
 
 
-def _figures(runs: list[Timed]) -> dict[str, float]:
+def figures(runs: list[Timed]) -> dict[str, float]:
+    """Medians over the runs: milliseconds a token, tokens a second, to the first token and between two."""
     figures = {
         "ms_per_token": 1e3 * statistics.median(run.per_token for run in runs),
         "tokens_per_s": statistics.median(1 / run.per_token for run in runs),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator
 
@@ -98,3 +98,10 @@ class BenchConfig(StrictModel):
     """Requests at once in the batched case."""
     quick: bool = False
     """A fraction of the work, for a first look."""
+
+    def sized(self) -> Self:
+        """With the sizes that count: small ones if `quick`."""
+        if not self.quick:
+            return self
+        most = {"tokens": 8, "context": 40, "runs": 2, "streams": 3}
+        return self.model_copy(update={name: min(getattr(self, name), bound) for name, bound in most.items()})

@@ -16,7 +16,7 @@ from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tin
 
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation import run_bench
-from detox_guard.evaluation.bench import RATIOS, Bar, _ways, all_of
+from detox_guard.evaluation.bench import RATIOS, Bar, ways_of, all_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ def test_long_prompts_are_new_each_time() -> None:
     backbone = make_tiny_backbone("llama")
     guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(()))
     asked: list[str] = []
-    ways = _ways(guard, 4, 60, 2)  # type: ignore[arg-type]
+    ways = ways_of(guard, 4, 60, 2)  # type: ignore[arg-type]
     for name in ("long context, plain", "long context, steered") * 2:
         with contextlib.suppress(Exception):  # nothing was decoded
             ways[name]()
@@ -40,7 +40,7 @@ def test_a_second_turn_is_its_first_and_more() -> None:
     guard = SimpleNamespace(backbone=backbone, stream=lambda prompt, params: asked.append(prompt) or iter(reply))
     asked: list[str] = []
     reply = [SimpleNamespace(generation=SimpleNamespace(usage=SimpleNamespace(completion_tokens=1)))]
-    _ways(guard, 4, 60, 2)["second turn, steered"]()  # type: ignore[arg-type]
+    ways_of(guard, 4, 60, 2)["second turn, steered"]()  # type: ignore[arg-type]
     first, second = asked
     assert second.startswith(first)
     assert second != first

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from detox_guard.evaluation.bench import BenchReport, Ways
     from detox_guard.models.backbone import Backbone
 
-__all__ = ["run_speed"]
+__all__ = ["generate", "run_speed", "start_plain"]
 
 BESIDE = {
     "plain generate / steered": ("plain generate", "engine, steered", 1.0, False),
@@ -34,12 +34,12 @@ def run_speed(*, model: str | None = None, **fields: Any) -> BenchReport:
     device, dtype = fields.get("device"), fields.get("dtype")
     if _random(model):
         fields = {"detoxifier": "random", **fields}
-    with ProcessPoolExecutor(1, get_context("spawn"), _start_plain, (model, device, dtype)) as plain:
+    with ProcessPoolExecutor(1, get_context("spawn"), start_plain, (model, device, dtype)) as plain:
 
         def beside(tokens: int) -> Ways:
             return {
-                "plain generate": lambda: plain.submit(_generate, tokens).result(),
-                "generate, guidance_scale": lambda: plain.submit(partial(_generate, guidance=True), tokens).result(),
+                "plain generate": lambda: plain.submit(generate, tokens).result(),
+                "generate, guidance_scale": lambda: plain.submit(partial(generate, guidance=True), tokens).result(),
             }
 
         loaded = _load(model, device, dtype) if _random(model) else model
@@ -60,12 +60,14 @@ _plain: Backbone
 """The backbone of the process that times `generate`; unset elsewhere."""
 
 
-def _start_plain(model: str | None, device: str | None, dtype: str | None) -> None:
+def start_plain(model: str | None, device: str | None, dtype: str | None) -> None:
+    """Load what `generate` times in this process."""
     global _plain
     _plain = _load(model, device, dtype)
 
 
-def _generate(tokens: int, *, guidance: bool = False) -> Timed:
+def generate(tokens: int, *, guidance: bool = False) -> Timed:
+    """One reply by transformers' own loop, after `start_plain`."""
     import torch
 
     backbone = _plain
