@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import ray
 from ray import serve
 from ray_detox_guard import app
@@ -29,7 +30,8 @@ _PORT = 18_200
 
 
 def run_replicas(*, seconds: float = 20.0, clients: int = 8, tokens: int = 256) -> dict[str, Any]:
-    """Tokens a second of one replica and of two, and their ratio; JSON-able.
+    """Tokens a second of one replica and of two, their ratio, and the CPU time of everything else (clients, gateway,
+    Ray) against that of the replicas; JSON-able. On two cores that share bounds the ratio: 2 / (1 + share).
 
     Each count is measured for `seconds`. So many `clients` a replica ask for `tokens` again and again.
     """
@@ -40,8 +42,12 @@ def run_replicas(*, seconds: float = 20.0, clients: int = 8, tokens: int = 256) 
         backbone.tokenizer.save_pretrained(folder)
         with _node():
             serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
-            rates = {count: _rate(folder, count, seconds, clients * count, tokens) for count in (1, 2)}
-    return {"tokens_per_s": rates, "ratio": rates[2] / rates[1]}
+            told = {count: _rate(folder, count, seconds, clients * count, tokens) for count in (1, 2)}
+    return {
+        "tokens_per_s": {count: rate for count, (rate, _) in told.items()},
+        "ratio": told[2][0] / told[1][0],
+        "cpu_beside_replicas": {count: share for count, (_, share) in told.items()},
+    }
 
 
 @contextmanager
@@ -60,8 +66,8 @@ def _node() -> Iterator[None]:
         ray.shutdown()
 
 
-def _rate(folder: str, count: int, seconds: float, clients: int, tokens: int) -> float:
-    """Of `count` replicas."""
+def _rate(folder: str, count: int, seconds: float, clients: int, tokens: int) -> tuple[float, float]:
+    """Tokens a second of `count` replicas, and the share of CPU beside them."""
     tiny = {
         "model": folder,
         "detoxifier": [],
@@ -72,8 +78,11 @@ def _rate(folder: str, count: int, seconds: float, clients: int, tokens: int) ->
     server = {"guard": False, "playground": False}
     serve.run(app({"server": server, "models": {"tiny": tiny}, "ray": {"replicas": replicas}}), name="bench")
     try:
-        _hold_to_one_core(count)
-        return asyncio.run(_ask(seconds, clients, tokens))
+        found = _hold_to_one_core(count)
+        before = _cpu_s(found)
+        rate = asyncio.run(_ask(seconds, clients, tokens))
+        inside, whole = (after - begun for after, begun in zip(_cpu_s(found), before, strict=True))
+        return rate, (whole - inside) / inside
     finally:
         serve.delete("bench")
 
@@ -112,13 +121,27 @@ async def _ask(seconds: float, clients: int, tokens: int) -> float:
     return counted / took
 
 
-def _hold_to_one_core(count: int) -> None:
-    """Every thread of a replica on a core of its own. Ray gives a replica's arithmetic one thread already."""
+def _cpu_s(replicas: list[int]) -> tuple[float, float]:
+    """Seconds of CPU so far: of the replicas, and of them with this process and all that it started."""
+
+    def spent(process: psutil.Process) -> float:
+        try:
+            return float(sum(process.cpu_times()[:2]))
+        except psutil.Error:
+            return 0.0
+
+    own = psutil.Process()
+    return sum(spent(psutil.Process(one)) for one in replicas), sum(map(spent, [own, *own.children(recursive=True)]))
+
+
+def _hold_to_one_core(count: int) -> list[int]:
+    """Every thread of a replica on a core of its own; their ids. Ray gives its arithmetic one thread already."""
     found = [one for one in Path("/proc").glob("[0-9]*") if _is_replica(one)]
     assert len(found) == count, f"{len(found)} replicas where {count} were started"
     for core, process in enumerate(found):
         for thread in (process / "task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
+    return [int(process.name) for process in found]
 
 
 def _is_replica(process: Path) -> bool:
