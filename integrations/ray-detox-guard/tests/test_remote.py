@@ -15,6 +15,7 @@ from detox_guard import (
     EngineBusyError,
     EngineError,
     GuardPolicy,
+    PromptTooLongError,
     StepError,
     load_scorer,
 )
@@ -161,6 +162,15 @@ async def test_what_a_replica_raises_comes_as_itself_and_tells_no_path(
         await said(model)
     assert type(raised.value) is kind
     assert "/a/path" not in str(raised.value)
+    assert len(handle.calls) == 1
+
+
+async def test_a_refusal_is_given_not_raised_so_that_no_log_holds_it(replica: Any) -> None:
+    asked = [batch async for batch in replica.astream("tiny", "x " * 9000, DecodingParams())]
+    assert [[type(one) for one in batch] for batch in asked] == [[PromptTooLongError]]
+    handle = Handle(replica, [])
+    with pytest.raises(PromptTooLongError):
+        await keep(RemoteModel("tiny", handle, DecodingParams(), guard=GUARD, retries=2).astream("x " * 9000), [])
     assert len(handle.calls) == 1
 
 
