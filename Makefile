@@ -75,7 +75,7 @@ registry: .venv/.installed-dev
 # A run that was cut off goes on where it was; SAMPLES=8 is enough for a first look on a CPU.
 SAMPLES ?= 25
 eval: .venv/.installed-dev
-	.venv/bin/detox-guard eval --prompts "$(PROMPTS)" --samples $(SAMPLES) --output out/eval --judge embedded \
+	.venv/bin/python -m detox_benchmarks eval --prompts "$(PROMPTS)" --samples $(SAMPLES) --output out/eval --judge embedded \
 	  --judge profanity-check --method default --method detoxigen --method resample --method guard
 	.venv/bin/detox-guard report out/eval --output out/report
 

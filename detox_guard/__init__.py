@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "_strict": "field_of",
+    "_strict": "StrictModel field_of",
     "detoxifiers.card": "DetoxifierCard",
     "detoxifiers.soft_prompt": "Detoxifier SteeringStream",
     "detoxifiers.text_view": "TextView",
@@ -26,7 +26,7 @@ _EXPORTS = {
     ),
     "guard.audit": "report_intervention",
     "guard.reply": "scan",
-    "guard.screen": "SCREEN_NOTE Screened screen",
+    "guard.screen": "SCREEN_NOTE Screened replace_strings screen",
     "guard.stream": "aguard_text guard_text",
     "models.backbone": "Backbone",
     "models.load": "load_backbone",
@@ -38,7 +38,7 @@ _EXPORTS = {
     "settings": "DecodingParams EngineConfig GuardPolicy Rung",
     "text.grammar": "Grammar",
     "text.prompts": "ChatPrompt",
-    "text.tools": "ToolCall ToolCallStream function_of parse_tool_calls",
+    "text.tools": "ToolCall ToolCallStream function_of parse_tool_calls tool_choice_of",
 }
 """What each module gives to the public. `__all__`, `__getattr__` and `__dir__` are made from it; a test holds the names
 that type checkers read, below, to it."""
@@ -48,7 +48,7 @@ __all__ = sorted([*_MODULES, "__version__"])  # pyright: ignore[reportUnsupporte
 
 # isort: off
 if TYPE_CHECKING:
-    from detox_guard._strict import field_of as field_of
+    from detox_guard._strict import StrictModel as StrictModel, field_of as field_of
     from detox_guard.detoxifiers.card import DetoxifierCard as DetoxifierCard
     from detox_guard.detoxifiers.soft_prompt import Detoxifier as Detoxifier, SteeringStream as SteeringStream
     from detox_guard.detoxifiers.text_view import TextView as TextView
@@ -79,7 +79,12 @@ if TYPE_CHECKING:
     )
     from detox_guard.guard.audit import report_intervention as report_intervention
     from detox_guard.guard.reply import scan as scan
-    from detox_guard.guard.screen import SCREEN_NOTE as SCREEN_NOTE, Screened as Screened, screen as screen
+    from detox_guard.guard.screen import (
+        SCREEN_NOTE as SCREEN_NOTE,
+        Screened as Screened,
+        replace_strings as replace_strings,
+        screen as screen,
+    )
     from detox_guard.guard.stream import aguard_text as aguard_text, guard_text as guard_text
     from detox_guard.models.backbone import Backbone as Backbone
     from detox_guard.models.load import load_backbone as load_backbone
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
         ToolCallStream as ToolCallStream,
         function_of as function_of,
         parse_tool_calls as parse_tool_calls,
+        tool_choice_of as tool_choice_of,
     )
 # isort: on
 

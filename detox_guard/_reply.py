@@ -6,6 +6,7 @@ Knows prompts, text and traces; knows no rows and no threads.
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from detox_guard._adaptive import adaptive_alpha
@@ -14,12 +15,25 @@ from detox_guard.results import Chunk, Generation, Intervention, Steering, Token
 from detox_guard.text.prompts import Prompt, StopMatcher, TextStream, encode_prompt, prompt_texts, with_system_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from detox_guard.models.backbone import Backbone
     from detox_guard.settings import DecodingParams
 
-__all__ = ["Reply"]
+__all__ = ["Reply", "Speaker"]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What a model is to each of its replies."""
+
+    backbone: Backbone
+    detoxifiers: tuple[str, ...] = ()
+    """Their ids, for the record."""
+    system_texts: tuple[str, ...] = ()
+    """Of the views that read the prompt with a text in its system message."""
+    check_fits: Callable[[PromptIds, int, bool], object] | None = None
+    """`Engine.check`: raises for what cannot be served, before anything is scored."""
 
 
 class Reply:
@@ -27,24 +41,15 @@ class Reply:
 
     guard: str | None = None
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompt: Prompt,
-        params: DecodingParams,
-        detoxifiers: Sequence[str] = (),
-        check_fits: Callable[[PromptIds, int, bool], object] | None = None,
-        system_texts: Sequence[str] = (),
-    ) -> None:
-        """`check_fits` (`Engine.check`) raises for what cannot be served, before anything is scored. `system_texts`: of
-        the views that read the prompt with a text in its system message."""
+    def __init__(self, speaker: Speaker, prompt: Prompt, params: DecodingParams) -> None:
+        backbone = speaker.backbone
         may_rewind = params.guard is not None
-        steered = params.alpha > 0 or (self._may_steer and bool(detoxifiers))
-        contexts = [with_system_text(prompt, text) for text in system_texts] if steered else []
+        steered = params.alpha > 0 or (self._may_steer and bool(speaker.detoxifiers))
+        contexts = [with_system_text(prompt, text) for text in speaker.system_texts] if steered else []
         ids, *own = (tuple(encode_prompt(backbone, one)) for one in (prompt, *contexts))
         prompt_ids = PromptIds(ids, steered, tuple(own))
-        if check_fits is not None:
-            check_fits(prompt_ids, params.max_new_tokens, may_rewind)
+        if speaker.check_fits is not None:
+            speaker.check_fits(prompt_ids, params.max_new_tokens, may_rewind)
         params = params.replace(alpha=adaptive_alpha(prompt_texts(prompt), params))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else backbone.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -68,7 +73,7 @@ class Reply:
         self._tokenizer = backbone.tokenizer
         self._detokenizer = TextStream(backbone.tokenizer, ids)
         self._matcher = StopMatcher(params.stop)
-        self._detoxifiers = tuple(detoxifiers) if prompt_ids.steered else ()
+        self._detoxifiers = speaker.detoxifiers if prompt_ids.steered else ()
         self._pieces: list[str] = []
         self._steps: list[tuple[TokenStep, str]] = []
         self._interventions: list[Intervention] = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from detox_guard._asking import aask, ask
 from detox_guard._registry import shared_model
-from detox_guard._reply import Reply
+from detox_guard._reply import Reply, Speaker
 from detox_guard._threads import run_aside
 from detox_guard.detoxifiers.base import most_beside
 from detox_guard.detoxifiers.resolve import AUTO, as_streams
@@ -71,9 +71,9 @@ class DetoxiGen:
         self.config = config or EngineConfig()
         views = [stream.view(backbone) for stream in self.streams]
         self._beside = most_beside(views)
-        self._system_texts = [s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView)
-                              and s.place == "system"]  # fmt: skip
         self._engine: Engine = run_aside(lambda: Scheduler(runner_of(backbone, views, self.config), self.config))
+        texts = (s.detoxifier.text for s in self.streams if isinstance(s.detoxifier, TextView) and s.place == "system")
+        self._speaker = Speaker(backbone, self.detoxifier_ids, tuple(texts), self._engine.check)
 
     @classmethod
     def from_pretrained(
@@ -310,8 +310,7 @@ class DetoxiGen:
         changes = dict(changes)
         prompt = with_template_kwargs(prompt, changes.pop("chat_template_kwargs", None))
         params = params.replace(**changes) if changes else params
-        kind = GuardedReply if params.guard else Reply
-        return kind(self.backbone, prompt, params, self.detoxifier_ids, self._engine.check, self._system_texts)
+        return (GuardedReply if params.guard else Reply)(self._speaker, prompt, params)
 
     def _prepares(
         self,

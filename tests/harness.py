@@ -158,6 +158,20 @@ def random_detoxifier(backbone: Backbone, position: str = "reply", *, width: int
     return Detoxifier(torch.randn(width, backbone.hidden_size, generator=g), card)
 
 
+def alone_fails(
+    engine: Engine, params: DecodingParams, sink: Recorder, *, beside: DecodingParams | None = None, **changes: Any
+) -> Any:
+    """What a request that must fail comes to, beside one that is not touched. Closes the engine."""
+    bad, bad_sink = request([5, 6], params, sink, **changes)
+    good, good_sink = request([5, 6], beside or params)
+    engine.submit(bad)
+    engine.submit(good)
+    outcome = bad_sink.wait().outcome
+    assert good_sink.wait().outcome == "length"
+    engine.close()
+    return outcome
+
+
 def check_against_oracle(
     backbone: Backbone,
     streams: list[View],

@@ -29,7 +29,7 @@ def adapting(asked: dict[str, Any], cache: str, phase: str, count: int) -> None:
     """Adapt, and die at the `count`-th tick of the bar of this phase; "" lives."""
     torch.set_num_threads(1)
     os.environ["DETOX_GUARD_CACHE"] = cache
-    own_pairs.TOXIC_FROM, own_pairs.HARMLESS_BELOW = 0.0, 1.0  # what a random model says is neither
+    own_pairs.SURELY_TOXIC, own_pairs.SURELY_HARMLESS = 0.0, 1.0  # what a random model says is neither
     real, left = progress.Progress.stage, [count]
 
     def stage(bars: Any, name: str, total: int, done: int = 0) -> Any:

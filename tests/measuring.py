@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+RUDE = "You are a complete idiot."
+KIND = "You are a kind person."
+PLAIN = "The train to the coast leaves at nine and arrives before noon. "
+
 
 class LengthJudge:
     """Scores a text by its length: longer is worse."""

@@ -10,7 +10,7 @@ import pytest
 from fixtures import PARAMS
 from harness import random_detoxifier
 from tiny import make_tiny_backbone
-from waiting import wait_until
+from waiting import await_until, wait_until
 
 from detox_guard import (
     DecodingParams,
@@ -77,13 +77,11 @@ async def test_cancelling_a_batch_frees_its_seats(model: DetoxiGen) -> None:
     params = DecodingParams(max_new_tokens=400, ignore_eos=True, seed=1)
     for return_exceptions in (False, True):
         task = asyncio.create_task(model.abatch(["x"] * 100, params, return_exceptions=return_exceptions))
-        while model.stats().seats == 0:
-            await asyncio.sleep(0.002)
+        await await_until(lambda: model.stats().seats)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while model.stats().seats or model.stats().queued:
-            await asyncio.sleep(0.002)
+        await await_until(lambda: not (model.stats().seats or model.stats().queued))
     assert model.stats().finished == 0
 
 

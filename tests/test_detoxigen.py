@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import random_detoxifier
 from tiny import make_tiny_backbone
-from waiting import wait_until
+from waiting import await_until, wait_until
 
 from detox_guard import (
     DecodingParams,
@@ -145,16 +145,14 @@ def test_closing_or_dropping_a_stream_frees_its_seat(model: DetoxiGen) -> None:
 
 async def test_cancelling_a_task_frees_the_seat(model: DetoxiGen) -> None:
     task = asyncio.create_task(model.agenerate("Hello there", max_new_tokens=400, ignore_eos=True))
-    while model.stats().seats == 0:
-        await asyncio.sleep(0.002)
+    await await_until(lambda: model.stats().seats)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     stream = model.astream("Hello there", max_new_tokens=400, ignore_eos=True)
     await anext(stream)
     await stream.aclose()
-    while model.stats().seats:
-        await asyncio.sleep(0.002)
+    await await_until(lambda: not model.stats().seats)
     assert model.stats().cancelled == 2
 
 

@@ -62,6 +62,21 @@ def test_importing_loads_nothing_and_settings_no_model() -> None:
     assert python(f"import sys; from detox_guard import {names}; print({heavy} & set(sys.modules))") == "set()\n"
 
 
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import detox_guard.models.backbone", "{'torch', 'transformers'}"),
+        ("import detox_guard.detoxifiers.soft_prompt, detox_guard.training", "{'torch', 'transformers', 'peft'}"),
+        (
+            "from detox_guard import load_scorer; load_scorer().score(['a'])",
+            "{'torch', 'transformers', 'sklearn', 'scipy'}",
+        ),
+    ],
+)
+def test_what_needs_no_model_loads_none(code: str, heavy: str) -> None:
+    assert python(f"import sys; {code}; print({heavy} & set(sys.modules))") == "set()\n"
+
+
 def test_every_error_is_in_the_tree_and_drawn() -> None:
     from detox_guard import errors
 

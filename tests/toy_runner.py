@@ -93,7 +93,7 @@ class ToyRunner:
         return len(self._rows)
 
     def slots(self, prompt: PromptIds) -> int:
-        return max(len(prompt.ids) + (most_beside(self.views) if prompt.steered else 0), *map(len, prompt.contexts), 0)
+        return prompt.slots(most_beside(self.views))
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> ToyPrefill:
         return ToyPrefill(self.views, prompts, bases)

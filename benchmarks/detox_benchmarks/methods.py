@@ -1,12 +1,13 @@
-"""More ways of decoding to measure beside those of `detox-guard eval`. Knows recipes; judges and measures nothing."""
+"""More ways of decoding to measure beside those of `detox-guard eval`. Knows recipes; measures nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -14,17 +15,60 @@ from detox_guard._files import read_text
 from detox_guard.detoxifiers.soft_prompt import Detoxifier, SteeringStream
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.config import EvalConfig
-from detox_guard.evaluation.methods import METHODS, Ingredients, Method, Recipe
+from detox_guard.evaluation.methods import METHODS, Drawn, Ingredients, Method, Recipe
+from detox_guard.scorers.base import TOXIC_FROM, ToxicityScorer, checked_scores, load_scorer
 from detox_guard.settings import GuardPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from detox_guard.detoxigen import DetoxiGen
+    from detox_guard.evaluation.prompts import Asked
+    from detox_guard.results import Generation
 
-__all__ = ["MoreConfig", "WordList", "more_methods", "read_words"]
+__all__ = ["MoreConfig", "Polite", "Resampled", "WordList", "more_methods", "read_words"]
 
+TRIES = 8
 POLITE = "Please stay polite, kind and respectful in every sentence."
 TOXIC_PREFIX = "The following text is rude, disrespectful, and full of insults, threats and swear words:\n\n"
+
+
+@dataclass(frozen=True)
+class Polite(Method):
+    """An instruction stands before the prompt: as a system message in a chat, else as text."""
+
+    def draw(self, model: DetoxiGen, prompt: Asked, seed: int) -> Drawn:
+        """A reply to both."""
+        led: Asked = (
+            f"{POLITE}\n\n{prompt}" if isinstance(prompt, str) else [{"role": "system", "content": POLITE}, *prompt]
+        )
+        return super().draw(model, led, seed)
+
+    def identity(self) -> dict[str, Any]:
+        """As any method's, and the instruction."""
+        return {**super().identity(), "lead": POLITE}
+
+
+@dataclass(frozen=True)
+class Resampled(Method):
+    """Drawn again until `reject` finds it clean."""
+
+    reject: ToxicityScorer = field(kw_only=True)
+
+    def draw(self, model: DetoxiGen, prompt: Asked, seed: int) -> Drawn:
+        """The first of up to eight replies that is clean, or else the least toxic of them."""
+        drawn: list[tuple[float, Generation]] = []
+        for tries in range(TRIES):
+            reply = super().draw(model, prompt, (seed + tries * 2**40) % 2**63).generation
+            drawn.append((checked_scores(self.reject, [reply.text])[0], reply))
+            if drawn[-1][0] < TOXIC_FROM:
+                break
+        _, best = min(drawn, key=itemgetter(0))
+        return Drawn(best, len(drawn), sum(reply.usage.completion_tokens for _, reply in drawn))
+
+    def identity(self) -> dict[str, Any]:
+        """As any method's, and the scorer."""
+        return {**super().identity(), "reject": self.reject.name}
 
 
 class MoreConfig(EvalConfig):
@@ -57,7 +101,7 @@ def more_methods(
     def without_words(i: Ingredients, _: float) -> Method:
         if not words:
             raise InvalidParamsError("banned_words", None, 'a file of words, for the method "banned-words"')
-        return Method("banned-words", i.plain, reject=WordList(words))
+        return Resampled("banned-words", i.plain, reject=WordList(words))
 
     def bounded_guard(i: Ingredients, alpha: float) -> Method:
         method = i.steered("bounded-guard", "bounded", alpha)
@@ -84,7 +128,12 @@ def more_methods(
         ),
         "polite": Recipe(
             "an instruction to be polite before the prompt",
-            lambda i, _: Method("polite", i.plain, lead=POLITE),
+            lambda i, _: Polite("polite", i.plain),
+            steers=False,
+        ),
+        "resample": Recipe(
+            "drawn again until the embedded scorer finds it clean",
+            lambda i, _: Resampled("resample", i.plain, reject=load_scorer()),
             steers=False,
         ),
         # Rejection samples the plain model given that no banned word occurs, which banning their tokens approximates.

@@ -40,9 +40,9 @@ def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, positio
     detoxifier = random_detoxifier(tiny_llama, virtual_tokens=5)
     card = detoxifier.card.model_copy(update={"position": position})
     detoxifier = type(detoxifier)(detoxifier.embeddings, card)
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
+    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as model:
         ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
-        trace = guard.generate(SENTENCES[1], alpha=1.0, max_new_tokens=12, ignore_eos=True, seed=3).trace
+        trace = model.generate(SENTENCES[1], alpha=1.0, max_new_tokens=12, ignore_eos=True, seed=3).trace
     assert trace is not None
     reply = [token.token_id for token in trace.tokens]
     longer = [*reply, *reply[:4]]  # padding of a neighbour changes nothing
@@ -63,13 +63,13 @@ def test_reply_contrast_is_what_the_engine_reports(tiny_llama: Backbone, positio
 @pytest.mark.parametrize("decode", [False, True])
 def test_context_kl(tiny_llama: Backbone, decode: bool) -> None:
     detoxifier = random_detoxifier(tiny_llama, virtual_tokens=4)
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
+    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as model:
         asked: dict[str, Any] = {"reply_tokens": 8, "contexts": 2, "decode": decode}
-        found = context_kl(guard, SENTENCES, SENTENCES[:3], passage_tokens=(60, 120), **asked)
+        found = context_kl(model, SENTENCES, SENTENCES[:3], passage_tokens=(60, 120), **asked)
         with pytest.raises(PromptTooLongError):
-            context_kl(guard, SENTENCES, SENTENCES, passage_tokens=(900,), **asked)
+            context_kl(model, SENTENCES, SENTENCES, passage_tokens=(900,), **asked)
         with pytest.raises(DataError):
-            context_kl(guard, [], SENTENCES)
+            context_kl(model, [], SENTENCES)
     assert [s.setting for s in found.settings] == [
         "bare",
         "chat",
@@ -93,10 +93,10 @@ def test_the_gap_of_pairs(tiny_llama: Backbone) -> None:
     """Of a pair and its mirror image the gaps cancel, and one of the two is aimed at."""
     detoxifier = random_detoxifier(tiny_llama, virtual_tokens=4)
     pairs = [(SENTENCES[0], SENTENCES[1]), (SENTENCES[1], SENTENCES[0]), ("a", SENTENCES[0])]
-    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as guard:
+    with DetoxiGen(tiny_llama, [SteeringStream(detoxifier)]) as model:
         asked: dict[str, Any] = {"passage_tokens": (60,), "reply_tokens": 8, "contexts": 1}
-        found = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs, **asked)
-        one = context_kl(guard, SENTENCES, SENTENCES[:3], pairs=pairs[:1], **asked)
+        found = context_kl(model, SENTENCES, SENTENCES[:3], pairs=pairs, **asked)
+        one = context_kl(model, SENTENCES, SENTENCES[:3], pairs=pairs[:1], **asked)
     assert [s.gap for s in found.settings] == pytest.approx([0.0] * 3, abs=1e-4)
     assert [s.aim for s in found.settings] == [0.5] * 3
     assert all(s.gap is not None and (s.gap > 0) == (s.aim == 1) for s in one.settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from detox_benchmarks.__main__ import app
-from detox_benchmarks.methods import WordList, more_methods, read_words
+from detox_benchmarks.methods import POLITE, Polite, Resampled, WordList, more_methods, read_words
 from detox_benchmarks.speed.beside import run_speed
 from detox_benchmarks.speed.random_models import SHAPES, random_backbone
 from measuring import LengthJudge, rtp_row, written
@@ -24,6 +24,7 @@ from detox_guard.evaluation.methods import Ingredients, make_methods
 from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from detox_guard.models.backbone import Backbone
@@ -45,6 +46,38 @@ def test_names_and_strengths(tiny_llama: Backbone, tmp_path: Path) -> None:
             make_methods([name], [1.0], ingredients, more_methods())
 
 
+def test_politeness_is_asked_for_before_the_prompt(tiny_llama: Backbone) -> None:
+    params = DecodingParams(alpha=0.0, max_new_tokens=4, ignore_eos=True)
+    with DetoxiGen(tiny_llama) as model:
+        led = Polite("polite", params).draw(model, "Hello", 5).generation
+        assert led == model.generate(f"{POLITE}\n\nHello", params, seed=5)
+        chat = [{"role": "user", "content": "Hello"}]
+        told = Polite("polite", params).draw(model, chat, 5).generation
+        assert told == model.generate([{"role": "system", "content": POLITE}, *chat], params, seed=5)
+
+
+def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone) -> None:
+    class Judge(LengthJudge):
+        def __init__(self, scores: list[float]) -> None:
+            self.left = iter(scores)
+
+        def score(self, texts: Sequence[str]) -> list[float]:
+            return [next(self.left) for _ in texts]
+
+    params = DecodingParams(alpha=0.0, max_new_tokens=4, ignore_eos=True)
+    with DetoxiGen(tiny_llama) as model:
+        replies = [
+            model.generate("One", params.replace(seed=(5 + n * 2**40) % 2**63)).text for n in range(8)
+        ]  # what each try must say
+        for scores, tries, kept in (
+            ([0.1], 1, 0),
+            ([0.9, 0.6, 0.4], 3, 2),
+            ([0.9, 0.8, 0.6, 0.7, 0.9, 0.9, 0.9, 0.9], 8, 2),
+        ):
+            drawn = Resampled("resample", params, reject=Judge(scores)).draw(model, "One", 5)
+            assert (drawn.tries, drawn.generation.text, drawn.decoded_tokens) == (tries, replies[kept], 4 * tries)
+
+
 def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
     """Steering towards the prefix with all its might is reading the text."""
     prefix, prompt = "You are rude.\n\n", "So, I'm starting"
@@ -52,10 +85,10 @@ def test_a_toxic_prefix_is_the_text_itself(tiny_llama: Backbone) -> None:
         alpha=1.0, calm_share=1, rule="dexperts", temperature=0, top_p=1.0, max_new_tokens=12, ignore_eos=True
     )
     towards = Detoxifier.from_text(prefix, "front", 1.0)
-    with DetoxiGen(tiny_llama, [towards]) as guard:
-        steered = guard.generate(prompt, params)
-        read = guard.generate(prefix + prompt, params, alpha=0.0)
-        assert steered.text == read.text != guard.generate(prompt, params, alpha=0.0).text
+    with DetoxiGen(tiny_llama, [towards]) as model:
+        steered = model.generate(prompt, params)
+        read = model.generate(prefix + prompt, params, alpha=0.0)
+        assert steered.text == read.text != model.generate(prompt, params, alpha=0.0).text
 
 
 def test_banned_words_are_whole_words(tmp_path: Path) -> None:

@@ -46,12 +46,12 @@ def test_steered_nats_are_those_of_the_engines_distribution(tiny_llama: Backbone
     detoxifier = type(detoxifier)(detoxifier.embeddings, detoxifier.card.model_copy(update={"position": position}))
     stream = SteeringStream(detoxifier)
     ids = tiny_llama.tokenizer(SENTENCES[1])["input_ids"]
-    with DetoxiGen(tiny_llama, [stream]) as guard:
+    with DetoxiGen(tiny_llama, [stream]) as model:
         for rule, alpha, floor in (("dexperts", 0.0, 0.0), ("dexperts", 1.0, 0.0), ("detoxigen", 2.0, 0.01)):
             params = DecodingParams(
                 alpha=alpha, rule=rule, plausibility=floor, top_p=1.0, max_new_tokens=12, ignore_eos=True, seed=3
             )  # fmt: skip
-            trace = guard.generate(SENTENCES[1], params).trace
+            trace = model.generate(SENTENCES[1], params).trace
             assert trace is not None
             reply = [token.token_id for token in trace.tokens]
             [(nats, never)] = steered_nats(tiny_llama, [Method("m", params, (stream,))], ids, reply)
@@ -107,7 +107,7 @@ def test_run_utility(tasks: dict[str, Any], tiny_folder: Path, detoxifier_folder
     stored = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
     assert len(stored) == 4
     again = run(methods=("default", "guard"))
-    assert again["tasks"]["wikitext"] == summary["tasks"]["wikitext"]  # a guard has no distribution of its own
+    assert again["tasks"]["wikitext"] == summary["tasks"]["wikitext"]  # a model has no distribution of its own
     assert list(again["tasks"]["xquad"]) == ["plain", "default", "guard"]
     assert again["tasks"]["xquad"]["default"] == summary["tasks"]["xquad"]["default"]
     for path, content in stored.items():

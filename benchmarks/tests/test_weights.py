@@ -23,7 +23,7 @@ from detox_benchmarks.ablations.weights import (
 from tiny import SENTENCES, TEXTS, make_tiny_backbone
 from torch.nn import functional
 
-from detox_guard._reply import Reply
+from detox_guard._reply import Reply, Speaker
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DetoxGuardError, UnsupportedBackboneError
 from detox_guard.settings import DecodingParams
@@ -179,7 +179,7 @@ def test_bytes_are_what_the_optimizer_holds(
 
 
 def fresh(backbone: Backbone, params: DecodingParams) -> list[Reply]:
-    return [Reply(backbone, prompt, params.replace(seed=i)) for i, prompt in enumerate(SENTENCES)]
+    return [Reply(Speaker(backbone), prompt, params.replace(seed=i)) for i, prompt in enumerate(SENTENCES)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -191,8 +191,8 @@ def test_a_second_model_that_is_the_first_changes_no_token(kind: Any, rule: Any,
     ends = tuple(range(4, 480, 20))
     steered = DecodingParams(alpha=2.0, rule=rule, max_new_tokens=24, stop_token_ids=ends, **sampling)
     made = decode_pair(backbone, copy.deepcopy(backbone.model), fresh(backbone, steered))
-    with DetoxiGen(backbone) as guard:
-        plain = guard.batch(SENTENCES, [steered.replace(alpha=0.0, seed=i) for i in range(len(SENTENCES))])
+    with DetoxiGen(backbone) as model:
+        plain = model.batch(SENTENCES, [steered.replace(alpha=0.0, seed=i) for i in range(len(SENTENCES))])
     assert [one.text for one in made] == [one.text for one in plain]
     for one, other in zip(made, plain, strict=True):
         assert (one.finish_reason, one.usage, one.seed) == (other.finish_reason, other.usage, other.seed)
@@ -238,5 +238,7 @@ def test_stop_strings_and_neighbours(tiny_llama: Backbone) -> None:
     assert made[0].text == texts[0].partition(stop)[0]
     assert made[0].finish_reason == "stop"
     for i, prompt in enumerate(SENTENCES):
-        [alone] = decode_pair(tiny_llama, other, [Reply(tiny_llama, prompt, params.replace(stop=(stop,), seed=i))])
+        [alone] = decode_pair(
+            tiny_llama, other, [Reply(Speaker(tiny_llama), prompt, params.replace(stop=(stop,), seed=i))]
+        )
         assert alone.text == made[i].text == texts[i].partition(stop)[0]

@@ -40,9 +40,8 @@ def demo(
 
     params = DecodingParams(alpha=alpha, max_new_tokens=max_new_tokens, seed=seed, guard=GuardPolicy())
     prepare_file(output)
-    guard = session.load_model(model, detoxifier, **options.loading(fields))
-    with guard:
-        run_demo(guard, params, output, stdout_console())
+    with session.load_model(model, detoxifier, **options.loading(fields)) as loaded:
+        run_demo(loaded, params, output, stdout_console())
 
 
 @options.config_options(BenchConfig)

@@ -64,7 +64,7 @@ def serve(
         changes |= options.given({"model": model, "upstream": upstream})
         changes |= {"detoxifier": tuple(detoxifier)} if detoxifier else {}
         file = file.replace(models={name: one.replace(**changes)})
-    held = {name: (one, _loaded(one)) for name, one in file.models.items()}
+    held = {name: (one, _loaded(one, file.server.guard)) for name, one in file.models.items()}
     models = {_name(name, loaded): loaded for name, (_, loaded) in held.items()}
 
     async def reload(state: State) -> None:
@@ -74,7 +74,7 @@ def serve(
         fresh = {}
         for name, one in anew.models.items():
             same = name in held and held[name][0] == one
-            fresh[name] = held[name] if same else (one, await run_off_loop(_loaded, one))
+            fresh[name] = held[name] if same else (one, await run_off_loop(_loaded, one, anew.server.guard))
         state.configure(anew.server.replace(host=state.config.host, port=state.config.port))
         held.clear()
         held.update(fresh)
@@ -126,20 +126,17 @@ def _guard(no_guard: bool, threshold: float | None, audit_log: Path | None) -> d
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _loaded(one: ModelConfig) -> Model:
-    asked = one.params
-    if one.upstream is not None:
-        from detox_guard.server.upstream import Upstream
+def _loaded(one: ModelConfig, guard: GuardPolicy | None) -> Model:
+    if one.upstream is None:
+        from detox_guard.server.loading import load_model
 
-        behind = Upstream(one.upstream, one.model, key=one.upstream_key or os.environ.get("DETOX_GUARD_UPSTREAM_KEY"))
-        behind.params = behind.params if asked is None else behind.params.replace(**_set(asked))
-        return behind
-    unsteered = one.detoxifier == () or (one.detoxifier is None and asked is not None and asked.alpha == 0)
-    loaded = session.load_model(one.model, one.detoxifier, steered=not unsteered, config=one.engine, **one.loading)
-    if asked is not None:
-        plain = not loaded.streams and "alpha" not in asked.model_fields_set
-        loaded.params = asked.replace(alpha=0.0) if plain else asked
-    return loaded
+        with session.loading_spinner(one.model):
+            return load_model(one, guard)
+    from detox_guard.server.upstream import Upstream
+
+    behind = Upstream(one.upstream, one.model, key=one.upstream_key or os.environ.get("DETOX_GUARD_UPSTREAM_KEY"))
+    behind.params = behind.params if one.params is None else behind.params.replace(**_set(one.params))
+    return behind
 
 
 def _set(params: DecodingParams) -> dict[str, Any]:

@@ -29,6 +29,7 @@ __all__ = [
     "draw_seed",
     "load_model",
     "load_named_scorer",
+    "loading_spinner",
     "needs_extra",
     "run_all",
     "spinner",
@@ -69,11 +70,7 @@ def load_model(
 
     `loading`: fields of `LoadOptions`.
     """
-    if model is None:
-        from detox_guard.models.default import default_backbone_dir
-
-        default_backbone_dir()  # has its own bar, and two at once would fight for the line
-    with spinner(f"Loading {visible_name(model)}"):
+    with loading_spinner(model):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -149,6 +146,17 @@ def run_all(
                     asked[index].generation = result
                 stage.tick()
                 tell()
+
+
+@contextmanager
+def loading_spinner(model: str | None) -> Iterator[None]:
+    """A line on stderr while a model is loaded."""
+    if model is None:
+        from detox_guard.models.default import default_backbone_dir
+
+        default_backbone_dir()  # has its own bar, and two at once would fight for the line
+    with spinner(f"Loading {visible_name(model)}"):
+        yield
 
 
 @contextmanager

@@ -57,6 +57,10 @@ class PromptIds(NamedTuple):
         """Columns to compute: of its longest context."""
         return max(map(len, (self.ids, *self.contexts)))
 
+    def slots(self, beside: int) -> int:
+        """The most that one of its rows holds, where views take at the most so many `beside` the context."""
+        return max(len(self.ids) + (beside if self.steered else 0), *map(len, self.contexts), 0)
+
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many ids two prompts have in common before the first that differs. Both are of one type."""

@@ -6,6 +6,7 @@ Knows saved rows; knows no requests.
 from __future__ import annotations
 
 from collections import OrderedDict
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from detox_guard.engine.base import shared
@@ -35,10 +36,9 @@ class PromptCache:
 
     def base(self, prompt: PromptIds) -> Base | None:
         """The prompt in here that begins most like this one, if it does so for `LEAST_SHARED` tokens."""
-        found = max(self._kept, key=lambda kept: (shared(kept.ids, prompt.ids), kept.steered), default=None)
-        if found is None or shared(found.ids, prompt.ids) < LEAST_SHARED:
-            return None
-        return Base(found, self._kept[found].rows)
+        alike = ((shared(kept.ids, prompt.ids), kept.steered, kept) for kept in self._kept)
+        tokens, _, found = max(alike, key=itemgetter(0, 1), default=(0, False, None))
+        return None if found is None or tokens < LEAST_SHARED else Base(found, self._kept[found].rows)
 
     def put(self, prompt: PromptIds, computed: Computed) -> None:
         self._kept[prompt] = computed

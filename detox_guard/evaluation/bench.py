@@ -141,8 +141,8 @@ def run_bench(
     if not isinstance(ours, Backbone):
         ours = run_aside(lambda: load_backbone(config.model, device=config.device, dtype=config.dtype))
     is_random = detoxifier == "random"
-    with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as guard:
-        ways = {**ways_of(guard, tokens, context, streams), **beside(tokens)}
+    with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as model:
+        ways = {**ways_of(model, tokens, context, streams), **beside(tokens)}
         for way in ways.values():
             way()
         rounds = [{name: way() for name, way in ways.items()} for _ in range(runs)]
@@ -151,8 +151,8 @@ def run_bench(
             "versions": versions(),
             "backbone": ours.id,
             "dtype": ours.identity["dtype"],
-            "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in guard.streams],
-            "position": [s.place for s in guard.streams],
+            "detoxifier": ["random" if is_random else s.detoxifier.sha256 for s in model.streams],
+            "position": [s.place for s in model.streams],
             "tokens": tokens,
             "context": context,
             "runs": runs,
@@ -181,43 +181,43 @@ def random_detoxifier(backbone: Backbone, *, virtual_tokens: int = 20, seed: int
     return Detoxifier(torch.randn(virtual_tokens, backbone.hidden_size, generator=generator) * size, card)
 
 
-def ways_of(guard: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
+def ways_of(model: DetoxiGen, tokens: int, context: int, streams: int) -> Ways:
     """What a bench times of one model."""
     greedy = DecodingParams(calm_share=1, temperature=0.0, max_new_tokens=tokens, ignore_eos=True, seed=0)
     off = greedy.replace(alpha=0.0)
     guarded = greedy.replace(guard=GuardPolicy(threshold=MOST))
     one = greedy.replace(max_new_tokens=1)
-    words = guard.backbone.tokenizer(PROMPT)["input_ids"]
+    words = model.backbone.tokenizer(PROMPT)["input_ids"]
     turns = itertools.count()
 
     def fresh() -> str:
         """A long prompt that begins as none before did: what is alike would not be computed again."""
-        tokenizer, turn = guard.backbone.tokenizer, next(turns)
+        tokenizer, turn = model.backbone.tokenizer, next(turns)
         ids = tokenizer(f"w{turn + 2} ")["input_ids"] + words * (context // len(words) + 1)
-        return str(guard.backbone.tokenizer.decode(ids[:context]))
+        return str(model.backbone.tokenizer.decode(ids[:context]))
 
     def second_turn() -> Timed:
         """A long context and a question behind it: the context was asked before."""
         first = fresh()
-        _stream(guard, first, one)
-        return _stream(guard, f"{first}. {PROMPT}", one)
+        _stream(model, first, one)
+        return _stream(model, f"{first}. {PROMPT}", one)
 
     return {
-        "engine, plain": lambda: _stream(guard, PROMPT, off),
-        "engine, steered": lambda: _stream(guard, PROMPT, greedy),
-        "engine, guarded": lambda: _stream(guard, PROMPT, guarded),
-        "engine, steered, many": lambda: _many(guard, greedy, streams),
-        "long context, plain": lambda: _stream(guard, fresh(), one.replace(alpha=0.0)),
-        "long context, steered": lambda: _stream(guard, fresh(), one),
+        "engine, plain": lambda: _stream(model, PROMPT, off),
+        "engine, steered": lambda: _stream(model, PROMPT, greedy),
+        "engine, guarded": lambda: _stream(model, PROMPT, guarded),
+        "engine, steered, many": lambda: _many(model, greedy, streams),
+        "long context, plain": lambda: _stream(model, fresh(), one.replace(alpha=0.0)),
+        "long context, steered": lambda: _stream(model, fresh(), one),
         "second turn, steered": second_turn,
     }
 
 
-def _stream(guard: DetoxiGen, prompt: str, params: DecodingParams) -> Timed:
+def _stream(model: DetoxiGen, prompt: str, params: DecodingParams) -> Timed:
     started = time.perf_counter()
     times = []
     count = 0
-    for chunk in guard.stream(prompt, params):
+    for chunk in model.stream(prompt, params):
         if chunk.generation is None:
             times.append(time.perf_counter())
         else:
@@ -236,10 +236,10 @@ def all_of(got: int, asked: int) -> int:
     return got
 
 
-def _many(guard: DetoxiGen, params: DecodingParams, streams: int) -> Timed:
+def _many(model: DetoxiGen, params: DecodingParams, streams: int) -> Timed:
     results: list[Timed] = []
     threads = [
-        threading.Thread(target=lambda: results.append(_stream(guard, PROMPT, params)), daemon=True)
+        threading.Thread(target=lambda: results.append(_stream(model, PROMPT, params)), daemon=True)
         for _ in range(streams)
     ]
     started = time.perf_counter()

@@ -1,18 +1,16 @@
 """The ways of decoding that are measured side by side. Knows the model; judges and measures nothing.
 
-A method is what to decode with (parameters, steering streams), what to say before the prompt, and what to throw away.
+A method is what to decode with: parameters and steering streams.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import InvalidParamsError
-from detox_guard.evaluation.metrics import THRESHOLD
 from detox_guard.evaluation.samples import decode
-from detox_guard.scorers.base import checked_scores, load_scorer
 from detox_guard.settings import GuardPolicy
 
 if TYPE_CHECKING:
@@ -24,16 +22,12 @@ if TYPE_CHECKING:
     from detox_guard.evaluation.store import Journal
     from detox_guard.models.backbone import Backbone
     from detox_guard.results import Generation
-    from detox_guard.scorers.base import ToxicityScorer
     from detox_guard.settings import DecodingParams, EngineConfig
 
 __all__ = ["METHODS", "Drawn", "Ingredients", "Method", "Recipe", "make_methods", "needs_streams"]
 
-TRIES = 8
 
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One reply, how many were drawn for it, and their tokens together."""
 
     generation: Generation
@@ -43,13 +37,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Method:
-    """One way of decoding. `params.alpha` 0 is the plain model; `reject` has a reply drawn again."""
+    """One way of decoding. `params.alpha` 0 is the plain model."""
 
     name: str
     params: DecodingParams
     streams: tuple[SteeringStream, ...] = ()
-    lead: str = ""
-    reject: ToxicityScorer | None = None
 
     def decode_all(
         self, backbone: Backbone, config: EngineConfig, jobs: Sequence[Job], journal: Journal, tick: Callable[[], None]
@@ -58,40 +50,16 @@ class Method:
         with DetoxiGen(backbone, self.streams, config=config) as model:
             decode(model, jobs, journal, tick)
 
-    def prompt(self, prompt: Asked) -> Asked:
-        """The prompt behind `lead`: a system message in a chat, else text before it."""
-        if not self.lead:
-            return prompt
-        return (
-            f"{self.lead}\n\n{prompt}"
-            if isinstance(prompt, str)
-            else [{"role": "system", "content": self.lead}, *prompt]
-        )
-
     def draw(self, model: DetoxiGen, prompt: Asked, seed: int) -> Drawn:
-        """A reply; with `reject`, the first of up to eight that it finds clean, or else the least toxic of them."""
-        asked = self.prompt(prompt)
-        decoded, best, lowest = 0, None, 2.0
-        for tries in range(1, TRIES + 1):
-            reply = model.generate(asked, self.params.replace(seed=(seed + (tries - 1) * 2**40) % 2**63))
-            decoded += reply.usage.completion_tokens + reply.usage.discarded_tokens
-            if self.reject is None:
-                return Drawn(reply, tries, decoded)
-            score = checked_scores(self.reject, [reply.text])[0]
-            if best is None or score < lowest:
-                best, lowest = reply, score
-            if score < THRESHOLD:
-                break
-        assert best is not None
-        return Drawn(best, tries, decoded)
+        """A reply."""
+        reply = model.generate(prompt, self.params.replace(seed=seed))
+        return Drawn(reply, 1, reply.usage.completion_tokens + reply.usage.discarded_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What makes its samples what they are, as JSON: a run is resumed only with the same."""
         return {
             "params": self.params.model_dump(mode="json", exclude={"seed", "trace"}),
             "streams": [stream.identity() for stream in self.streams],
-            "lead": self.lead,
-            "reject": self.reject and self.reject.name,
         }
 
 
@@ -140,11 +108,6 @@ METHODS: Mapping[str, Recipe] = {
     "bounded": _rule("bounded", "the rule that ships, at a strength of your choice"),
     "dexperts": _rule("dexperts", "the log-space anti-expert rule, its strength not bounded"),
     "detoxigen": _rule("detoxigen", "the paper's rule, in probability space"),
-    "resample": Recipe(
-        "drawn again until the embedded scorer finds it clean",
-        lambda i, _: Method("resample", i.plain, reject=load_scorer()),
-        steers=False,
-    ),
 }
 """The one table of methods; `--list-methods` shows it."""
 

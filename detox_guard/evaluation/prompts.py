@@ -15,7 +15,7 @@ import numpy as np
 from detox_guard._files import read_json, read_text
 from detox_guard.data import BadRow, read_rows, text_at
 from detox_guard.errors import DataError, InvalidParamsError
-from detox_guard.evaluation.metrics import THRESHOLD
+from detox_guard.scorers.base import TOXIC_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ class EvalPrompt:
         """By its label; "all" is for files without labels."""
         if self.toxicity is None:
             return "all"
-        return "toxic" if self.toxicity >= THRESHOLD else "non-toxic"
+        return "toxic" if self.toxicity >= TOXIC_FROM else "non-toxic"
 
 
 def read_prompts(source: str | Path, *, field: str | None = None, words: int | None = None) -> list[EvalPrompt]:
@@ -172,7 +172,7 @@ def _prompt(where: str, row: Any, field: str | None, words: int | None) -> EvalP
     challenging = _share(row.get("challenging"))
     if challenging not in (None, 0.0, 1.0):
         raise bad(f"challenging {row.get('challenging')!r} is neither true nor false")
-    marked = [one for one in ATTRIBUTES if (_share(labels.get(one)) or 0.0) >= THRESHOLD]
+    marked = [one for one in ATTRIBUTES if (_share(labels.get(one)) or 0.0) >= TOXIC_FROM]
     category = row.get("category")
     return EvalPrompt(text, toxicity, bool(challenging), (str(category),) if category else tuple(marked))
 

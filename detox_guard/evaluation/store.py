@@ -139,7 +139,8 @@ def all_methods(path: Path, identity: dict[str, Any], methods: Sequence[Method])
         known = old["methods"]
     for method in methods:
         mine = json.loads(json.dumps(method.identity()))
-        if known.setdefault(method.name, mine) != mine:
+        stored = known.setdefault(method.name, mine)
+        if {part: stored.get(part) for part in mine} != mine:
             raise DataError(
                 f"{path.parent}: holds another {method.name!r}", hint="take another folder for other settings"
             )

@@ -119,11 +119,6 @@ def audit_log(path: str) -> AuditLog:
         return _logs[real]
 
 
-def remembered() -> int:
-    """How many logs this process knows."""
-    return len(_logs)
-
-
 def check_log(path: str) -> None:
     """Raises `InvalidParamsError` where it cannot be written."""
     try:

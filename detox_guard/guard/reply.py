@@ -23,11 +23,11 @@ from detox_guard.text.prompts import prompt_texts
 from detox_guard.text.sentences import in_code, last_space, sentence_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Future
 
-    from detox_guard.engine import PromptIds, Verdict
-    from detox_guard.models.backbone import Backbone
+    from detox_guard._reply import Speaker
+    from detox_guard.engine import Verdict
     from detox_guard.scorers.batcher import Batcher
     from detox_guard.settings import DecodingParams, GuardPolicy
     from detox_guard.text.prompts import Prompt
@@ -91,23 +91,15 @@ class _Unit:
 class GuardedReply(Reply):
     """A reply under a `GuardPolicy`. Its text goes out unit by unit, each after its verdict."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompt: Prompt,
-        params: DecodingParams,
-        detoxifiers: Sequence[str] = (),
-        check_fits: Callable[[PromptIds, int, bool], object] | None = None,
-        system_texts: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, speaker: Speaker, prompt: Prompt, params: DecodingParams) -> None:
         assert params.guard is not None
         self.policy: GuardPolicy = params.guard
         self._batcher: Batcher = batcher_for(self.policy.scorer)
         self.guard = self._batcher.scorer.name
         if self.policy.audit_log is not None:
             check_log(self.policy.audit_log)  # a log that cannot be written is an error now, not a line lost later
-        super().__init__(backbone, prompt, params, detoxifiers, check_fits, system_texts)
-        self._can_steer = bool(detoxifiers)
+        super().__init__(speaker, prompt, params)
+        self._can_steer = bool(speaker.detoxifiers)
         self._open = _Unit(0, Reading(self.policy.context_chars), 0, "", False)
         self._pending: deque[_Unit] = deque()
         self._over: Finish | None = None

@@ -1,20 +1,25 @@
-"""What was retrieved, or came back from a tool, before a model reads it. Knows texts and a scorer; no engine."""
+"""What was retrieved, or came back from a tool, before a model reads it. Knows texts, a scorer, and values that texts
+stand in; no engine."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from detox_guard.errors import InvalidParamsError
+from pydantic import BaseModel
+
+from detox_guard.errors import GuardError, InvalidParamsError
 from detox_guard.guard.units import Asked, read_sentences
 from detox_guard.scorers.base import TOXIC_FROM, checked_scores, load_scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence, Set
 
     from detox_guard.scorers.base import ToxicityScorer
 
-__all__ = ["SCREEN_NOTE", "Screened", "screen"]
+__all__ = ["SCREEN_NOTE", "Screened", "replace_strings", "screen"]
 
 SCREEN_NOTE = "[removed by the toxicity screen]"
 _ACTIONS = ("drop", "mask", "mark")
@@ -96,3 +101,37 @@ def _masked(parts: Sequence[str], toxic: Sequence[bool]) -> str:
         else:
             out.append(SCREEN_NOTE + space)
     return "".join(out)
+
+
+def replace_strings(value: Any, change: Callable[[str], str], keep: Set[object] = frozenset()) -> Any:
+    """The same value with every string changed, in mappings, sequences, sets, pydantic models and dataclasses, however
+    deep; keys too, but for those in `keep`. What this cannot look into stays as it is.
+
+    Raises `GuardError` for what is nested too deep to be changed.
+    """
+
+    def changed(one: Any) -> Any:
+        if isinstance(one, str):
+            return change(one)
+        if isinstance(one, bytes):
+            text = one.decode(errors="replace")
+            return one if (new := change(text)) == text else new.encode()
+        if isinstance(one, Mapping):
+            return {key if key in keep else changed(key): changed(part) for key, part in one.items()}
+        if isinstance(one, list):
+            return [changed(part) for part in one]
+        if isinstance(one, tuple | set | frozenset):
+            parts = [changed(part) for part in one]
+            return type(one)(*parts) if hasattr(one, "_fields") else type(one)(parts)
+        if isinstance(one, BaseModel):
+            parts_of = {name: changed(part) for name, part in one}
+            return one.model_copy(update={name: new for name, new in parts_of.items() if new is not getattr(one, name)})
+        if dataclasses.is_dataclass(one) and not isinstance(one, type):
+            names = [field.name for field in dataclasses.fields(one) if field.init]
+            return dataclasses.replace(one, **{name: changed(getattr(one, name)) for name in names})
+        return one
+
+    try:
+        return changed(value)
+    except RecursionError:
+        raise GuardError("flagged words are nested too deep to be masked") from None

@@ -13,7 +13,7 @@ from detox_guard.errors import InvalidParamsError
 from detox_guard.server.errors import ApiError
 from detox_guard.text.grammar import Grammar
 from detox_guard.text.prompts import ChatPrompt
-from detox_guard.text.tools import function_of
+from detox_guard.text.tools import tool_choice_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,34 +156,21 @@ def _forbidden(param: str, why: str) -> ApiError:
 def _held_to(body: ChatRequest) -> tuple[tuple[dict[str, Any], ...], Grammar | None, dict[str, Any] | None]:
     """The tools to show, the grammar to hold to, and the schema to tell of."""
     tools = tuple(body.tools or ())
-    names = [function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools)]
-    choice = _choice(body.tool_choice, names)
+    mode, name = tool_choice_of(body.tool_choice, tools)
     kind = None if body.response_format is None else body.response_format.get("type")
     if kind not in (None, "text"):
-        if tools and choice not in ("none", "auto"):
+        if mode == "any":
             raise InvalidParamsError("response_format", body.response_format, "not together with a forced tool call")
-        if not tools or choice == "none":
+        if not tools or mode == "none":
             return (), *_formatted(body.response_format or {})
         raise InvalidParamsError(
             "response_format", body.response_format, "not together with tools", hint="tool_choice='none', or no tools"
         )
-    if choice == "none":
+    if mode == "none":
         return (), None, None
-    if choice == "auto":
+    if mode == "auto":
         return tools, None, None
-    return tools, Grammar.tool_calls(tools, name=None if choice == "required" else choice[5:]), None
-
-
-def _choice(choice: str | dict[str, Any] | None, names: Sequence[str]) -> str:
-    """ "auto", "none", "required", or "name " and a name."""
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto")
-    if choice == "required" and names:
-        return "required"
-    name = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
-    if name not in names:
-        raise InvalidParamsError("tool_choice", choice, "auto, none, required, or one of the tools")
-    return f"name {name}"
+    return tools, Grammar.tool_calls(tools, name=name), None
 
 
 def _formatted(response_format: dict[str, Any]) -> tuple[Grammar, dict[str, Any] | None]:

@@ -15,13 +15,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from detox_guard._plain import as_plain, json_fault
 from detox_guard.errors import InvalidParamsError
 from detox_guard.text.calls import ToolCall, ToolCallStream, parse_tool_calls
 
-__all__ = ["ToolCall", "ToolCallStream", "function_of", "knows_tools", "parse_tool_calls", "tool_format", "with_tools"]
+__all__ = [
+    "ToolCall",
+    "ToolCallStream",
+    "function_of",
+    "knows_tools",
+    "parse_tool_calls",
+    "tool_choice_of",
+    "tool_format",
+    "with_tools",
+]
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MISTRAL = "[TOOL_CALLS]"
@@ -65,6 +74,18 @@ _FORMATS = {
 }
 
 
+class ToolChoice(NamedTuple):
+    """What a reply may do about tools."""
+
+    mode: Literal["auto", "none", "any"]
+    """As it likes; call none; call one."""
+    name: str | None = None
+    """With "any": the tool that is to be called."""
+
+
+_MODES: dict[str, Literal["auto", "none", "any"]] = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
+
+
 def knows_tools(template: str | None) -> bool:
     """Whether a chat template renders tools by itself."""
     return template is not None and re.search(r"\btools\b", template) is not None
@@ -90,6 +111,28 @@ def function_of(tool: object, field: str) -> Function:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise InvalidParamsError(f"{field}.function.parameters", parameters, 'a JSON schema of type "object"')
     return Function(name, {"type": "object", "properties": {}, **parameters})
+
+
+def tool_choice_of(choice: object, tools: Sequence[object]) -> ToolChoice:
+    """A `tool_choice` as any provider writes it: None (auto), a truth value, a word ("required" is "any"), the name of
+    a tool, or a dict with a `type`, and for a tool with its `name` or `function`.
+
+    Raises `InvalidParamsError`, also for a call that is forced where there are no tools.
+    """
+    names = [function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools)]
+    word = name = choice
+    if choice is None or isinstance(choice, bool):
+        word, name = "auto" if choice is None else "any" if choice else "none", None
+    elif isinstance(choice, Mapping):
+        word, function = choice.get("type"), choice.get("function", choice)
+        name = function.get("name") if isinstance(function, Mapping) and word in ("function", "tool", None) else None
+    mode = _MODES.get(word) if isinstance(word, str) else None
+    if mode is None and name in names:
+        return ToolChoice("any", str(name))
+    if mode is None or (mode == "any" and not names):
+        bound = f"one of {', '.join([*_MODES, *names])}" if names else "auto or none where there are no tools"
+        raise InvalidParamsError("tool_choice", choice, bound)
+    return ToolChoice(mode)
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------

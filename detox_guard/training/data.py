@@ -15,10 +15,10 @@ from detox_guard.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Reply", "Text", "TextPairs", "TextRows", "read_pairs", "read_texts", "whole"]
+__all__ = ["Prompted", "Text", "TextPairs", "TextRows", "read_pairs", "read_texts", "whole"]
 
 
-class Reply(NamedTuple):
+class Prompted(NamedTuple):
     """A text and what it follows."""
 
     prompt: str
@@ -27,7 +27,7 @@ class Reply(NamedTuple):
     chat: bool = False
 
 
-Text = str | Reply
+Text = str | Prompted
 _BEFORE = ("prompt", "question")
 """What a row may say its texts follow."""
 _SHOWN = 5
@@ -119,7 +119,7 @@ def _texts(row: Any, fields: Sequence[str]) -> dict[str, str]:
 def _replies(row: dict[str, str], fields: Sequence[str]) -> tuple[Text, ...]:
     """The texts at these fields, each behind what the row says that it follows."""
     if "question" in row and "question" not in fields:
-        return tuple(Reply(row["question"], row[field], chat=True) for field in fields)
+        return tuple(Prompted(row["question"], row[field], chat=True) for field in fields)
     if "prompt" in row and "prompt" not in fields:
-        return tuple(Reply(row["prompt"], f" {row[field]}") for field in fields)
+        return tuple(Prompted(row["prompt"], f" {row[field]}") for field in fields)
     return tuple(row[field] for field in fields)

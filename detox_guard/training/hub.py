@@ -19,7 +19,7 @@ __all__ = ["COMMENTS", "LICENCE", "fetch_comments", "push"]
 
 COMMENTS = "google/civil_comments"
 LICENCE = "CC0-1.0"
-TOXIC_FROM, HARMLESS_TO = 0.66, 0.1
+TOXIC_TO_MOST, TOXIC_TO_FEW = 0.66, 0.1
 """Shares of the raters who called a comment toxic."""
 CHARS = (20, 160)
 """Shortest and longest comment that is taken: what is learned of one is a reply's length of it."""
@@ -36,7 +36,7 @@ def fetch_comments(count: int, progress: Callable[[int], object] = lambda found:
 
         for row in datasets.load_dataset(COMMENTS, split="train", streaming=True):
             text, share = str(row["text"]).strip(), float(row["toxicity"])
-            kind = toxic if share >= TOXIC_FROM else harmless if share <= HARMLESS_TO else None
+            kind = toxic if share >= TOXIC_TO_MOST else harmless if share <= TOXIC_TO_FEW else None
             if kind is None or len(kind) == count or not CHARS[0] <= len(text) <= CHARS[1]:
                 continue
             kind.append(text)

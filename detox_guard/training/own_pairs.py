@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAWS", "Draw", "Drawn", "choose_pairs", "open_for", "sample"]
 
-TOXIC_FROM, HARMLESS_BELOW = 0.6, 0.25
-"""Scores of a reply that is surely toxic, and of one that is surely not."""
+SURELY_TOXIC, SURELY_HARMLESS = 0.6, 0.25
+"""A reply of this score or more is surely toxic; one below that is surely not."""
 A_PROMPT = 8
 """Most pairs of one prompt."""
 
@@ -103,9 +103,9 @@ def choose_pairs(
     rng = random.Random(0)
     rows = []
     for prompt, scored in by_prompt.items():
-        certain = [one for one in scored if one[0] >= TOXIC_FROM]
+        certain = [one for one in scored if one[0] >= SURELY_TOXIC]
         certain.sort(key=lambda one: (DRAWS.index(one[1].draw), -one[0]))
-        clean = [reply for found, reply in scored if found < HARMLESS_BELOW]
+        clean = [reply for found, reply in scored if found < SURELY_HARMLESS]
         clean = [reply for reply in clean if reply.draw != "lean"] or clean
         rng.shuffle(clean)
         for place, (_, toxic) in enumerate(certain[:A_PROMPT] if clean else ()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from detox_guard.errors import DataError
-from detox_guard.training.data import Reply, Text, TextPairs, TextRows, read_pairs, read_texts, whole
+from detox_guard.training.data import Prompted, Text, TextPairs, TextRows, read_pairs, read_texts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +68,8 @@ def divide(rows: Sequence[Row], config: TrainingConfig) -> tuple[list[Row], list
     random.Random(config.seed).shuffle(unique)
     together: dict[object, list[Row]] = {}
     for row in unique:
-        text = row[0] if isinstance(row, tuple) and not isinstance(row, Reply) else row
-        together.setdefault(text.prompt if isinstance(text, Reply) else row, []).append(row)
+        text = row[0] if isinstance(row, tuple) and not isinstance(row, Prompted) else row
+        together.setdefault(text.prompt if isinstance(text, Prompted) else row, []).append(row)
     train: list[Row] = []
     heldout: list[Row] = []
     for many in together.values():

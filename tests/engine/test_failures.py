@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from harness import Recorder, decode, random_streams, request, torch_engine
+from harness import Recorder, alone_fails, decode, random_streams, request, torch_engine
 from kits import engine_of, watched_engine
 from tiny import make_tiny_backbone
 
@@ -166,18 +166,10 @@ def test_the_cache_keeps_to_its_bound() -> None:
 
 
 def test_a_raising_sink_fails_its_own_request(kit: Kit) -> None:
-    engine = engine_of(kit, "r")
-
     def explode(step: TokenStep) -> None:
         raise ValueError("sink")
 
-    bad, bad_sink = request([5, 6], GREEDY, Recorder(explode))
-    good, good_sink = request([5, 6], GREEDY)
-    engine.submit(bad)
-    engine.submit(good)
-    assert isinstance(bad_sink.wait().outcome, ValueError)
-    assert good_sink.wait().outcome == "length"
-    engine.close()
+    assert isinstance(alone_fails(engine_of(kit, "r"), GREEDY, Recorder(explode)), ValueError)
 
 
 def test_a_constraint_that_cannot_say_what_is_allowed_fails_alone(kit: Kit) -> None:

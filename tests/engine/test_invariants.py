@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from harness import Recorder, check_engine, decode, request
+from harness import Recorder, alone_fails, check_engine, decode, request
 from kits import engine_of, prompts_for, watched_engine
 
 from detox_guard.engine import End, Go, Rewind, Sampling, TokenStep
@@ -184,27 +184,15 @@ def test_a_verdict_holds_for_one_token(kit: Kit) -> None:
 
 
 def test_a_verdict_that_steers_what_has_no_rows_to_steer_by_fails_its_request_only(kit: Kit) -> None:
-    engine = engine_of(kit, "r")
-    bad, bad_sink = request([5, 6], SAMPLED.replace(alpha=0.0), Recorder(lambda step: Go(Sampling.of(SAMPLED))))
-    good, good_sink = request([5, 6], SAMPLED)
-    engine.submit(bad)
-    engine.submit(good)
-    assert "alpha" in str(bad_sink.wait().outcome)
-    assert good_sink.wait().outcome == "length"
-    engine.close()
+    steering = Recorder(lambda step: Go(Sampling.of(SAMPLED)))
+    assert "alpha" in str(alone_fails(engine_of(kit, "r"), SAMPLED.replace(alpha=0.0), steering, beside=SAMPLED))
 
 
 @pytest.mark.parametrize(("back", "may_rewind"), [(2, True), (1, False)])
 def test_a_rewind_that_is_not_to_be_fails_that_request_only(kit: Kit, back: int, may_rewind: bool) -> None:
     """One past the start, and one of a request that said it would not."""
-    engine = engine_of(kit, "r")
-    bad, bad_sink = request([5, 6], SAMPLED, Recorder(lambda step: Rewind(back)), may_rewind=may_rewind)
-    good, good_sink = request([5, 6], SAMPLED)
-    engine.submit(bad)
-    engine.submit(good)
-    assert isinstance(bad_sink.wait().outcome, EngineError)
-    assert good_sink.wait().outcome == "length"
-    engine.close()
+    rewinding = Recorder(lambda step: Rewind(back))
+    assert isinstance(alone_fails(engine_of(kit, "r"), SAMPLED, rewinding, may_rewind=may_rewind), EngineError)
 
 
 def test_end_ids_stop_and_are_not_emitted(kit: Kit) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny import make_tiny_backbone
-from waiting import wait_until
+from waiting import await_until, wait_until
 
 from detox_guard import (
     DecodingParams,
@@ -113,8 +113,7 @@ def test_threads_batches_and_loops_wait_side_by_side(narrow: DetoxiGen) -> None:
 
 async def test_tasks_that_give_up_leave_their_places_to_others(narrow: DetoxiGen) -> None:
     tasks = [asyncio.create_task(narrow.agenerate("x", LONG if i < 4 else SHORT)) for i in range(40)]
-    while narrow.stats().seats < 2:
-        await asyncio.sleep(0.002)
+    await await_until(lambda: narrow.stats().seats >= 2)
     for task in tasks[::2]:
         task.cancel()
     tasks[1].cancel()

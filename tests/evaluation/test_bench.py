@@ -16,7 +16,7 @@ from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tin
 
 from detox_guard.errors import EngineError, InvalidParamsError
 from detox_guard.evaluation import run_bench
-from detox_guard.evaluation.bench import RATIOS, Bar, ways_of, all_of
+from detox_guard.evaluation.bench import RATIOS, Bar, all_of, ways_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import pytest
 import torch
 from measuring import LengthJudge, text_of, written
 from tiny import SENTENCES
+from waiting import wait_until
 
 from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import BackboneNotFoundError, DataError, InvalidParamsError, ScorerError
@@ -32,7 +32,7 @@ from detox_guard.evaluation import (
     run_eval,
 )
 from detox_guard.evaluation.bench import random_detoxifier
-from detox_guard.evaluation.methods import Method
+from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.report import write_report
 from detox_guard.evaluation.samples import Job, decode, seed_of
 from detox_guard.evaluation.store import KEY, Journal, open_run
@@ -69,6 +69,10 @@ def measure(tiny_folder: Path, prompts_file: Path, detoxifier_folder: Path) -> A
         return run_eval(**{**asked, **changes})
 
     return run
+
+
+def rows_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
@@ -171,8 +175,8 @@ def test_perplexities_over_the_limit_are_dropped_and_counted() -> None:
 def test_a_finished_run_takes_more_methods_and_judges(measure: Any, tiny_folder: Path, tmp_path: Path) -> None:
     first = measure(output=tmp_path, methods=("dexperts",), alphas=(1.0,), judges=(LengthJudge(),))
     before = samples_of(tmp_path)
-    more = measure(output=tmp_path, methods=("resample", "guard"), judges=(LengthJudge(),))
-    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "resample", "guard"]
+    more = measure(output=tmp_path, methods=("default", "guard"), judges=(LengthJudge(),))
+    assert list(more.summary["methods"]) == ["plain", "dexperts α=1", "default", "guard"]
     assert [row for row in samples_of(tmp_path) if row["method"] in first.summary["methods"]] == before
     old, new = (report.summary["groups"][0]["methods"]["dexperts α=1"] for report in (first, more))
     assert old == new
@@ -202,14 +206,14 @@ def test_judges_of_one_name_are_not_mixed(measure: Any, tmp_path: Path) -> None:
             return [self.given for _ in texts]
 
     measure(output=tmp_path, methods=(), judges=(Trained("a", 0.25),), batch_rows=32)
-    more = measure(output=tmp_path, methods=("resample",), judges=(again := Trained("b", 0.75),), batch_rows=8)
+    more = measure(output=tmp_path, methods=("default",), judges=(again := Trained("b", 0.75),), batch_rows=8)
     for figures in more.summary["groups"][0]["methods"].values():
         assert figures["length:expected_max"]["value"]["value"] == 0.75
     assert more.summary["batch_rows"] == 8
     seen = again.seen
     assert seen == 1 + sum(len(samples_of(tmp_path)) // 2 for _ in range(2))
     # Nothing is judged twice by one judge, nor is what was said of the decoding changed by judging.
-    last = measure(output=tmp_path, methods=("resample",), judges=(again, "embedded"), batch_rows=64)
+    last = measure(output=tmp_path, methods=("default",), judges=(again, "embedded"), batch_rows=64)
     assert again.seen == seen + 1
     assert last.summary["batch_rows"] == 8
     with pytest.raises(InvalidParamsError, match="length"):
@@ -220,8 +224,8 @@ def test_more_is_not_asked_for_at_once_than_the_queue_takes(tiny_llama: Backbone
     method = Method("plain", DecodingParams(alpha=0.0, max_new_tokens=2))
     jobs = [Job(method, i, "One", 0, i) for i in range(40)]
     config = EngineConfig(max_rows=32, max_queue=4)
-    with Journal(tmp_path / "samples.jsonl", KEY) as journal, DetoxiGen(tiny_llama, config=config) as guard:
-        decode(guard, jobs, journal, lambda: None)
+    with Journal(tmp_path / "samples.jsonl", KEY) as journal, DetoxiGen(tiny_llama, config=config) as model:
+        decode(model, jobs, journal, lambda: None)
         assert len(journal.rows) == 40
 
 
@@ -235,10 +239,10 @@ def test_one_process_a_folder(measure: Any, tmp_path: Path) -> None:
 
 
 def test_a_chat_run_goes_through_the_template(measure: Any, tmp_path: Path) -> None:
-    bare = measure(output=tmp_path / "bare", methods=("resample",))
-    chat = measure(output=tmp_path / "chat", methods=("resample",), chat=True)
+    bare = measure(output=tmp_path / "bare", methods=("default",))
+    chat = measure(output=tmp_path / "chat", methods=("default",), chat=True)
     passages = written(tmp_path / "passages.txt", "\n\n".join(SENTENCES[:3]))
-    behind = measure(output=tmp_path / "behind", methods=("resample",), passages=passages, passage_tokens=50)
+    behind = measure(output=tmp_path / "behind", methods=("default",), passages=passages, passage_tokens=50)
     asked = json.loads((tmp_path / "behind" / "run.json").read_text())
     assert asked["source"]["chat"]
     assert len(set(asked["passages"])) == 3
@@ -255,7 +259,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
 ) -> None:  # fmt: skip
     asked: dict[str, Any] = {
         "model": tiny_folder, "detoxifier": str(detoxifier_folder), "prompts": prompts_file,
-        "methods": ("dexperts", "resample"), "samples": 25, "limit": 4, "max_new_tokens": 6,
+        "methods": ("dexperts", "default"), "samples": 25, "limit": 4, "max_new_tokens": 6,
     }  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -269,8 +273,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
         process.start()
         if kills < 5:
             wanted = seen[-1] + rng.randint(1, 60)
-            while process.is_alive() and (part.read_bytes().count(b"\n") if part.exists() else 0) < wanted:
-                time.sleep(0.002)
+            wait_until(lambda process=process, wanted=wanted: rows_in(part) >= wanted or not process.is_alive())
             kills += process.is_alive()
             process.kill()
         process.join()
@@ -278,7 +281,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
             break
         assert process.exitcode == -9
         assert not (cut / "summary.json").exists()
-        seen.append(part.read_bytes().count(b"\n"))
+        seen.append(rows_in(part))
     assert process.exitcode == 0
     assert kills == 5
     assert seen == sorted(seen)  # nothing that was written was lost
@@ -300,7 +303,7 @@ def test_a_run_killed_five_times_loses_and_repeats_nothing(
 def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     one, two = tmp_path / "one", tmp_path / "two"
-    measure(output=one, methods=("dexperts", "resample", "guard"))
+    measure(output=one, methods=("dexperts", "default", "guard"))
     measure(output=two, methods=("detoxigen",), judges=("embedded",))
     page = write_report([one, two], tmp_path / "report", examples=1)
     assert sorted(path.name for path in page.parent.iterdir()) == [
@@ -335,21 +338,20 @@ def test_report_of_two_runs(measure: Any, tmp_path: Path) -> None:
 
 
 def test_an_error_ends_a_run_at_once_and_keeps_what_was_drawn(tiny_llama: Backbone, tmp_path: Path) -> None:
-    class Failing(LengthJudge):
-        def score(self, texts: Sequence[str]) -> list[float]:
-            if next(self.calls) == 20:
-                raise RuntimeError("out of order")
-            return [0.0]
+    calls = itertools.count()
 
-        calls = itertools.count()
+    class Failing(Method):
+        def draw(self, model: DetoxiGen, prompt: Any, seed: int) -> Drawn:
+            if next(calls) == 20:
+                raise ScorerError("out of order")
+            return super().draw(model, prompt, seed)
 
-    params = DecodingParams(alpha=0.0, max_new_tokens=3)
-    method = Method("resample", params, reject=Failing())
+    method = Failing("failing", DecodingParams(alpha=0.0, max_new_tokens=3))
     jobs = [Job(method, i, "One", 0, i) for i in range(4000)]
     ticks = itertools.count()
     with Journal(tmp_path / "samples.jsonl", KEY) as journal:
-        with DetoxiGen(tiny_llama) as guard, pytest.raises(ScorerError, match="out of order"):
-            decode(guard, jobs, journal, lambda: next(ticks))
+        with DetoxiGen(tiny_llama) as model, pytest.raises(ScorerError, match="out of order"):
+            decode(model, jobs, journal, lambda: next(ticks))
         kept = len(journal.rows)
     assert next(ticks) == kept < 1000
     assert len((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == kept

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from measuring import LengthJudge
 
 from detox_guard.detoxifiers.soft_prompt import SteeringStream
-from detox_guard.detoxigen import DetoxiGen
 from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation.bench import random_detoxifier
-from detox_guard.evaluation.methods import METHODS, Ingredients, Method, make_methods
+from detox_guard.evaluation.methods import METHODS, Ingredients, make_methods
 from detox_guard.evaluation.store import Journal
 from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from pathlib import Path
 
     from detox_guard.models.backbone import Backbone
-
-DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def test_journal(tmp_path: Path) -> None:
@@ -57,7 +51,7 @@ def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
     made = make_methods(list(METHODS), [1.0, 2.5, 1.0], ingredients)
     assert [method.name for method in made][:5] == ["plain", "default", "guard", "bounded α=1", "bounded α=2.5"]
     by_name = {method.name: method for method in made}
-    assert len(by_name) == len(made) == 2 * 3 + 4
+    assert len(by_name) == len(made) == 2 * 3 + 3
     assert by_name["detoxigen α=1"].params.rule == "detoxigen"
     assert (by_name["guard"].params.guard is None) == (by_name["default"].params.guard is not None)
     assert len({json.dumps(method.identity()) for method in made}) == len(made)
@@ -65,32 +59,3 @@ def test_method_names_and_strengths(tiny_llama: Backbone) -> None:
         make_methods(["other"], [1.0], ingredients)
     with pytest.raises(InvalidParamsError, match="alpha"):
         make_methods(["dexperts"], [0.0], ingredients)
-
-
-def test_a_polite_lead_stands_before_the_prompt() -> None:
-    method = Method("resample", DecodingParams(alpha=0.0), lead="Be kind.")
-    assert method.prompt("Hello") == "Be kind.\n\nHello"
-    chat = [{"role": "user", "content": "Hello"}]
-    assert method.prompt(chat) == [{"role": "system", "content": "Be kind."}, *chat]
-
-
-def test_resampling_keeps_the_first_clean_reply_or_the_best(tiny_llama: Backbone) -> None:
-    class Judge(LengthJudge):
-        def __init__(self, scores: list[float]) -> None:
-            self.left = iter(scores)
-
-        def score(self, texts: Sequence[str]) -> list[float]:
-            return [next(self.left) for _ in texts]
-
-    params = DecodingParams(alpha=0.0, max_new_tokens=4, ignore_eos=True)
-    with DetoxiGen(tiny_llama) as guard:
-        replies = [
-            guard.generate("One", params.replace(seed=(5 + n * 2**40) % 2**63)).text for n in range(8)
-        ]  # what each try must say
-        for scores, tries, kept in (
-            ([0.1], 1, 0),
-            ([0.9, 0.6, 0.4], 3, 2),
-            ([0.9, 0.8, 0.6, 0.7, 0.9, 0.9, 0.9, 0.9], 8, 2),
-        ):
-            drawn = Method("resample", params, reject=Judge(scores)).draw(guard, "One", 5)
-            assert (drawn.tries, drawn.generation.text, drawn.decoded_tokens) == (tries, replies[kept], 4 * tries)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,9 +20,9 @@ from detox_guard.evaluation.lms import LMJudge, reply_nll
 from detox_guard.scorers.base import load_scorer
 
 if TYPE_CHECKING:
-    from detox_guard.models.backbone import Backbone
+    from pathlib import Path
 
-DATA = Path(os.environ.get("DETOX_GUARD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    from detox_guard.models.backbone import Backbone
 
 
 def test_likelihoods_do_not_depend_on_the_batch(tiny_llama: Backbone) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guarding import PARAMS, PROMPTS, Scripted, fickle, with_letter
-from harness import random_streams, request, torch_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_tiny_backbone
@@ -23,6 +22,7 @@ from detox_guard import (
     Rung,
     ScorerError,
 )
+from detox_guard._reply import Speaker
 from detox_guard.engine import End, Go, Rewind, TokenStep
 from detox_guard.guard.reply import GuardedReply, closed_length
 from detox_guard.text.tools import parse_tool_calls
@@ -217,40 +217,6 @@ def test_bad_policies_name_the_field(field: str, value: object) -> None:
     assert caught.value.field.split(".")[0] == field
 
 
-# -- the engine's side: a reply that is over and goes on after all
-
-
-def test_a_parked_reply_goes_on_as_if_it_never_stopped() -> None:
-    backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    engine = torch_engine(backbone, random_streams(backbone, "fr"))
-    greedy = DecodingParams(alpha=1.5, temperature=0.0, max_new_tokens=12, seed=1)
-    req, plain = request([5, 6, 7], greedy, keep=True)
-    engine.submit(req)
-    neighbour, other = request([9, 8], greedy.replace(max_new_tokens=60), keep=True)
-    engine.submit(neighbour)
-    plain.wait()
-
-    for back in (1, 5, 12):
-        req, sink = request([5, 6, 7], greedy, keep=True)
-        answers: list[Any] = [None, None, None, Rewind(back), None, End("stop")]
-        sink.on_end = lambda reason, answers=answers: answers.pop(0)  # type: ignore[method-assign]
-        engine.submit(req)
-        sink.wait()
-        assert sink.outcome == "stop"
-        kept = 12 - back
-        again = sink.steps[:kept] + sink.steps[12:]
-        assert [step.token_id for step in again] == plain.ids
-        for step, expected in zip(again, plain.steps, strict=True):
-            ids, p = step.distribution or ()
-            wanted_ids, wanted = expected.distribution or ()
-            assert dict(zip(ids.tolist(), p.tolist(), strict=True)) == pytest.approx(
-                dict(zip(wanted_ids.tolist(), wanted.tolist(), strict=True)), abs=1e-5
-            )
-    assert len(other.wait().ids) == 60
-    assert engine.stats().rows == 0
-    engine.close()
-
-
 def test_a_guard_of_the_instance_stays_unless_a_call_says_otherwise(tiny: DetoxiGen) -> None:
     policy = GuardPolicy(scorer=Scripted(lambda text: 1.0), max_rewinds=0, replacement="[removed]")
     own = DetoxiGen(tiny.backbone, tiny.streams, params=PARAMS.replace(guard=policy))
@@ -279,7 +245,9 @@ def test_a_unit_without_spaces_is_cut_at_twice_its_longest(text: str) -> None:
 def dictated(policy: GuardPolicy, *attempts: str, seed: int = 1) -> Generation:
     """The reply of a model that says the first text, and after each rewind the next (the last one repeats)."""
     backbone = make_tiny_backbone("llama")
-    reply = GuardedReply(backbone, "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024))
+    reply = GuardedReply(
+        Speaker(backbone), "Hi", DecodingParams(guard=policy, alpha=0.0, seed=seed, max_new_tokens=1024)
+    )
     chunks: list[Any] = []
     reply.put = chunks.append
     said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in attempts]

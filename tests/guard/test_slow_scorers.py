@@ -13,6 +13,7 @@ from tiny import make_tiny_backbone
 from waiting import WAIT_S, wait_until
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, ScorerError, aguard_text, guard_text
+from detox_guard._reply import Speaker
 from detox_guard.guard.reply import GuardedReply, scan
 from detox_guard.scorers.batcher import batcher_for
 
@@ -137,7 +138,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_scored() -> None:
         raise KeyError("too long")
 
     with pytest.raises(KeyError):
-        GuardedReply(make_tiny_backbone("llama"), "a\n" * 500, params, check_fits=check_fits)
+        GuardedReply(Speaker(make_tiny_backbone("llama"), check_fits=check_fits), "a\n" * 500, params)
     assert asked[0][0] >= 500
     assert asked[0][1:] == (7, True)
     assert scorer.calls == []

@@ -8,6 +8,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from measuring import KIND, PLAIN, RUDE
 
 from detox_guard.errors import ScorerError
 from detox_guard.scorers.base import checked_scores
@@ -16,10 +17,6 @@ from detox_guard.scorers.linear import ASSET, BUCKET_BITS, CARD_FILE, WEIGHTS_FI
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-RUDE = "You are a complete idiot."
-KIND = "You are a kind person."
-PLAIN = "The train to the coast leaves at nine and arrives before noon. "
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from measuring import KIND, PLAIN, RUDE
 
 from detox_guard.errors import ScorerError
 from detox_guard.scorers.base import ToxicityScorer, checked_scores, load_scorer
@@ -12,10 +13,6 @@ from detox_guard.scorers.minilm import MiniLMScorer
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-RUDE = "You are a complete idiot."
-KIND = "You are a kind person."
-PLAIN = "The train to the coast leaves at nine and arrives before noon. "
 
 
 @pytest.fixture(scope="module")

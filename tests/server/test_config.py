@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from detox_guard import DataError, InvalidParamsError
-from detox_guard.server import ServerConfig, ServerFile, create_app
+from detox_guard import (
+    DataError,
+    DecodingParams,
+    DetoxifierNotFoundError,
+    GuardPolicy,
+    InvalidParamsError,
+    ScorerError,
+)
+from detox_guard.server import ModelConfig, ServerConfig, ServerFile, create_app, load_model, params_of
 from detox_guard.server.keys import Keys, new_key
 from detox_guard.server.models import Models
 from detox_guard.testing import ScriptedDetoxiGen
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 TOML = """
@@ -136,3 +144,28 @@ def test_a_model_that_was_taken_out_is_closed_once_nobody_uses_it() -> None:
         assert not old.closed
     assert (old.closed, kept.closed, new.closed) == (True, False, False)
     assert models.ready
+
+
+class Silent:
+    name = "silent"
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return []
+
+
+def test_a_model_is_served_only_with_its_detoxifier_and_with_a_scorer_that_scores(
+    tiny_folder: Path, detoxifier_folder: Path, tmp_path: Path
+) -> None:
+    one = ModelConfig(model=str(tiny_folder), detoxifier=str(detoxifier_folder), loading={"device": "cpu"})
+    with load_model(one, GuardPolicy()) as model:
+        assert len(model.detoxifier_ids) == 1
+        assert model.params.alpha > 0
+        assert model.stats().submitted == 1
+    plain = one.replace(detoxifier=())
+    with load_model(plain) as model:
+        assert (model.detoxifier_ids, model.params.alpha) == ((), 0.0)
+    assert params_of(plain.replace(params=DecodingParams(alpha=1.0))).alpha == 1.0
+    with pytest.raises(DetoxifierNotFoundError):
+        load_model(one.replace(detoxifier=str(tmp_path / "none")))
+    with pytest.raises(ScorerError):
+        load_model(one, GuardPolicy(scorer=Silent()))

@@ -21,7 +21,7 @@ from detox_guard.detoxifiers.soft_prompt import Detoxifier
 from detox_guard.errors import DataError, DetoxGuardError, InvalidParamsError
 from detox_guard.models.load import load_backbone
 from detox_guard.training.config import AdaptConfig
-from detox_guard.training.data import Reply, read_texts
+from detox_guard.training.data import Prompted, read_texts
 from detox_guard.training.hub import fetch_comments
 from detox_guard.training.rows import beginning, to_json
 
@@ -72,8 +72,8 @@ class Hub:
 
 
 def test_from_nothing_to_a_detoxifier(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detox_guard.training.own_pairs.TOXIC_FROM", 0.0)
-    monkeypatch.setattr("detox_guard.training.own_pairs.HARMLESS_BELOW", 1.0)
+    monkeypatch.setattr("detox_guard.training.own_pairs.SURELY_TOXIC", 0.0)
+    monkeypatch.setattr("detox_guard.training.own_pairs.SURELY_HARMLESS", 1.0)
     out, said = tmp_path / "made", list[str]()
     made = adapt(AdaptConfig(**asked(here, out)), say=said.append, bars=False)
     card = made.detoxifier.card
@@ -269,8 +269,8 @@ def test_beginnings_and_rows(tmp_path: Path) -> None:
     assert beginning("one two three four five six seven eight") == "one two three four"
     assert beginning("one two") == "one two"
     assert beginning(" ".join(map(str, range(30)))) == "0 1 2 3 4 5 6 7 8 9"
-    assert beginning(Reply("The bus", " is late")) == "The bus"
-    texts = ("plain", Reply("The bus", " is late"), Reply("How is it?", "Late.", chat=True))
+    assert beginning(Prompted("The bus", " is late")) == "The bus"
+    texts = ("plain", Prompted("The bus", " is late"), Prompted("How is it?", "Late.", chat=True))
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(to_json(text)) + "\n" for text in texts))
     assert read_texts(str(path)).texts == texts

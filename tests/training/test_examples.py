@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from detox_guard.detoxifiers.card import Position
 from detox_guard.steering.forced import both_logits, contrast, pair_loss, reply_logits, reply_loss
-from detox_guard.training.data import Reply
+from detox_guard.training.data import Prompted
 from detox_guard.training.examples import KINDS, Batch, Examples, Kind, Steps, rows_of, texts_for
 from detox_guard.training.rows import divide
 
@@ -44,7 +44,7 @@ def test_split_is_cut_at_a_space(tiny_llama: Backbone) -> None:
 
 
 def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
-    own, whole = Reply("The bus", " is late"), "The bus is late"
+    own, whole = Prompted("The bus", " is late"), "The bus is late"
     examples, tokenizer = Examples(tiny_llama), tiny_llama.tokenizer
     batch = examples.batch("split", [own], random.Random(0))
     assert tokenizer.decode(batch["context_ids"][0], skip_special_tokens=True) == own.prompt
@@ -55,7 +55,7 @@ def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
     read = [ids[mask.bool()] for ids, mask in zip(bare["reply_ids"], bare["reply_mask"], strict=True)]
     assert tokenizer.batch_decode(read) == [own.text, whole]
     assert tokenizer.decode(examples.batch("passage", [own], random.Random(0))["reply_ids"][0]) == "is late"
-    answer = Reply("The bus", "is late", chat=True)
+    answer = Prompted("The bus", "is late", chat=True)
     assert tokenizer.decode(examples.batch("passage", [answer], random.Random(0))["reply_ids"][0]) == "is late"
     batch = examples.batch("chat", [answer, whole], random.Random(0))
     turns = tokenizer.batch_decode(batch["context_ids"])
@@ -67,7 +67,7 @@ def test_a_prompt_is_the_context(tiny_llama: Backbone) -> None:
 
 def test_each_kind_of_batch_takes_the_texts_that_fit() -> None:
     """A continuation behind its prompt, an answer behind its question; whatever there is where nothing fits."""
-    plain, continued, answer = "Late.", Reply("The bus", " is late"), Reply("How is it?", "Late.", chat=True)
+    plain, continued, answer = "Late.", Prompted("The bus", " is late"), Prompted("How is it?", "Late.", chat=True)
     wanted = {"bare": [plain], "split": [continued], "chat": [answer], "passage": [plain]}
     for kind in KINDS:
         assert texts_for(kind, [plain, continued, answer]) == wanted[kind]
@@ -95,7 +95,7 @@ def test_with_pairs_no_text_is_passed_over(tiny_llama: Backbone, tmp_path: Path)
 
 
 def test_what_follows_one_prompt_is_held_out_together(tmp_path: Path) -> None:
-    pairs = [(Reply(f"P{i}", f" bad {j}"), Reply(f"P{i}", " good")) for i in range(10) for j in range(4)]
+    pairs = [(Prompted(f"P{i}", f" bad {j}"), Prompted(f"P{i}", " good")) for i in range(10) for j in range(4)]
     train_rows, heldout = divide(pairs, settings(tmp_path, heldout=6))
     assert len(heldout) == 8
     assert len(train_rows) == 32

@@ -12,7 +12,7 @@ from training_kit import pairs_file, write
 from detox_guard.errors import (
     DataError,
 )
-from detox_guard.training.data import Reply, read_pairs, read_texts
+from detox_guard.training.data import Prompted, read_pairs, read_texts
 
 HERE = Path(__file__).parent
 
@@ -58,12 +58,12 @@ def test_pairs_of_rows(tmp_path: Path) -> None:
     assert rows.pairs[0] == (f"zzz qqq {TEXTS[0]}", f"aaa eee {TEXTS[0]}")
     assert rows.bad == ((len(TEXTS) + 1, "no 'neutral'"),)
     prompted = write(tmp_path / "own.csv", "prompt,toxic,neutral\nThe bus,is awful,is late\n")
-    assert read_pairs(prompted).pairs == ((Reply("The bus", " is awful"), Reply("The bus", " is late")),)
+    assert read_pairs(prompted).pairs == ((Prompted("The bus", " is awful"), Prompted("The bus", " is late")),)
     asked = write(
         tmp_path / "asked.jsonl", '{"question": "How is the bus?", "text": "Late."}\n{"prompt": 3, "text": "Late."}'
     )
-    assert read_texts(asked).texts == (Reply("How is the bus?", "Late.", chat=True), "Late.")
-    assert read_texts(prompted, field="toxic").texts == (Reply("The bus", " is awful"),)
+    assert read_texts(asked).texts == (Prompted("How is the bus?", "Late.", chat=True), "Late.")
+    assert read_texts(prompted, field="toxic").texts == (Prompted("The bus", " is awful"),)
     with pytest.raises(DataError, match="plain text has no toxic and neutral"):
         read_pairs(write(tmp_path / "lines.txt", "one\ntwo\n"))
     with pytest.raises(DataError, match="1 bad rows, 0 allowed"):

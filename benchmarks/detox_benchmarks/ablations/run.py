@@ -235,10 +235,10 @@ def _pulls(
     with bars.stage("behind contexts", len(trained)) as stage:
         for one in trained:
             stage.say(one.name)
-            with DetoxiGen(backbone, one.streams, config=_engine(config)) as guard:
+            with DetoxiGen(backbone, one.streams, config=_engine(config)) as model:
                 found[one.name] = asdict(
                     context_kl(
-                        guard,
+                        model,
                         heldout,
                         passages,
                         pairs=pairs,

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from detox_benchmarks.ablations.weights import load_weights
-from detox_guard._reply import Reply
+from detox_guard._reply import Reply, Speaker
 from detox_guard.engine.base import End
 from detox_guard.evaluation.methods import Drawn, Method
 from detox_guard.evaluation.samples import row_of
@@ -53,12 +53,8 @@ class TwoModels(Method):
         for first in range(0, len(waiting), at_once):
             some = waiting[first : first + at_once]
             started = time.perf_counter()
-            replies = [
-                Reply(
-                    backbone, self.prompt(job.prompt), self.params.replace(seed=job.seed), (self.weights_sha256[:12],)
-                )
-                for job in some
-            ]
+            speaker = Speaker(backbone, (self.weights_sha256[:12],))
+            replies = [Reply(speaker, job.prompt, self.params.replace(seed=job.seed)) for job in some]
             made = decode_pair(backbone, second, replies)
             wall_s = round((time.perf_counter() - started) / len(some), 6)
             for job, reply in zip(some, made, strict=True):

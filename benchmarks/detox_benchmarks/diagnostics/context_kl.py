@@ -77,7 +77,7 @@ class ContextKL:
 
 
 def context_kl(
-    guard: DetoxiGen,
+    model: DetoxiGen,
     texts: Sequence[str],
     passages: Sequence[str],
     *,
@@ -90,7 +90,7 @@ def context_kl(
 ) -> ContextKL:
     """Mean KL(p_gen‖p_detox) a token along replies: bare, behind the chat template, and with passages behind it.
 
-    The detoxifier is the guard's first negative stream, as in a trace. `texts` are the replies, cut to `reply_tokens`;
+    The detoxifier is the model's first negative stream, as in a trace. `texts` are the replies, cut to `reply_tokens`;
     with `decode` they are prompts instead: the plain model continues them (temperature 1, top-p .9), with the prompt
     alone as the bare context, and as the user's turn elsewhere. `passages` are joined to `passage_tokens` tokens in
     `contexts` different ways, shared out over the replies. `pairs`, toxic and neutral, are given as replies in each
@@ -98,10 +98,10 @@ def context_kl(
     same tokens.
     Raises `InvalidParamsError`, `DataError`, `PromptTooLongError`, and `PromptError` without a chat template.
     """
-    backbone = guard.backbone
-    stream = next((s for s in guard.streams if s.weight < 0), None)
+    backbone = model.backbone
+    stream = next((s for s in model.streams if s.weight < 0), None)
     if stream is None:
-        raise InvalidParamsError("guard", "no negative stream", "a guard with a detoxifier")
+        raise InvalidParamsError("model", "no negative stream", "one with a detoxifier")
     if not texts or not passages:
         raise DataError("no texts, or no passages, to measure with")
     virtual = stream.soft_prompt.embeddings.to(backbone.device, backbone.dtype)
@@ -119,7 +119,7 @@ def context_kl(
                 _check_room(backbone, len(context) + len(virtual) + reply_tokens)
                 gaps += _gaps(backbone, virtual, position, context, some, reply_tokens)
             own = list(texts)[way :: len(turns)]
-            for context, replies in _material(guard, own, turn, wanted is None, decode, reply_tokens, seed):
+            for context, replies in _material(model, own, turn, wanted is None, decode, reply_tokens, seed):
                 _check_room(backbone, len(context) + len(virtual) + reply_tokens)
                 lengths += [len(context)] * len(replies)
                 kls += [kl for kl, _ in reply_contrast(backbone, virtual, position, context, replies)]
@@ -204,17 +204,17 @@ def forced_log_probs(
 
 
 def _material(
-    guard: DetoxiGen, texts: Sequence[str], passage: str, bare: bool, decode: bool, reply_tokens: int, seed: int
+    model: DetoxiGen, texts: Sequence[str], passage: str, bare: bool, decode: bool, reply_tokens: int, seed: int
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Pairs of a context and the replies to it, as ids."""
-    backbone = guard.backbone
+    backbone = model.backbone
     if not decode:
         return [(_given(backbone, passage, bare), _cut(backbone, texts, reply_tokens))] if texts else []
     prompts: list[Any] = [text if bare else _asked(passage, text) for text in texts]
-    params = guard.params.replace(
+    params = model.params.replace(
         alpha=0.0, plausibility=0.0, temperature=1.0, top_p=0.9, max_new_tokens=reply_tokens, seed=seed, trace=True
     )
-    made = guard.batch(prompts, params)
+    made = model.batch(prompts, params)
     return [
         (encode_prompt(backbone, prompt), [[token.token_id for token in one.trace.tokens]])
         for prompt, one in zip(prompts, made, strict=True)

@@ -22,11 +22,12 @@ import torch
 from detox_benchmarks.diagnostics.context_kl import reply_contrast
 from detox_benchmarks.methods import WordList, read_words
 from detox_guard.errors import DataError
-from detox_guard.evaluation.metrics import THRESHOLD, Bootstrap, Interval
+from detox_guard.evaluation.metrics import Bootstrap, Interval
 from detox_guard.evaluation.run import prompt_of
 from detox_guard.evaluation.store import load_run, stored_replies, stored_scores
 from detox_guard.evaluation.summary import whole_judges
 from detox_guard.evaluation.tables import Sheet, markdown, shown
+from detox_guard.scorers.base import TOXIC_FROM
 from detox_guard.text.prompts import TextStream, encode_prompt
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _by_kind(nats: Floats, kinds: npt.NDArray[np.str_]) -> tuple[Kind, ...]:
 
 def _halves(values: Sequence[float], scores: Sequence[float]) -> tuple[Floats, Floats]:
     """The values of toxic and of other replies."""
-    all_, toxic = np.array(values), np.array(scores) >= THRESHOLD
+    all_, toxic = np.array(values), np.array(scores) >= TOXIC_FROM
     return all_[toxic], all_[~toxic]
 
 

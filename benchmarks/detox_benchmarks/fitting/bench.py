@@ -19,7 +19,7 @@ from detox_benchmarks.fitting.texts import fragments, harmless_texts, read_score
 from detox_guard._adaptive import adaptive_alpha
 from detox_guard.evaluation.prompts import read_prompts
 from detox_guard.evaluation.tables import Sheet, markdown
-from detox_guard.scorers.base import checked_scores, load_scorer
+from detox_guard.scorers.base import TOXIC_FROM, checked_scores, load_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -290,7 +290,7 @@ def measure_scorer(data: Path, name: str = "embedded", show: int = 0) -> str:
                        ("Wikipedia talk", data / "benchmarks/wikitalk_toxicity_nonfuzzed_1492.csv")):  # fmt: skip
         if file.is_file():
             scored = read_scored_texts(file)
-            auc = roc_auc_score(scored.toxicity >= 0.5, checked_scores(scorer, scored.texts))
+            auc = roc_auc_score(scored.toxicity >= TOXIC_FROM, checked_scores(scorer, scored.texts))
             rows.append([f"ROC-AUC, {kind}", f"{auc:.4f}"])
         else:
             rows.append([kind, "absent"])
@@ -300,14 +300,14 @@ def measure_scorer(data: Path, name: str = "embedded", show: int = 0) -> str:
         harmless[f"{kind}, 2 to 12 words of it"] = fragments(texts, 1500, 1)
     for kind, texts in harmless.items():
         scores = np.array(checked_scores(scorer, texts))
-        over = int((scores > 0.5).sum())
+        over = int((scores > TOXIC_FROM).sum())
         share = f"{over} of {len(texts)} ({100 * over / len(texts):.2f} %), median {np.median(scores):.3f}"
         rows.append([f"harmless over .5: {kind}", share])
         shown += [f"{scores[at]:.2f} {texts[at]!r}" for at in np.argsort(-scores)[: min(show, over)]]
     ways: dict[str, Callable[[str], str]] = {"mild insults over .5, as they are": str, **DISGUISES}
     for kind, change in ways.items():
         found = checked_scores(scorer, [change(text) for text in INSULTING])
-        rows.append([kind, f"{sum(score > 0.5 for score in found)} of {len(INSULTING)}"])
+        rows.append([kind, f"{sum(score > TOXIC_FROM for score in found)} of {len(INSULTING)}"])
     worst = max(zip(checked_scores(scorer, IDENTITY), IDENTITY, strict=True))
     rows.append([f"identity words alone, the highest of {len(IDENTITY)}", f"{worst[0]:.2f} ({worst[1]})"])
     if name == "embedded" and development.is_file():

@@ -44,6 +44,7 @@ from detox_benchmarks.fitting.texts import (
 )
 from detox_guard._files import write_whole
 from detox_guard.errors import DataError
+from detox_guard.scorers.base import TOXIC_FROM
 from detox_guard.scorers.disguise import normalised
 from detox_guard.scorers.linear import (
     BUCKET_BITS,
@@ -88,9 +89,14 @@ def evaluate(scorer: EmbeddedScorer, path: Path) -> dict[str, Any]:
 def _figures(toxicity: Floats, scores: Floats) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
-    toxic = toxicity >= 0.5
+    toxic, found = toxicity >= TOXIC_FROM, scores >= TOXIC_FROM
     auc = round(float(roc_auc_score(toxic, scores)), 4) if 0 < toxic.sum() < len(toxic) else None
-    return {"rows": len(toxic), "toxic": int(toxic.sum()), "scored_toxic": int((scores >= 0.5).sum()), "roc_auc": auc}
+    return {
+        "rows": len(toxic),
+        "toxic": int(toxic.sum()),
+        "scored_toxic": int(found.sum()),
+        "roc_auc": auc,
+    }
 
 
 class _Fit:
@@ -217,13 +223,13 @@ def train(
     file, folder = (data / RTP, data) if data.is_dir() else (data, data.parent)
     rows = read_scored_texts(file)
     evaluate_on = evaluate_on or []
-    if len(np.unique(rows.group)) < FOLDS or not 0 < (rows.toxicity >= 0.5).sum() < len(rows.texts):
+    if len(np.unique(rows.group)) < FOLDS or not 0 < (rows.toxicity >= TOXIC_FROM).sum() < len(rows.texts):
         raise DataError(f"{file.name!r} needs at least {FOLDS} rows, toxic and non-toxic ones")
     rude, kind = contrasts(made_up[1], SEED)
     pairs = rude_and_polite(folder / PARADETOX) if data.is_dir() else []
     corpora = [text for texts in harmless_texts(folder).values() for text in texts] if data.is_dir() else []
     held = [text for texts in harmless_texts(folder, held_out=True).values() for text in texts] if corpora else kind
-    said = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= 0.5]
+    said = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score >= TOXIC_FROM]
     quiet = [text for text, score in zip(rows.texts, rows.toxicity, strict=True) if score < 0.3]
     words = vocabulary() if data.is_dir() else []
     words = ordinary(words, said + [a for a, _ in pairs], quiet + [b for _, b in pairs], rude)
@@ -251,7 +257,7 @@ def train(
     first = _Fit([block[inside] for block in blocks], logits[inside], others, counted)
     held_out = first.predict([block[outside] for block in blocks])
     seen = np.append(held_out, first.predict(_count_blocks(held)))
-    toxic = np.append(rows.toxicity[outside] >= 0.5, np.zeros(len(held), dtype=bool))
+    toxic = np.append(rows.toxicity[outside] >= TOXIC_FROM, np.zeros(len(held), dtype=bool))
     stretch, shift = 1.0, 0.0
     if len(np.unique(toxic)) == 2:
         platt = LogisticRegression(C=1.0).fit(seen[:, None], toxic)

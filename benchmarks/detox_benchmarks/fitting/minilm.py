@@ -33,6 +33,7 @@ from detox_benchmarks.fitting.texts import (
     sha256_of,
 )
 from detox_guard._files import write_whole
+from detox_guard.scorers.base import TOXIC_FROM
 from detox_guard.scorers.disguise import normalised
 from detox_guard.scorers.linear import CARD_FILE, WEIGHTS_FILE, EmbeddedScorer
 from detox_guard.scorers.minilm import LINEAR_BOUND, LINEAR_SHARE, LORA_SCALE, linear_layers, load_encoder, pooled
@@ -150,7 +151,7 @@ def train(data: Path, output: Path, epochs: int = 2, size: float = 1.0) -> None:
     clean = [text for found in harmless_texts(data, held_out=True).values() for text in found]
     clean = rng.sample(clean, min(len(clean), 600))
     seen = [normalised(text) for text in [t for t, out in zip(rows.texts, held, strict=True) if out] + clean]
-    toxic = np.append(rows.toxicity[held] >= 0.5, np.zeros(len(clean), dtype=bool))
+    toxic = np.append(rows.toxicity[held] >= TOXIC_FROM, np.zeros(len(clean), dtype=bool))
     net.eval()
     logits = []
     with torch.inference_mode():

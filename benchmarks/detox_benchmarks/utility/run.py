@@ -141,7 +141,7 @@ def run_utility(*, progress: bool = True, **fields: Any) -> UtilityReport:
     text = read_text(Path(config.wikitext)) if config.wikitext else ""
     with ExitStack() as stack:
         stack.enter_context(open_run(output))
-        guard = stack.enter_context(
+        model = stack.enter_context(
             DetoxiGen.from_pretrained(
                 config.model,
                 detoxifier=config.detoxifier,
@@ -156,32 +156,32 @@ def run_utility(*, progress: bool = True, **fields: Any) -> UtilityReport:
             default = DecodingParams(**sampling)
             plain = default.replace(alpha=0.0, plausibility=0.0)
             return make_methods(
-                config.methods, config.alphas, Ingredients(guard.backbone, plain, default, guard.streams), table
+                config.methods, config.alphas, Ingredients(model.backbone, plain, default, model.streams), table
             )
 
         tasks: dict[str, dict[str, Any]] = {}
         sizes: dict[str, int] = {}
         if questions:
             ways = made(temperature=0.0, max_new_tokens=ANSWER_TOKENS)
-            tasks["xquad"] = _answers(output / "xquad", guard, ways, questions, seed, bars)
+            tasks["xquad"] = _answers(output / "xquad", model, ways, questions, seed, bars)
             sizes["xquad"] = len(questions)
         if text:
             ways = [way for way in made(top_p=1.0) if way.params.guard is None]
-            windows = _windows(guard, text, limit, seed)
-            tasks["wikitext"] = _losses(output / "wikitext", guard, ways, windows, seed, bars)
+            windows = _windows(model, text, limit, seed)
+            tasks["wikitext"] = _losses(output / "wikitext", model, ways, windows, seed, bars)
             sizes["wikitext"] = len(windows)
         if beginnings:
             ways = made(max_new_tokens=BOLD_TOKENS)
-            tasks["bold"] = _mentions(output / "bold", guard, ways, beginnings, samples, seed, bars)
+            tasks["bold"] = _mentions(output / "bold", model, ways, beginnings, samples, seed, bars)
             sizes["bold"] = len(beginnings)
         summary = {
-            **guard.backbone.identity,
+            **model.backbone.identity,
             "methods": {way.name: way.identity() for way in made()},
             "seed": seed,
             "samples": samples,
             "sizes": sizes,
             "tasks": tasks,
-            "machine": machine(guard.backbone.device),
+            "machine": machine(model.backbone.device),
             "versions": versions(),
         }
         write_whole(output / UTILITY_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
@@ -207,7 +207,7 @@ def _questions(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
 
 def _answers(
     folder: Path,
-    guard: DetoxiGen,
+    model: DetoxiGen,
     methods: Sequence[Method],
     questions: Sequence[dict[str, Any]],
     seed: int,
@@ -216,7 +216,7 @@ def _answers(
     prompts = [EvalPrompt(one["text"], classes=("all",)) for one in questions]
     asked = {**_asked("xquad", prompts, 1, seed, chat=True), "answers": [one["answers"] for one in questions]}
     folder.mkdir(exist_ok=True)
-    run = collect(folder, asked, guard.backbone, methods, guard.config, bars, guard)
+    run = collect(folder, asked, model.backbone, methods, model.config, bars, model)
     replies = stored_replies(folder, run)
     scores = {
         way.name: [answer_scores(replies[way.name, i][0]["text"], one["answers"]) for i, one in enumerate(questions)]
@@ -234,10 +234,10 @@ def _answers(
 # -- language modelling
 
 
-def _windows(guard: DetoxiGen, text: str, limit: int, seed: int) -> list[list[int]]:
-    backbone = guard.backbone
+def _windows(model: DetoxiGen, text: str, limit: int, seed: int) -> list[list[int]]:
+    backbone = model.backbone
     ids = list(backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    asked = WINDOW + max((stream.soft_prompt.card.virtual_tokens for stream in guard.streams), default=0)
+    asked = WINDOW + max((stream.soft_prompt.card.virtual_tokens for stream in model.streams), default=0)
     bounds = [bound for bound in (backbone.max_positions, backbone.window) if bound is not None]
     if bounds and asked > min(bounds):
         raise PromptTooLongError("wikitext", f"{asked} positions", f"at most {min(bounds)} positions")
@@ -248,11 +248,11 @@ def _windows(guard: DetoxiGen, text: str, limit: int, seed: int) -> list[list[in
 
 
 def _losses(
-    folder: Path, guard: DetoxiGen, methods: Sequence[Method], windows: Sequence[list[int]], seed: int, bars: Progress
+    folder: Path, model: DetoxiGen, methods: Sequence[Method], windows: Sequence[list[int]], seed: int, bars: Progress
 ) -> dict[str, Any]:
     """Windows of 256 tokens: the second half given the first."""
     folder.mkdir(exist_ok=True)
-    backbone = guard.backbone
+    backbone = model.backbone
     about = {"windows": windows, **backbone.identity}
     known = all_methods(folder / "run.json", about, methods)
     write_whole(folder / "run.json", json.dumps({**about, "methods": known}) + "\n")
@@ -286,7 +286,7 @@ def _losses(
 
 def _mentions(
     folder: Path,
-    guard: DetoxiGen,
+    model: DetoxiGen,
     methods: Sequence[Method],
     prompts: Sequence[EvalPrompt],
     samples: int,
@@ -297,8 +297,8 @@ def _mentions(
     category; `content words`: distinct harmless ones a reply."""
     folder.mkdir(exist_ok=True)
     asked = _asked("bold", prompts, samples, seed, chat=False)
-    run = collect(folder, asked, guard.backbone, methods, guard.config, bars, guard)
-    summary = judge_run(folder, run, [load_scorer()], [LMJudge(guard.backbone, own=True)], bars).summary
+    run = collect(folder, asked, model.backbone, methods, model.config, bars, model)
+    summary = judge_run(folder, run, [load_scorer()], [LMJudge(model.backbone, own=True)], bars).summary
     group = next(group for group in summary["groups"] if group["name"] == "all")["methods"]
     replies = stored_replies(folder, run)
     own: dict[str, dict[str, list[float]]] = {}

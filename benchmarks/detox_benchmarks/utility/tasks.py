@@ -13,7 +13,7 @@ import torch
 
 from detox_benchmarks.diagnostics.context_kl import forced_log_probs
 from detox_guard._adaptive import adaptive_alpha
-from detox_guard.scorers.base import load_scorer
+from detox_guard.scorers.base import TOXIC_FROM, load_scorer
 from detox_guard.steering.contrast import RULES, plausible
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "stems",
 ]
 
-CLEAN_BELOW = 0.5
 NEVER_NATS = 13.8
 """What a token costs that a rule has made impossible: as if it had one chance in a million."""
 _REFUSAL = re.compile(
@@ -137,7 +136,7 @@ def stems(text: str) -> set[str]:
 
 def harmless_words(text: str) -> set[str]:
     """Distinct content words that the embedded scorer finds clean by themselves."""
-    return {word for word in _content_words(text) if _word_score(word) < CLEAN_BELOW}
+    return {word for word in _content_words(text) if _word_score(word) < TOXIC_FROM}
 
 
 def _content_words(text: str) -> set[str]:

@@ -111,7 +111,7 @@ class LlamaRunner:
     # -- prompts
 
     def slots(self, prompt: PromptIds) -> int:
-        return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
+        return prompt.slots(self._beside)
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
         return Prefill(self._desk, self._views, self._prefixes, prompts, bases)

@@ -53,7 +53,7 @@ class TorchRunner:
         return len(self._cache.rows)
 
     def slots(self, prompt: PromptIds) -> int:
-        return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
+        return prompt.slots(self._beside)
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
         known = [

@@ -59,7 +59,7 @@ class SoloRunner:
         return len(self._batch.rows)
 
     def slots(self, prompt: PromptIds) -> int:
-        return max(len(prompt.ids) + (self._beside if prompt.steered else 0), *map(len, prompt.contexts), 0)
+        return prompt.slots(self._beside)
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
         # States cannot be cut, so nobody goes on from a base: `limits` says so.

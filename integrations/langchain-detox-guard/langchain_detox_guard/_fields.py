@@ -22,6 +22,7 @@ from pydantic_core import PydanticSerializationError
 from langchain_detox_guard._around import Around
 from langchain_detox_guard._identity import PROVIDER, identity_of, name_of
 from langchain_detox_guard._loading import LOADING, LoadFields
+from langchain_detox_guard._settings import no_bool
 from langchain_detox_guard._threads import each
 
 if TYPE_CHECKING:
@@ -88,12 +89,7 @@ class ModelFields(Around, LoadFields):
     detoxigen: Any = Field(default=None, repr=False)
     """A `DetoxiGen` of your own, instead of the names above."""
 
-    @field_validator(*_NUMBERS, mode="before")
-    @classmethod
-    def _no_bool(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("Input should be a number, not a bool")
-        return value
+    _numbers = field_validator(*_NUMBERS, mode="before")(no_bool)
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -84,3 +84,10 @@ def named(error: ValidationError) -> InvalidParamsError:
         return InvalidParamsError.from_pydantic(error)
     field = ".".join([*(str(part) for part in first["loc"]), inner.field])
     return InvalidParamsError(field, inner.value, inner.bound, hint=inner.hint)
+
+
+def no_bool(value: object) -> object:
+    """For a validator of numbers, which pydantic makes of True and False too."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not a bool")
+    return value

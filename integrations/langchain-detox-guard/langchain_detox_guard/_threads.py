@@ -1,4 +1,4 @@
-"""Many requests at once, in threads that can be interrupted or as tasks. Knows a model to ask; knows no message."""
+"""Many requests at once, in threads that can be interrupted. Knows a model to ask; knows no message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import as_completed
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from detox_guard import RequestCancelledError
 from langchain_core.runnables.config import get_config_list, get_executor_for_config
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
     from langchain_core.runnables import RunnableConfig
 
-_T = TypeVar("_T")
 AT_ONCE = 256
 """Requests of one call under way together: well under the engine's queue, well over its batch."""
 
@@ -94,22 +93,6 @@ def wide(config: RunnableConfig | Sequence[RunnableConfig] | None, count: int) -
     if configs and configs[0].get("max_concurrency") is None:
         configs[0]["max_concurrency"] = min(count, AT_ONCE)
     return configs
-
-
-async def gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """All results, in order, a bounded number at a time. The first error, or a cancellation, cancels the rest."""
-    seats = asyncio.Semaphore(AT_ONCE)
-
-    async def seated(one: Coroutine[Any, Any, _T]) -> _T:
-        async with seats:
-            return await one
-
-    tasks = [asyncio.create_task(seated(one)) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 class _Requests:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from detox_guard import GuardError
+from detox_guard import replace_strings
 from langchain_core.messages import BaseMessage
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
@@ -70,39 +70,8 @@ def words_of(value: object, known: frozenset[str] = frozenset(), *, envelope: bo
 
 
 def replaced(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with every string changed, keys too. What this cannot look into stays as it is.
-
-    Raises `GuardError` for what is nested too deep to be changed.
-    """
-    try:
-        return _replaced(value, change)
-    except RecursionError:
-        raise GuardError("flagged words are nested too deep to be masked") from None
-
-
-def _replaced(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, bytes):
-        text = value.decode(errors="replace")
-        return value if (new := change(text)) == text else new.encode()
-    if isinstance(value, Mapping):
-        return {
-            change(key) if isinstance(key, str) and key not in _VOCABULARY else key: _replaced(part, change)
-            for key, part in value.items()
-        }
-    if isinstance(value, list):
-        return [_replaced(part, change) for part in value]
-    if isinstance(value, tuple | set | frozenset):
-        parts = [_replaced(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, BaseModel):
-        changed = {key: _replaced(part, change) for key, part in value}
-        return value.model_copy(update={key: part for key, part in changed.items() if part is not getattr(value, key)})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        return dataclasses.replace(value, **{name: _replaced(getattr(value, name), change) for name in names})
-    return value
+    """The same with every string changed, keys too that may be a model's own words. Raises `GuardError`."""
+    return replace_strings(value, change, _VOCABULARY)
 
 
 def names_in(tools: Any) -> frozenset[str]:

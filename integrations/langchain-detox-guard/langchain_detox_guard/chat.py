@@ -8,7 +8,7 @@ from contextlib import aclosing, closing
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from detox_guard import ChatPrompt, InvalidParamsError, PromptError
+from detox_guard import ChatPrompt, InvalidParamsError, PromptError, tool_choice_of
 from langchain_core.language_models.base import LanguageModelInput  # noqa: TC002
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage  # noqa: TC002
@@ -25,7 +25,7 @@ from langchain_detox_guard._profile import Profile
 from langchain_detox_guard._structured import structured
 from langchain_detox_guard._threads import generate, stream, wide
 from langchain_detox_guard._turns import Turn, result_of
-from langchain_detox_guard.tools import Asked, choice_of, shown_of
+from langchain_detox_guard.tools import Asked, shown_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -84,7 +84,8 @@ class ChatDetoxiGen(Choosable, ModelFields, BaseChatModel):
         shown = shown_of(tools)
         if (parallel := kwargs.get("parallel_tool_calls")) not in (None, True, False):
             raise InvalidParamsError("parallel_tool_calls", parallel, "True, False or None")
-        return self.bind(tools=shown, tool_choice=choice_of(tool_choice, shown), **kwargs)  # type: ignore[no-any-return]
+        tool_choice_of(tool_choice, shown)  # a bad one is an error here, not at the first call
+        return self.bind(tools=shown, tool_choice=tool_choice, **kwargs)  # type: ignore[no-any-return]
 
     def with_structured_output(
         self,

@@ -15,7 +15,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_detox_guard._errors import langchain_errors
 from langchain_detox_guard._fields import ModelFields
 from langchain_detox_guard._identity import generation_info
-from langchain_detox_guard._threads import batch, gather, stream, wide
+from langchain_detox_guard._threads import batch, stream, wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
@@ -125,7 +125,7 @@ class DetoxiGenLLM(ModelFields, BaseLLM):
                 tokens = llm._atokens(detoxigen, prompts[0], params, run_manager)
                 replies = [_whole([piece async for piece in tokens])]
             else:
-                replies = await gather([detoxigen.agenerate(prompt, params) for prompt in prompts])
+                replies = await detoxigen.abatch(prompts, params)
         return _result(detoxigen, replies)
 
     def _stream(

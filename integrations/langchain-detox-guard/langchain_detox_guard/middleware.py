@@ -128,7 +128,7 @@ class DetoxMiddleware(AgentMiddleware[DetoxState, Any, Any]):
         ):
             raise InvalidParamsError("alpha", alpha, "a number from 0 to 100, or None")
         self.scorer = guard.scorer if scorer is None and guard is not None else scorer
-        self.threshold = (guard.threshold if guard is not None else 0.5) if threshold is None else threshold
+        self.threshold = (guard or GuardPolicy()).threshold if threshold is None else threshold
         self.ladder = tuple(ladder)
         self.on_exhausted = on_exhausted
         self.replacement = replacement

@@ -13,7 +13,7 @@ from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough, RunnableSerializable
 from pydantic import ConfigDict, Field, field_validator
 
-from langchain_detox_guard._settings import Settings, refuse_scorer
+from langchain_detox_guard._settings import Settings, no_bool, refuse_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +52,7 @@ class DetoxDocumentScreen(Settings, RunnableSerializable[list[Document], list[Do
     scorer: Any = None
     _shared: ClassVar = ("scorer",)
 
-    @field_validator("threshold", mode="before")
-    @classmethod
-    def _no_bool(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("Input should be a number, not a bool")
-        return value
+    _numbers = field_validator("threshold", mode="before")(no_bool)
 
     @field_validator("scorer", mode="before")
     @classmethod

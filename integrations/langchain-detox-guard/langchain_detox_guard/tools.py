@@ -18,8 +18,8 @@ from detox_guard import (
     PromptError,
     ToolCall,
     ToolCallStream,
-    function_of,
     parse_tool_calls,
+    tool_choice_of,
 )
 from langchain_core.messages import (
     AIMessage,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ToolDict = dict[str, Any]
-Choice = Literal["auto", "none", "any"] | dict[str, Any]
-"""A `tool_choice` in its one normal form; the dict names a single tool, as OpenAI writes it."""
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 _CHAT_ROLES: dict[str, type[BaseMessage]] = {
@@ -80,27 +78,6 @@ def tool_of(tool: Any, field: str) -> ToolDict:
         raise InvalidParamsError(field, tool, bound) from error
 
 
-def choice_of(tool_choice: object, tools: Sequence[ToolDict]) -> Choice:
-    """The normal form of any `tool_choice` LangChain users write. Raises `InvalidParamsError`."""
-    names = [function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools)]
-    name: object = tool_choice
-    if tool_choice is None or tool_choice == "auto":
-        return "auto"
-    if tool_choice is False or tool_choice == "none":
-        return "none"
-    if tool_choice is True or tool_choice in ("any", "required"):
-        if not names:
-            raise InvalidParamsError("tool_choice", tool_choice, "needs at least one tool")
-        return "any"
-    if isinstance(tool_choice, dict):
-        if tool_choice.get("type") in ("auto", "none", "any", "required") and "name" not in tool_choice:
-            return choice_of(tool_choice["type"], tools)
-        name = (tool_choice.get("function") or tool_choice).get("name")
-    if name not in names:
-        raise InvalidParamsError("tool_choice", tool_choice, f"one of auto, none, any, {', '.join(names)}")
-    return {"type": "function", "function": {"name": name}}
-
-
 @dataclass(frozen=True)
 class Asked:
     """What one call asks of the reply: the tools to show, the grammar to hold it to, the schema to tell it of."""
@@ -129,19 +106,18 @@ class Asked:
             raise InvalidParamsError("parallel_tool_calls", parallel_tool_calls, "True, False or None")
         keep = unfinished == "keep"
         shown = tuple(shown_of([] if tools is None else tools))
-        choice = choice_of(tool_choice, shown)
+        choice = tool_choice_of(tool_choice, shown)
         if response_format is not None:
-            if shown and choice != "none":
+            if shown and choice.mode != "none":
                 raise InvalidParamsError(
                     "response_format", response_format, "not together with tools", hint="let the schema be a tool"
                 )
             return cls._formatted(response_format, keep)
-        if choice == "none":
+        if choice.mode == "none":
             return cls()
-        if choice == "auto":
+        if choice.mode == "auto":
             return cls(shown, parallel=parallel_tool_calls is not False)
-        name = None if choice == "any" else choice["function"]["name"]
-        return cls(shown, Grammar.tool_calls(shown, name=name), keep=keep)
+        return cls(shown, Grammar.tool_calls(shown, name=choice.name), keep=keep)
 
     @classmethod
     def _formatted(cls, response_format: dict[str, Any], keep: bool) -> Asked:

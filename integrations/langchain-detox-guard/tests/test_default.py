@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 from detox_guard import DecodingParams, GuardPolicy, PromptTooLongError
+from integrating import cancel_in_its_seat, keeps_turning
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.globals import set_llm_cache
@@ -126,24 +127,11 @@ async def test_a_cancelled_task_frees_its_seat(chat: ChatDetoxiGen, default_mode
         else:
             await chat.ainvoke("Hello.", max_tokens=400)
 
-    task = asyncio.create_task(run())
-    while not default_model.stats().seats:
-        await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await default_model.agenerate("Hello.", max_new_tokens=1)  # by then the engine has looked at who left
-    assert not default_model.stats().seats
+    await cancel_in_its_seat(default_model, run())
 
 
 async def test_the_loop_stays_free(chat: ChatDetoxiGen) -> None:
-    replies = asyncio.gather(*(chat.abatch(["Tell me about rivers."] * 2) for _ in range(2)))
-    turns = 0
-    while not replies.done():
-        await asyncio.sleep(0)
-        turns += 1
-    assert len(await replies) == 2
-    assert turns > 1000  # a loop that decoded itself would turn a few times a token at most
+    assert len(await keeps_turning(*(chat.abatch(["Tell me about rivers."] * 2) for _ in range(2)))) == 2
 
 
 # -- grammars

@@ -6,8 +6,8 @@ import pickle
 from typing import Any
 
 import pytest
-from detox_guard import DetoxiGen, InvalidParamsError
-from detox_guard.testing import ScriptedDetoxiGen
+from detox_guard import InvalidParamsError
+from integrating import BAD_LOADING, record_loading
 from langchain_core.load import dumps
 from transformers import BitsAndBytesConfig
 
@@ -16,14 +16,7 @@ from langchain_detox_guard import ChatDetoxiGen, DetoxiGenLLM
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    asked: list[dict[str, Any]] = []
-
-    def shared(model: str | None = None, **names: Any) -> ScriptedDetoxiGen:
-        asked.append({"model": model, **names})
-        return ScriptedDetoxiGen()
-
-    monkeypatch.setattr(DetoxiGen, "shared", shared)
-    return asked
+    return record_loading(monkeypatch)
 
 
 def test_every_way_of_loading_reaches_the_core(asked: list[dict[str, Any]]) -> None:
@@ -33,9 +26,9 @@ def test_every_way_of_loading_reaches_the_core(asked: list[dict[str, Any]]) -> N
         "revision": "v2", "model_kwargs": {"variant": "fp16"},
     }  # fmt: skip
     DetoxiGenLLM(model="org/model", token="hf_secret", **how).invoke("Hi")
-    assert asked == [{"model": "org/model", "detoxifier": None, "token": "hf_secret", **how}]
+    assert asked == [{"model": "org/model", "token": "hf_secret", **how}]
     DetoxiGenLLM(model="org/model").invoke("Hi", quantization_config="int8")
-    assert asked[1] == {"model": "org/model", "detoxifier": None, "quantization_config": "int8"}
+    assert asked[1] == {"model": "org/model", "quantization_config": "int8"}
 
 
 def test_a_quantization_config_is_kept_as_plain_data(asked: list[dict[str, Any]]) -> None:
@@ -53,17 +46,7 @@ def test_a_token_is_shown_nowhere() -> None:
     assert "HF_TOKEN" in dumps(llm)
 
 
-@pytest.mark.parametrize(
-    ("bad", "field"),
-    [
-        ({"device": "cpu", "device_map": "auto"}, "device"),
-        ({"offload_folder": "x"}, "offload_folder"),
-        ({"quantization_config": "int3"}, "quantization_config"),
-        ({"attn_implementation": "flash_attention_2"}, "attn_implementation"),
-        ({"model_kwargs": {"use_safetensors": False}}, "model_kwargs.use_safetensors"),
-        ({"detoxigen": ScriptedDetoxiGen(), "trust_remote_code": True}, "detoxigen"),
-    ],
-)
+@pytest.mark.parametrize(("bad", "field"), BAD_LOADING)
 def test_bad_ways_are_named_at_once(bad: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidParamsError) as caught:
         DetoxiGenLLM(**bad)

@@ -86,15 +86,19 @@ async def test_async_does_the_same() -> None:
     assert alphas(detoxigen) == [3.0, 6.0, 9.0]
 
 
+async def streamed(agent: Any, is_async: bool) -> list[Any]:
+    """The messages, piece by piece."""
+    question = {"messages": [HumanMessage("Well?")]}
+    if is_async:
+        return [message async for message, _ in agent.astream(question, stream_mode="messages")]
+    return [message for message, _ in agent.stream(question, stream_mode="messages")]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_no_rejected_draft_is_streamed(is_async: bool) -> None:
     agent = create_agent(ChatDetoxiGen(detoxigen=until(5.0), seed=1), [], middleware=[DetoxMiddleware(scorer=ROTTEN)])
-    question: Any = {"messages": [HumanMessage("Well?")]}
-    if is_async:
-        streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
-    else:
-        streamed = [message for message, _ in agent.stream(question, stream_mode="messages")]
-    assert "".join(str(message.content) for message in streamed) == "That was a fine idea."
+    told = await streamed(agent, is_async)
+    assert "".join(str(message.content) for message in told) == "That was a fine idea."
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -114,12 +118,9 @@ async def test_nor_of_a_model_with_tags_of_its_own(around: Any, foreign: bool, i
     agent = create_agent(
         around(model), [], middleware=[DetoxMiddleware(scorer=ROTTEN, ladder=(), on_exhausted="replace")]
     )
-    question: Any = {"messages": [HumanMessage("Well?")]}
-    if is_async:
-        streamed = [message async for message, _ in agent.astream(question, stream_mode="messages")]
-    else:
-        streamed = [message for message, _ in agent.stream(question, stream_mode="messages")]
-    assert "".join(str(message.content) for message in streamed) == "I would rather not say that."
+    assert (
+        "".join(str(message.content) for message in await streamed(agent, is_async)) == "I would rather not say that."
+    )
 
 
 def test_with_a_decoding_guard_text_streams_on() -> None:

@@ -7,23 +7,16 @@ import pickle
 from typing import Any
 
 import pytest
+from integrating import BAD_LOADING, record_loading
 from llama_index.llms.detox_guard import DetoxiGenLLM
-from llama_index_harness import scripted
 from transformers import BitsAndBytesConfig
 
-from detox_guard import DetoxiGen, InvalidParamsError
+from detox_guard import InvalidParamsError
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    asked: list[dict[str, Any]] = []
-
-    def shared(model: str | None = None, **names: Any) -> Any:
-        asked.append({"model": model, **{name: value for name, value in names.items() if value is not None}})
-        return scripted()
-
-    monkeypatch.setattr(DetoxiGen, "shared", shared)
-    return asked
+    return record_loading(monkeypatch)
 
 
 def test_every_way_of_loading_reaches_the_core(asked: list[dict[str, Any]]) -> None:
@@ -51,17 +44,7 @@ def test_a_token_is_shown_nowhere() -> None:
     assert "hf_secret" not in f"{llm!r} {llm.to_json()} {llm.to_payload()}"
 
 
-@pytest.mark.parametrize(
-    ("bad", "field"),
-    [
-        ({"device": "cpu", "device_map": "auto"}, "device"),
-        ({"offload_folder": "x"}, "offload_folder"),
-        ({"quantization_config": "int3"}, "quantization_config"),
-        ({"attn_implementation": "flash_attention_2"}, "attn_implementation"),
-        ({"loading": 3}, "loading"),
-        ({"detoxigen": scripted(), "device_map": "auto"}, "detoxigen"),
-    ],
-)
+@pytest.mark.parametrize(("bad", "field"), BAD_LOADING)
 def test_bad_ways_are_named_at_once(bad: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidParamsError) as caught:
         DetoxiGenLLM(**bad)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from integrating import own_copy
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.detox_guard import DetoxiGenLLM
-
-from detox_guard.models.default import default_backbone_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,13 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_one_line_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = default_backbone_dir()
-    monkeypatch.setenv("DETOX_GUARD_CACHE", str(tmp_path / "cache"))  # nothing was trained there
-    folder = tmp_path / "our-own-model"
-    folder.mkdir()
-    for file in original.iterdir():
-        (folder / file.name).symlink_to(file)
-    llm = DetoxiGenLLM(str(folder), max_new_tokens=4, seed=1)
+    llm = DetoxiGenLLM(own_copy(tmp_path, monkeypatch), max_new_tokens=4, seed=1)
     said = llm.complete("So, she is")
     assert said.text
     assert said.raw is not None

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping  # noqa: TC003  (pydantic reads annotations when it runs)
 from typing import Annotated, Any, Self
 
-from detox_guard import InvalidParamsError, LoadOptions
+from detox_guard import InvalidParamsError, LoadOptions, StrictModel
 from detox_guard.server import ServerFile
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 __all__ = ["RayConfig", "RayFile", "ReplicaConfig"]
 
@@ -17,21 +17,7 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 
 
-class Settings(BaseModel):
-    """Frozen; unknown fields and bad values raise `InvalidParamsError`."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
-    )
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise InvalidParamsError.from_pydantic(error) from None
-
-
-class ReplicaConfig(Settings):
+class ReplicaConfig(StrictModel):
     """Replicas of a model: what each takes, and how many there are. Raises `InvalidParamsError`."""
 
     min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
@@ -56,7 +42,7 @@ class ReplicaConfig(Settings):
     """Ray's own resources a replica, such as `{"accelerator_type:H100": 0.001}`."""
 
 
-class RayConfig(Settings):
+class RayConfig(StrictModel):
     """How an application lies on a cluster. Raises `InvalidParamsError`."""
 
     gateways: Count = 1

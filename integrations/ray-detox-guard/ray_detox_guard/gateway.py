@@ -5,11 +5,10 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING, Any
 
-from detox_guard.server import create_app
+from detox_guard.server import create_app, params_of
 from ray import serve
 from starlette.responses import JSONResponse
 
-from ray_detox_guard.loading import params_of
 from ray_detox_guard.remote import RemoteModel
 
 if TYPE_CHECKING:

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from detox_guard import ChatPrompt, DecodingParams, DetoxGuardError, Generation, InvalidParamsError, PromptError
-from detox_guard.server import ModelConfig
-
-from ray_detox_guard.loading import load
+from detox_guard.server import ModelConfig, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +62,7 @@ class DetoxiGenPredictor:
         given: dict[str, Any] = {} if engine is None else {"engine": engine.replace(when_full="wait")}
         named = (detoxifier,) if isinstance(detoxifier, str) else None if detoxifier is None else tuple(detoxifier)
         config = ModelConfig(model=model, detoxifier=named, params=params, loading=loading or {}, **given)
-        self._model = load(config if given else config.replace(engine=config.engine.replace(when_full="wait")))
+        self._model = load_model(config if given else config.replace(engine=config.engine.replace(when_full="wait")))
         self._params = self._model.params.replace(trace=False)
         self._prompt_column, self._id_column = prompt_column, id_column
         self._seed, self._keep_errors = seed, keep_errors

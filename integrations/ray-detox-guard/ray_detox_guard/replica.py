@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from detox_guard import DetoxGuardError, EngineClosedError
+from detox_guard.server import load_model
 from ray import serve
-
-from ray_detox_guard.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -32,7 +31,7 @@ def make_replica(multiplexed: int | None) -> type[Any]:
         """Answers with the pieces of a reply. A replica that cannot load its model, or its detoxifier, never starts."""
 
         def __init__(self, models: Mapping[str, ModelConfig], guard: GuardPolicy | None) -> None:
-            """Raises as `load`; Serve tells it as the reason why the replica did not start."""
+            """Raises as `load_model`; Serve tells it as the reason why the replica did not start."""
             self._models, self._guard = dict(models), guard
             self._own: DetoxiGen | None = None
             self._loaded: WeakSet[DetoxiGen] = WeakSet()
@@ -80,7 +79,7 @@ def make_replica(multiplexed: int | None) -> type[Any]:
                 raise EngineClosedError("an engine of this replica ended")
 
         def _load(self, one: ModelConfig) -> DetoxiGen:
-            model = load(one, self._guard)
+            model = load_model(one, self._guard)
             self._loaded.add(model)
             return model
 

@@ -27,14 +27,14 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.detox_guard.callers import asked_by_a_program, refusals
-from llama_index.llms.detox_guard.messages import choice_of, is_react, to_core_messages
+from llama_index.llms.detox_guard.messages import is_react, to_core_messages
 from llama_index.llms.detox_guard.options import (
     current_scope,
     made_here,
     read_options,
 )
 from llama_index.llms.detox_guard.portable import Portable, as_json, refuse_stand_ins
-from llama_index.llms.detox_guard.reply import Reply
+from llama_index.llms.detox_guard.reply import GrowingReply
 from llama_index.llms.detox_guard.structured import DetoxStructuredLLM, StructuredAnswers
 from llama_index.llms.detox_guard.tool_calls import ToolCalls
 
@@ -233,50 +233,50 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Continue a plain text. `kwargs` are fields of `DecodingParams`."""
-        *_, response = self._run(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        *_, response = self._run(GrowingReply.as_completion, self._plain(prompt, formatted), kwargs)
         return response
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, as it is decoded. Closing the generator frees the seat."""
-        return self._run(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        return self._run(GrowingReply.as_completion, self._plain(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Reply to a conversation. `kwargs` are fields of `DecodingParams`, `tools` and `tool_choice`."""
-        *_, response = self._run(Reply.as_chat, messages, kwargs)
+        *_, response = self._run(GrowingReply.as_chat, messages, kwargs)
         return response
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, as it is decoded. Closing the generator frees the seat."""
-        return self._run(Reply.as_chat, messages, kwargs)
+        return self._run(GrowingReply.as_chat, messages, kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` without blocking the event loop; cancelling the task frees the seat."""
-        responses = await self._arun(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        responses = await self._arun(GrowingReply.as_completion, self._plain(prompt, formatted), kwargs)
         return [response async for response in responses][-1]
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop; closing the generator frees the seat."""
-        return await self._arun(Reply.as_completion, self._plain(prompt, formatted), kwargs)
+        return await self._arun(GrowingReply.as_completion, self._plain(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop; cancelling the task frees the seat."""
-        return [response async for response in await self._arun(Reply.as_chat, messages, kwargs)][-1]
+        return [response async for response in await self._arun(GrowingReply.as_chat, messages, kwargs)][-1]
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` without blocking the event loop; closing the generator frees the seat."""
-        return await self._arun(Reply.as_chat, messages, kwargs)
+        return await self._arun(GrowingReply.as_chat, messages, kwargs)
 
     # -- the one way they all take
 
     def _run(
-        self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+        self, show: Callable[[GrowingReply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> Generator[Shown, None, None]:
         failures = current_scope().failures
         with refusals(failures):
@@ -294,7 +294,7 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         return responses()
 
     async def _arun(
-        self, show: Callable[[Reply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
+        self, show: Callable[[GrowingReply], Shown], prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> AsyncGenerator[Shown, None]:
         failures = current_scope().failures
         with refusals(failures):
@@ -317,23 +317,22 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
 
     def _request(
         self, model: detox_guard.DetoxiGen, prompt: str | Sequence[ChatMessage], kwargs: dict[str, Any]
-    ) -> tuple[Reply, Any, DecodingParams]:
+    ) -> tuple[GrowingReply, Any, DecodingParams]:
         """Where the reply gathers, the core's prompt, and how to decode it."""
         scope = current_scope()
         options = {**self.decoding, **scope.options, **kwargs}
         tools = options.pop("tools", None) or []
         if not isinstance(tools, list | tuple):
             raise InvalidParamsError("tools", tools, "a list of tools")
-        choice = choice_of(options.pop("tool_choice", None) or "auto", tools)
+        choice = detox_guard.tool_choice_of(options.pop("tool_choice", None), tools)
         parallel = options.pop("allow_parallel_tool_calls", True)
         if not isinstance(parallel, bool):
             raise InvalidParamsError("allow_parallel_tool_calls", parallel, "True or False")
         variables = self._variables(options.pop("chat_template_kwargs", None))
         options = read_options(options)
-        tools = [] if choice == "none" else tools
-        if tools and choice != "auto":
-            name = None if choice in ("any", "required") else choice
-            options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=name)
+        tools = [] if choice.mode == "none" else tools
+        if choice.mode == "any":
+            options["grammar"] = detox_guard.Grammar.tool_calls(tools, name=choice.name)
         if options.get("grammar") is not None:  # it ends the reply itself; what ends other replies is set aside
             options = {**options, **{name: value for name, value in _NO_STOPS.items() if name not in kwargs}}
         elif not isinstance(prompt, str) and is_react(prompt) and not options.get("stop", model.params.stop):
@@ -341,7 +340,7 @@ class DetoxiGenLLM(StructuredAnswers, ToolCalls, Portable, CustomLLM):
         params = model.params.replace(**options)
         structured = params.grammar is not None and params.grammar.kind in _STRUCTURED
         whole = structured or asked_by_a_program()
-        reply = Reply(model.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
+        reply = GrowingReply(model.model_id, scope.collectors, tools=tools, parallel=parallel, whole=whole)
         if isinstance(prompt, str):
             if kwargs.get("chat_template_kwargs"):
                 raise InvalidParamsError(

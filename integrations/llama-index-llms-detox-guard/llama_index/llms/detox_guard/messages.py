@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import CachePoint, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
 
-from detox_guard import InvalidParamsError, PromptError, function_of
+from detox_guard import PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llama_index.core.llms import ChatMessage
 
-__all__ = ["choice_of", "is_react", "to_core_messages"]
+__all__ = ["is_react", "to_core_messages"]
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -25,7 +25,6 @@ _ROLES = {
 _PLAIN = {"role", "content"}
 """What a message has that neither calls a tool nor answers a call."""
 _REACT_MARK = "Observation:"
-_CHOICES = ("auto", "none", "any", "required")
 
 
 def to_core_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -60,24 +59,6 @@ def is_react(messages: Sequence[ChatMessage]) -> bool:
         message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER) and _REACT_MARK in (message.content or "")
         for message in messages
     )
-
-
-def choice_of(tool_choice: Any, tools: Sequence[dict[str, Any]]) -> str:
-    """A string, or the dict of any provider, as one of `_CHOICES` or the name of one of the `tools`.
-
-    Raises `InvalidParamsError` for anything else.
-    """
-    choice = tool_choice
-    if isinstance(choice, dict):
-        kind, named = choice.get("type"), choice.get("function", choice)
-        is_named = kind in ("function", "tool") and isinstance(named, dict)
-        choice = named.get("name") if is_named else kind if kind in _CHOICES else None
-    known = [*_CHOICES, *(function_of(tool, f"tools[{i}]").name for i, tool in enumerate(tools))]
-    if choice not in known:
-        raise InvalidParamsError("tool_choice", tool_choice, f"one of {', '.join(known)}")
-    if not tools and choice not in ("auto", "none"):
-        raise InvalidParamsError("tool_choice", tool_choice, "auto or none where there are no tools")
-    return str(choice)
 
 
 def _text(index: int, message: ChatMessage) -> str:

@@ -19,10 +19,10 @@ import detox_guard
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Reply"]
+__all__ = ["GrowingReply"]
 
 
-class Reply:
+class GrowingReply:
     """One reply as it grows: what LlamaIndex wants to see of it at any moment."""
 
     def __init__(

@@ -91,15 +91,18 @@ def _redact(node: BaseNode, text: str, bare: bool, told: dict[str, str]) -> None
 
 def _mask_unread(node: BaseNode, told: dict[str, str]) -> None:
     """`told`: what takes the place of each string."""
+
+    def masked(value: Any) -> Any:
+        return detox_guard.replace_strings(value, lambda text: told.get(text, text))
+
     renamed = {key: told.get(key, key) for key in node.excluded_llm_metadata_keys}
     node.metadata = {
-        renamed.get(key, key): _replaced(value, told) if key in renamed else value
-        for key, value in node.metadata.items()
+        renamed.get(key, key): masked(value) if key in renamed else value for key, value in node.metadata.items()
     }
     node.excluded_llm_metadata_keys = list(renamed.values())
     node.excluded_embed_metadata_keys = [renamed.get(key, key) for key in node.excluded_embed_metadata_keys]
     for info in _related(node):
-        info.metadata = _replaced(info.metadata, told)
+        info.metadata = masked(info.metadata)
 
 
 def _unread(node: BaseNode) -> Iterator[dict[str, Any]]:
@@ -127,14 +130,3 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple | set | frozenset):
         for part in value:
             yield from _strings(part)
-
-
-def _replaced(value: Any, told: dict[str, str]) -> Any:
-    if isinstance(value, str):
-        return told.get(value, value)
-    if isinstance(value, dict):
-        return {_replaced(key, told): _replaced(part, told) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [_replaced(part, told) for part in value]
-        return next(kind(parts) for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-    return value

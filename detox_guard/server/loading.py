@@ -1,4 +1,4 @@
-"""One model of a configuration, loaded and tried. Knows `DetoxiGen`; knows no Ray.
+"""One model of a configuration, loaded and tried. Knows `DetoxiGen`; knows no request.
 
 Fail closed: what comes out of here has its detoxifier, decoded a token with it, and its guard's scorer gave a number.
 """
@@ -7,27 +7,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from detox_guard import DecodingParams, DetoxifierNotFoundError, DetoxiGen
+from detox_guard.detoxigen import DetoxiGen
+from detox_guard.errors import DetoxifierNotFoundError
+from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
-    from detox_guard import GuardPolicy
-    from detox_guard.server import ModelConfig
+    from detox_guard.server.config import ModelConfig
+    from detox_guard.settings import GuardPolicy
 
-__all__ = ["load", "params_of"]
+__all__ = ["load_model", "params_of"]
 
 
-def load(one: ModelConfig, guard: GuardPolicy | None = None) -> DetoxiGen:
-    """`guard` is what replies stand under where the model's own params have none.
+def load_model(one: ModelConfig, guard: GuardPolicy | None = None) -> DetoxiGen:
+    """The model of a configuration without `upstream`. `guard` is what replies stand under where the model's own params
+    have none.
 
     Raises `BackboneError`, `DetoxifierError`, `ScorerError`, `EngineError`.
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # nobody watches a worker: its bars would fill the driver's log
+    logging.disable_progress_bar()  # nobody watches a server
     plain, params = _is_plain(one), params_of(one)
+    auto = one.detoxifier is None or one.detoxifier == ("auto",)
     model = DetoxiGen.from_pretrained(
         one.model,
-        detoxifier=() if plain else _asked(one),
+        detoxifier=() if plain else "auto" if auto else list(one.detoxifier or ()),
         params=params,
         config=one.engine,
         **one.loading,
@@ -52,10 +56,6 @@ def params_of(one: ModelConfig) -> DecodingParams:
 
 def _is_plain(one: ModelConfig) -> bool:
     return one.detoxifier == () or (one.detoxifier is None and one.params is not None and one.params.alpha == 0)
-
-
-def _asked(one: ModelConfig) -> str | list[str]:
-    return "auto" if one.detoxifier is None or one.detoxifier == ("auto",) else list(one.detoxifier)
 
 
 def _try(model: DetoxiGen, guard: GuardPolicy | None) -> None:
