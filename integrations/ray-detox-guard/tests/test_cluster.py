@@ -60,11 +60,14 @@ def test_openais_client_streams(url: str) -> None:
 
 
 def test_what_a_client_sends_is_in_no_log(url: str) -> None:
+    import ray
+
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "quokka"}}}
     refused = post(url, messages=[{"role": "user", "content": "quokka"}], response_format=schema)
     assert refused.status_code == 400
     assert post(url, messages=[{"role": "user", "content": "quokka"}]).status_code == 200
-    logs = [one for one in Path("/tmp/ray/session_latest/logs").rglob("*") if one.is_file()]
+    folder = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    logs = [one for one in folder.rglob("*") if one.is_file()]
     assert any("engine-tiny" in one.name for one in logs)
     assert not [one.name for one in logs if b"quokka" in one.read_bytes()]
 
