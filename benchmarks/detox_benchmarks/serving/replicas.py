@@ -53,6 +53,7 @@ def run_replicas(*, seconds: float = 20.0, clients: int = 8, tokens: int = 256) 
 @contextmanager
 def _node() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=2,
         object_store_memory=80_000_000,
         include_dashboard=False,
