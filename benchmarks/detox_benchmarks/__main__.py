@@ -76,7 +76,7 @@ def load(**fields: Any) -> None:
 def replicas(
     seconds: Annotated[float, typer.Option(min=1, help="How long each count of replicas is measured.")] = 20.0,
     clients: Annotated[int, typer.Option(min=1, help="Clients a replica.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply.")] = 1024,
 ) -> None:
     """One replica of a tiny model on Ray against two, each held to one core, in about two minutes. Needs
     ray-detox-guard. Prints JSON."""

@@ -29,7 +29,7 @@ __all__ = ["run_replicas"]
 _PORT = 18_200
 
 
-def run_replicas(*, seconds: float = 20.0, clients: int = 8, tokens: int = 256) -> dict[str, Any]:
+def run_replicas(*, seconds: float = 20.0, clients: int = 8, tokens: int = 1024) -> dict[str, Any]:
     """Tokens a second of one replica and of two, their ratio, and the CPU time of everything else (clients, gateway,
     Ray) against that of the replicas; JSON-able. On two cores that share bounds the ratio: 2 / (1 + share).
 
