@@ -81,7 +81,7 @@ class ToyPrefill:
 
 class ToyRunner:
     device = torch.device("cpu")
-    limits = RunnerLimits(VOCAB, POSITIONS, frozenset({"tokens"}), continues=True)
+    limits = RunnerLimits(VOCAB, POSITIONS, frozenset({"tokens"}), continues=True, at_once=8)
 
     def __init__(self, views: Sequence[TokenPrefix] = ()) -> None:
         self.views = views
@@ -116,11 +116,13 @@ class ToyRunner:
         row.length -= slots
         del self._rows[row.index][1][row.length :]
 
-    def decode(self, tokens: Sequence[int]) -> torch.Tensor:
-        for (row, read), token in zip(self._rows, tokens, strict=True):
-            read.append(token)
-            row.length += 1
-        return torch.stack([toy_logits(read) for _, read in self._rows])
+    def decode(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.stack([self._feed(*row, fed) for row, fed in zip(self._rows, tokens, strict=True)])
+
+    def _feed(self, row: Row, read: list[int], fed: Sequence[int]) -> torch.Tensor:
+        read += fed
+        row.length = len(read)
+        return torch.stack([toy_logits(read[: len(read) - left]) for left in reversed(range(len(fed)))])
 
     def clear(self) -> None:
         self._rows.clear()

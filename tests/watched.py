@@ -37,7 +37,9 @@ class Watched:
         self.before_join: Any = nothing
         """`(saved)`"""
         self.spoil: Any = nothing
-        """`(logits)` of a step, to change in place."""
+        """`(logits)` behind the first tokens of a step, to change in place."""
+        self.fed: list[tuple[int, int]] = []
+        """Of each step the rows, and how many tokens each of them got."""
         self.loses_views = False
         """Give nothing but the generator's row."""
 
@@ -57,9 +59,10 @@ class Watched:
         row: Row = self.runner.join(saved)
         return row
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        self.fed.append((len(tokens), len(tokens[0])))
         logits: Tensor = self.runner.decode(tokens)
-        self.spoil(logits)
+        self.spoil(logits[:, 0])
         return logits
 
 

@@ -12,6 +12,7 @@ from detox_benchmarks.ablations.variants import AblationConfig, What
 from detox_benchmarks.methods import MoreConfig, more_methods
 from detox_benchmarks.rag.frame import RagConfig, run_rag, table
 from detox_benchmarks.serving.load import LoadConfig
+from detox_benchmarks.speed.drafts import DraftsConfig
 from detox_benchmarks.speed.engines import EngineBenchConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
@@ -97,6 +98,16 @@ def steps(
 
     quiet_libraries()
     print(run_steps(model, rounds))
+
+
+@app.command()
+@options.config_options(DraftsConfig)
+def drafts(**fields: Any) -> None:
+    """What drafts gain: answers about a passage, with them and without, in turn. One line of JSON."""
+    from detox_benchmarks.speed.drafts import run_drafts
+
+    quiet_libraries()
+    print(run_drafts(DraftsConfig(**options.given(fields))))
 
 
 @app.command()

@@ -175,6 +175,10 @@ class EngineStats:
     """Contrasts computed from a whole set of rows and then emitted."""
     tokens_plain: int = 0
     tokens_rewound: int = 0
+    tokens_drafted: int = 0
+    """Tokens that were fed before they were chosen,"""
+    tokens_accepted: int = 0
+    """and how many of them were chosen then."""
     fallbacks: int = 0
     seats: int = 0
     rows: int = 0
@@ -215,6 +219,8 @@ class Bounds(Protocol):
     def prompt_cache_slots(self) -> int: ...
     @property
     def pack_weights(self) -> bool: ...
+    @property
+    def drafts(self) -> int: ...
 
 
 class Engine(Protocol):

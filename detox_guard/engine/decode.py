@@ -1,7 +1,8 @@
-"""Decoding: a step for every seat, and what each sink says of its token. Knows seats and logits; knows no queue."""
+"""Decoding: a step for every seat, and what each sink says of its tokens. Knows seats and logits; knows no queue."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,48 +28,71 @@ __all__ = ["Decoder"]
 class Decoder:
     """Gives seats their tokens. An error of one seat's sink or constraint takes only that seat's request down."""
 
-    def __init__(self, runner: Runner, seats: Seats, chooser: Chooser, reports: Reports, stats: EngineStats) -> None:
+    def __init__(
+        self, runner: Runner, seats: Seats, chooser: Chooser, reports: Reports, stats: EngineStats, drafts: int = 0
+    ) -> None:
+        """`drafts`: the most tokens of a draft."""
         self._runner = runner
         self._seats = seats
         self._chooser = chooser
         self._reports = reports
         self._stats = stats
+        self._drafts = drafts
 
     def step(self) -> None:
-        """Feed every seat's last token to all of its rows, choose the next."""
-        tokens = [0] * self._runner.rows
-        fed = 0
-        for seat in self._seats.decoding:
-            for row in seat.rows:
-                tokens[row.index] = seat.emitted[-1]
-                fed += 1
-        if fed != len(tokens):
+        """Feed every seat's last token to all of its rows, and a draft behind it; choose what comes next."""
+        turns = [(seat, [row.index for row in seat.rows]) for seat in self._seats.decoding]
+        draft = self._draft()
+        tokens: list[Sequence[int]] = [()] * self._runner.rows
+        for seat, rows in turns:
+            for row in rows:
+                tokens[row] = [seat.emitted[-1], *draft]
+        if (fed := sum(len(rows) for _, rows in turns)) != len(tokens):
             raise StepError(f"{len(tokens)} rows in the batch, but seats hold {fed}")
-        self._emit(self._seats.decoding, self._runner.decode(tokens))
+        logits = self._runner.decode(tokens)
+        had = len(turns[0][0].emitted)
+        self.begin(self._emit(logits[:, 0], turns))
+        if draft:
+            self._follow(draft, had, logits, turns[0])
+
+    def _draft(self) -> list[int]:
+        """What the one seat that decodes is fed besides its last token. Where several decode there are no drafts: more
+        rows cost what a draft costs, and bring a token each."""
+        if len(self._seats.decoding) != 1:
+            return []
+        (seat,) = self._seats.decoding
+        room = seat.request.max_new_tokens - len(seat.emitted) - 1
+        most = min(self._drafts, room, self._runner.limits.at_once // self._runner.rows - 1)
+        return seat.drafter.propose(seat.emitted, most) if most > 0 else []
+
+    def _follow(self, draft: list[int], had: int, logits: Tensor, turn: tuple[Seat, Sequence[int]]) -> None:
+        """Choose on, one token at a time, while a seat's reply behind its first `had` tokens is what the draft says;
+        then take back what was fed too much. A reply that was rewound is shorter, one that is over has no rows."""
+        seat, accepted = turn[0], 0
+        while accepted < len(draft) and seat.rows and seat.emitted[had:] == draft[: accepted + 1]:
+            accepted += 1
+            self.begin(self._emit(logits[:, accepted], [turn]))
+        if seat.rows:
+            self._seats.trim(seat)
+        seat.drafter.learn(len(draft), accepted)
+        self._stats.tokens_drafted += len(draft)
+        self._stats.tokens_accepted += accepted
 
     def begin(self, seats: list[Seat]) -> None:
         """The first token of seats that have none, from the logits of their prompts."""
-        self._emit(seats, None)
+        while seats:
+            ends = list(accumulate(len(seat.rows) for seat in seats))
+            rows = [range(end - len(seat.rows), end) for seat, end in zip(seats, ends, strict=True)]
+            logits = torch.cat([seat.first_logits for seat in seats])
+            seats = self._emit(logits, list(zip(seats, rows, strict=True)))
 
-    def _emit(self, seats: list[Seat], logits: Tensor | None) -> None:
-        """Choose a token for each seat and hand it over. Without `logits`, from those of the seats' prompts."""
-        waiting = list(seats)
-        while waiting:
-            rows: list[Sequence[int]]
-            if logits is None:
-                stacked = torch.cat([seat.first_logits for seat in waiting])
-                starts = [sum(len(seat.rows) for seat in waiting[:i]) for i in range(len(waiting))]
-                rows = [range(start, start + len(seat.rows)) for seat, start in zip(waiting, starts, strict=True)]
-            else:
-                stacked = logits
-                rows = [[row.index for row in seat.rows] for seat in waiting]
-            # Their rows are known by now: one who leaves moves those of others.
-            able = [(seat, own) for seat, own in zip(waiting, rows, strict=True) if self._can_choose(seat)]
-            waiting = [seat for seat, _ in able]
-            outcomes = self._chooser.choose(stacked, [seat.turn(own) for seat, own in able]) if able else []
-            # A seat that was rewound to its prompt's end has no token to feed: it chooses again at once.
-            waiting = [seat for seat, out in zip(waiting, outcomes, strict=True) if self._deliver(seat, out)]
-            logits = None
+    def _emit(self, logits: Tensor, turns: Sequence[tuple[Seat, Sequence[int]]]) -> list[Seat]:
+        """Choose a token for each seat from its rows of `logits [rows, vocab]`, and hand it over. Those that were
+        rewound to their prompt's end have no token to feed: they choose again at once."""
+        # Their rows were looked up before: one who leaves moves those of others.
+        able = [(seat, rows) for seat, rows in turns if self._can_choose(seat)]
+        outcomes = self._chooser.choose(logits, [seat.turn(rows) for seat, rows in able]) if able else []
+        return [seat for (seat, _), out in zip(able, outcomes, strict=True) if self._deliver(seat, out)]
 
     def _can_choose(self, seat: Seat) -> bool:
         """Ask a seat's constraint what may come next."""

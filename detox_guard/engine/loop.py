@@ -67,7 +67,9 @@ class Loop:
         self._queue = Queue(self._bounds, self._runner)
         self._groups = Groups(self._runner, self._bounds)
         self._seats = Seats(self._runner, self._wake)
-        self._decoder = Decoder(self._runner, self._seats, self._chooser, self._reports, self._stats)
+        self._decoder = Decoder(
+            self._runner, self._seats, self._chooser, self._reports, self._stats, self._bounds.drafts
+        )
 
     def _hold(self) -> None:
         """Wait until nothing is computed, and keep it so; but not for ever, and a fork by the engine itself goes on."""

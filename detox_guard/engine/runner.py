@@ -1,7 +1,8 @@
 """The seam to an execution backend: what the scheduler asks of it. Knows rows as handles; knows no keys, no values.
 
 A runner holds one batch of *rows*. A row is one view of one request: the generator's, or that of a detoxifier. Each
-step feeds one token to every row. What a prompt or a row holds can be put aside as a *saved* handle and joined again.
+step feeds one token to every row, or a few. What a prompt or a row holds can be put aside as a *saved* handle and
+joined again.
 
 To write a runner is to write the two classes below, `Prefill` and `Runner`; nothing else in the engine changes. All
 methods but `slots` are called by one thread, the engine's, in `torch.inference_mode`. An error that is raised
@@ -38,6 +39,9 @@ class RunnerLimits:
     """Whether a row can be rewound. One that cannot serves no guard."""
     continues: bool = False
     """Whether a prompt can be begun with part of what another one's rows hold. One that cannot gets no bases."""
+    at_once: int = 0
+    """How many tokens, of all rows together, a step takes at little more than the cost of one a row. One that has 0 is
+    only ever given one token a row, and so no drafts."""
 
 
 @dataclass(eq=False)
@@ -136,9 +140,10 @@ class Runner(Protocol):
     def rewind(self, row: Row, slots: int) -> None:
         """Drop the last `slots` of a row (0 to its length - 1), as if they had never been."""
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
-        """Feed `tokens[i]` to the row of index i, for every row; logits `[rows, vocab]` float32, the caller's to
-        overwrite. Every row is one slot longer afterwards."""
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed `tokens[i]`, in order, to the row of index i, for every row; all get as many, at least one. Logits
+        behind each of them, `[rows, tokens of a row, vocab]` float32, the caller's to overwrite. Every row is so many
+        slots longer afterwards."""
 
     def clear(self) -> None:
         """Drop all rows, also after an error that left them in disorder."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_guard.engine.base import Go
+from detox_guard.engine.drafts import Drafter
 from detox_guard.errors import EngineError
 from detox_guard.steering.choose import Turn
 
@@ -34,6 +35,7 @@ class Seat:
     request: Request
     first_logits: Tensor
     """`[rows, vocab]` of its prompt."""
+    drafter: Drafter
     rows: list[Row] = field(default_factory=list)
     """The generator's, then one a view. None while it is parked."""
     starts: list[int] = field(default_factory=list)
@@ -97,7 +99,7 @@ class Seats:
 
     def take(self, request: Request, first_logits: Tensor, saved: Sequence[Saved]) -> Seat:
         """Seat a request whose prompt was computed."""
-        seat = Seat(request, first_logits)
+        seat = Seat(request, first_logits, Drafter(request.prompt.ids, request.end_ids))
         if request.sampling.repetition_penalty != 1.0:
             seat.seen = torch.tensor(sorted(set(request.prompt.ids)), device=self._runner.device)
         with self._lock:
@@ -113,7 +115,15 @@ class Seats:
                 self._runner.leave(row)
             seat.rows = []
 
+    def trim(self, seat: Seat) -> None:
+        """Take from a seat's rows what was fed beyond its reply. Its last token is not fed before the next step."""
+        kept = max(0, len(seat.emitted) - 1)
+        for row, start in zip(seat.rows, seat.starts, strict=True):
+            if row.length > start + kept:
+                self._runner.rewind(row, row.length - start - kept)
+
     def park(self, seat: Seat, reason: Finish) -> None:
+        self.trim(seat)
         with self._lock:
             seat.saved, seat.reason = [self._runner.save(row) for row in seat.rows], reason
             self.parked.append(seat)
@@ -143,10 +153,7 @@ class Seats:
         del seat.emitted[len(seat.emitted) - tokens :]
         if seat.request.constraint is not None:
             seat.request.constraint.rollback(tokens)
-        # When the next step comes, the last token is not in the rows yet.
-        kept = max(0, len(seat.emitted) - 1)
-        for row, start in zip(seat.rows, seat.starts, strict=True):
-            self._runner.rewind(row, row.length - start - kept)
+        self.trim(seat)
         if seat.seen is not None:
             seat.seen = seat.seen.new_tensor(sorted({*seat.request.prompt.ids, *seat.emitted}))
 

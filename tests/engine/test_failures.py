@@ -158,9 +158,9 @@ def test_the_cache_keeps_to_its_bound() -> None:
         cache.add([(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))])
         sizes.append(cache.capacity[0] * cache.capacity[1])
     for _ in range(90):
-        cache.open_slot()
+        cache.open_slots()
         cache.layers[0].update(torch.zeros(40, 1, 1, 2), torch.zeros(40, 1, 1, 2))
-        cache.commit_slot()
+        cache.commit_slots()
         sizes.append(cache.capacity[0] * cache.capacity[1])
     assert 3000 < max(sizes) <= 4000
 

@@ -97,15 +97,15 @@ def _compute(runner: Runner, prompts: Sequence[list[int]]) -> list[_Reply]:
 
 
 def _decode(runner: Runner, replies: Sequence[_Reply]) -> None:
-    tokens = [0] * runner.rows
+    tokens = [[0]] * runner.rows
     for reply in replies:
         token = int(reply.said[-1][1][0].argmax())
         # A token a little off the path that was taken back, or a rewind would only read the same again.
         token = (token + len(reply.said)) % reply.said[-1][1].shape[1]
         reply.fed.append(token)
         for row in reply.rows:
-            tokens[row.index] = token
-    logits = runner.decode(tokens)
+            tokens[row.index] = [token]
+    logits = runner.decode(tokens)[:, 0]
     for reply in replies:
         reply.said.append((list(reply.fed), logits[[row.index for row in reply.rows]]))
 

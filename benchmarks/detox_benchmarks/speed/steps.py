@@ -1,7 +1,8 @@
 """One decoding step and one prefill of a model on a CPU, its linear layers plain, packed and in 4 bits.
 
+"own step" is the engine's step on those in 4 bits, where it has one; the others are transformers' forward.
 The ways are timed in turn, round after round, and the least time of each counts. Knows clocks and layouts; knows no
-engine, and no quality but the distance from float32.
+scheduler, and no quality but the distance from float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from transformers import DynamicCache
 
 from detox_guard.engine.torch.int4 import Int4Linear
 from detox_guard.engine.torch.packing import can_pack, pack_linears
+from detox_guard.engine.torch.static import static_step
+from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.models.load import load_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from detox_guard.engine.torch.static import StaticStep
 
 __all__ = ["run_steps"]
 
@@ -42,10 +47,13 @@ def run_steps(model: str | None = None, rounds: int = 30) -> str:
     ways = {"plain": backbone.model, "packed": _packed(backbone.model), "int4": copy.deepcopy(backbone.model)}
     pack_linears(ways["int4"])
     with torch.inference_mode():
-        found: dict[str, Any] = {
-            f"step of {rows} rows": _least({name: _step(way, rows) for name, way in ways.items()}, rounds)
-            for rows in ROWS
-        }
+        found: dict[str, Any] = {}
+        own = static_step(ways["int4"])
+        for rows in ROWS:
+            steps = {name: _step(way, rows) for name, way in ways.items()}
+            if own is not None:
+                steps["own step"] = _own_step(own, ways["int4"], rows)
+            found[f"step of {rows} rows"] = _least(steps, rounds)
         found[f"prefill of {PROMPT}"] = _least({name: _prefill(way) for name, way in ways.items()}, max(3, rounds // 5))
         reference = load_backbone(model, device="cpu", dtype="float32")
         found["mean KL"] = {name: _distance(reference, way) for name, way in ways.items()}
@@ -82,6 +90,21 @@ def _step(model: Any, rows: int) -> Callable[[], object]:
     def step() -> None:
         model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.crop(-1)
+
+    return step
+
+
+def _own_step(own: StaticStep, model: Any, rows: int) -> Callable[[], object]:
+    batch = StaticRows(own, model.device, model.dtype, max(ROWS), max(ROWS) * 2 * CONTEXT)
+    cache = DynamicCache()
+    model(input_ids=torch.full((1, CONTEXT), 100), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for _ in range(rows):
+        batch.add([(layer.keys, layer.values) for layer in cache.layers])
+
+    def step() -> None:
+        batch.decode([[100]] * rows)
+        for row in batch.rows:
+            batch.rewind(row, 1)
 
     return step
 

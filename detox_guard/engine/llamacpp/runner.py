@@ -88,7 +88,7 @@ class LlamaRunner:
         behind = desk.read([first])
         for _ in range(2):
             self.join(saved)
-        together = self.decode([first, second])
+        together = self.decode([[first], [second]])[:, 0]
         self.clear()
         for found, expected in ((again, wanted), (together[0], behind)):
             size = max(1.0, float(expected.abs().max()))
@@ -146,13 +146,14 @@ class LlamaRunner:
         self._held().cut(row.index, row.length - slots)
         row.length -= slots
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         if len(tokens) != len(self._rows):
             raise StepError(f"{len(tokens)} tokens for {len(self._rows)} rows")
-        logits = self._room(len(tokens), 1 + max(row.length for row in self._rows)).step(tokens)
+        batch = self._room(len(tokens), 1 + max(row.length for row in self._rows))
+        logits = batch.step([token for (token,) in tokens])
         for row in self._rows:
             row.length += 1
-        return logits
+        return logits.unsqueeze(1)
 
     def clear(self) -> None:
         self._rows.clear()

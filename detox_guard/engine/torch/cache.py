@@ -6,7 +6,8 @@ All rows share one slot counter and are right-aligned at it::
     row 0     . . . . . [k k k k k k k k k k k]|      a row is its last `length` slots; what stands left of it is masked
     row 1     . . . . . . . . . [k k k k k k k]|      and always finite (a NaN times a zero weight is still a NaN)
 
-so a decoding step writes one column for everybody, and joining, leaving and rewinding touch one row each.
+so a decoding step writes the same columns for everybody, and joining, leaving and rewinding touch one row each. What
+all rows drop between two steps costs nothing: the end goes back.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class RowCache(Cache):  # type: ignore[misc]
         self.end = 0
         self.view_lo = 0
         self.capacity = (0, 0)
+        self._dropped: dict[Row, int] = {}
+        """Slots that were dropped at the end of a row, and are still there."""
 
     @property
     def lo(self) -> int:
@@ -100,6 +103,7 @@ class RowCache(Cache):  # type: ignore[misc]
         return self._add(layers, layers[0][0].shape[2])
 
     def _add(self, layers: Sequence[Sequence[Tensor]], length: int) -> Row:
+        self.settle()
         self._reserve(len(self.rows) + 1, length)
         row = Row(len(self.rows), length)
         start = self.end - length
@@ -115,11 +119,13 @@ class RowCache(Cache):  # type: ignore[misc]
 
     def copy(self, row: Row) -> LayerKV:
         """What `add` takes to put the row back."""
+        self.settle()
         at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
         return [(layer.keys[at].clone(), layer.values[at].clone()) for layer in self._slotted]
 
     def remove(self, row: Row) -> None:
         """Drop a row; the last one takes its place. With no row left the buffers are freed."""
+        self.settle()
         last = self.rows.pop()
         if last is not row:
             start = self.end - last.length
@@ -133,37 +139,51 @@ class RowCache(Cache):  # type: ignore[misc]
             self.clear()
 
     def rewind(self, row: Row, slots: int) -> None:
-        """Drop the last `slots` entries of one row and right-align it again."""
+        """Drop the last `slots` entries of one row."""
         if not 0 <= slots < row.length:
             raise ValueError(f"rewind of {slots} slots in a row of {row.length}")
-        if slots == 0:
+        if slots:
+            self._dropped[row] = self._dropped.get(row, 0) + slots
+            row.length -= slots
+
+    def settle(self) -> None:
+        """Right-align the rows that were rewound."""
+        if not self._dropped:
             return
-        start, keep = self.end - row.length, row.length - slots
-        for layer in self._slotted:
-            for buffer in layer.held():
-                # A copy first: source and target overlap.
-                buffer[row.index, :, self.end - keep : self.end] = buffer[row.index, :, start : start + keep].clone()
-                buffer[row.index, :, start : start + slots] = 0
-        row.length = keep
+        common = min(self._dropped.get(row, 0) for row in self.rows)
+        self.end -= common
+        for row, dropped in self._dropped.items():
+            if slots := dropped - common:
+                stop = self.end - slots
+                start = stop - row.length
+                for layer in self._slotted:
+                    for buffer in layer.held():
+                        # A copy first: source and target overlap.
+                        buffer[row.index, :, start + slots : self.end] = buffer[row.index, :, start:stop].clone()
+                        buffer[row.index, :, start : start + slots] = 0
+        self._dropped.clear()
 
-    def open_slot(self) -> Tensor:
-        """Make room for one more slot; returns the mask `[rows, 1, 1, slots]` (True = attend) of the step to come."""
-        self._reserve(len(self.rows), self.end + 1 - self.lo, column=True)
+    def open_slots(self, count: int = 1) -> Tensor:
+        """Make room for so many more slots; the mask `[rows, 1, count, slots]` (True = attend) of the step to come."""
+        self.settle()
+        self._reserve(len(self.rows), self.end + count - self.lo, right=count)
         self.view_lo = self.lo
-        slots = self.end + 1 - self.view_lo
-        lengths = torch.tensor([row.length for row in self.rows])
-        mask = torch.arange(slots) >= (slots - 1 - lengths).unsqueeze(-1)
-        return mask[:, None, None, :]
+        slots = torch.arange(self.end + count - self.view_lo)
+        behind = torch.arange(count).unsqueeze(-1) + len(slots) - count
+        starts = torch.tensor([len(slots) - count - row.length for row in self.rows])
+        mask = (slots >= starts[:, None, None]) & (slots <= behind)
+        return mask.unsqueeze(1)
 
-    def commit_slot(self) -> None:
-        """The forward pass wrote its column: every row is one longer."""
-        self.end += 1
+    def commit_slots(self, count: int = 1) -> None:
+        """The forward pass wrote its columns: every row is so much longer."""
+        self.end += count
         for row in self.rows:
-            row.length += 1
+            row.length += count
 
     def clear(self) -> None:
         """Forget all rows and free the buffers."""
         self.rows.clear()
+        self._dropped.clear()
         self.end = 0
         self.capacity = (0, 0)
         for layer in self._slotted:
@@ -171,11 +191,10 @@ class RowCache(Cache):  # type: ignore[misc]
                 setattr(layer, name, None)
             layer.is_initialized = False
 
-    def _reserve(self, rows: int, length: int, *, column: bool = False) -> None:
-        """Room for `rows` rows of up to `length` slots; with `column`, for one more slot at the right."""
+    def _reserve(self, rows: int, length: int, *, right: int = 0) -> None:
+        """Room for `rows` rows of up to `length` slots, `right` of them right of what there is."""
         lo, used = self.lo, self.end - self.lo
         old_rows, old_slots = self.capacity
-        right = 1 if column else 0
         fits = rows <= old_rows and length <= self.end + right and self.end + right <= old_slots
         if fits:
             return

@@ -1,4 +1,4 @@
-"""Running the backbone: prompts into K/V (prefill), and one token a row (decode). Knows no sampling.
+"""Running the backbone: prompts into K/V (prefill), and a token a row or a few (decode). Knows no sampling.
 
 Position ids are explicit everywhere. What the row of a view reads is told in `detoxifiers.base`. The tokens of a
 `front` view are a K/V prefix that was computed once: causal attention makes it independent of what follows. A `reply`
@@ -51,7 +51,7 @@ class Forward:
         # `eager` attention adds its mask to the scores; `sdpa` takes a boolean one.
         self._additive = getattr(self.model.config, "_attn_implementation", "sdpa") == "eager"
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keeps else {}
+        self._keeps = keeps
         self.prefixes: dict[int, LayerKV] = {}
         with torch.inference_mode():
             for index, view in enumerate(self.views):
@@ -72,8 +72,10 @@ class Forward:
         ids: Tensor | None = None,
         embeds: Tensor | None = None,
         mask: Tensor | None = None,
+        last: int = 1,
     ) -> Tensor:
-        """One forward pass; float32 logits `[rows, vocab]` of the last column. `mask` is `[rows, 1, q, slots]` bool."""
+        """One forward pass; float32 logits `[rows, last, vocab]` of the last columns. `mask` is `[rows, 1, q, slots]`
+        bool."""
         if mask is not None and self._additive:
             dtype = next(self.model.parameters()).dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -84,20 +86,23 @@ class Forward:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            **self._last_only,
+            **({"logits_to_keep": last} if self._keeps else {}),
         )
         # A copy, so that callers may write to it and the full-width logits are freed.
-        return out.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
+        return out.logits[:, -last:].to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
-    def decode(self, cache: RowCache, tokens: Sequence[int]) -> Tensor:
-        """Feed `tokens[i]` to row i; logits `[rows, vocab]`. Every row is one slot longer afterwards."""
+    def decode(self, cache: RowCache, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed `tokens[i]` to row i, to each as many; logits `[rows, tokens of a row, vocab]`. Every row is so many
+        slots longer afterwards."""
         if len(tokens) != len(cache.rows):
-            raise StepError(f"{len(tokens)} tokens for {len(cache.rows)} rows")
-        mask = cache.open_slot()
-        ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
-        positions = torch.tensor([[row.length] for row in cache.rows], device=self.device)
-        logits = self.run(cache, positions, ids=ids, mask=mask)
-        cache.commit_slot()
+            raise StepError(f"tokens for {len(tokens)} of {len(cache.rows)} rows")
+        count = len(tokens[0])
+        mask = cache.open_slots(count)
+        ids = torch.tensor(tokens, device=self.device)
+        lengths = torch.tensor([row.length for row in cache.rows], device=self.device)
+        positions = lengths.unsqueeze(-1) + torch.arange(count, device=self.device)
+        logits = self.run(cache, positions, ids=ids, mask=mask, last=count)
+        cache.commit_slots(count)
         return logits
 
 
@@ -183,7 +188,7 @@ class Prefill:
         causal = slots <= (columns + self._prefix).unsqueeze(-1)
         # A padding query still attends to itself, or its softmax would be 0/0 and the NaN would spread.
         mask = (valid.unsqueeze(1) & causal | here).unsqueeze(1)
-        self._logits = self.forward.run(self._cache, positions, ids=self._ids[:, lo:hi], mask=mask)
+        self._logits = self.forward.run(self._cache, positions, ids=self._ids[:, lo:hi], mask=mask)[:, 0]
         self.done_tokens = hi
         return hi == self.total
 
@@ -223,7 +228,7 @@ class Prefill:
         if isinstance(view, EmbeddingPrefix):
             new = len(view)
             added = torch.full_like(lengths, new)
-            inputs = {"embeds": view.embeddings.expand(len(asked), -1, -1)}
+            inputs: dict[str, Any] = {"embeds": view.embeddings.expand(len(asked), -1, -1)}
         else:
             behind = [ids_behind(view, self.prompts[i].ids) for i in asked]
             new = max(map(len, behind))
@@ -245,7 +250,7 @@ class Prefill:
         out = self.forward.run(cache, positions, mask=(valid.unsqueeze(1) & causal | here).unsqueeze(1), **inputs)
         layers = layers_of(cache)
         for row, i in enumerate(asked):
-            logits[i, v] = out[row]
+            logits[i, v] = out[row, 0]
             kv[i, v] = _columns(layers, row, longest, int(lengths[row]), longest + int(gap[row]))
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
+from detox_guard.engine.torch.graphs import recorder_for
+from detox_guard.engine.torch.int4 import FEW_ROWS
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
+from detox_guard.engine.torch.static import static_step
+from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from torch import Tensor
 
     from detox_guard.detoxifiers.base import View
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["TorchRunner", "torch_runner"]
+
+AT_ONCE = FEW_ROWS
+"""Tokens of a step that cost little more than one a row: as far as the 4-bit kernel goes, and less than a GPU takes."""
 
 
 def torch_runner(backbone: Backbone, views: Sequence[View], bounds: Bounds) -> Runner:
@@ -40,12 +48,21 @@ class TorchRunner:
         if bounds.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._forward = Forward(backbone, views)
-        self._cache = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         self.device: torch.device = self._forward.device
+        self._cache: RowCache | StaticRows = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
+        with torch.inference_mode():
+            step = None if backbone.spread else static_step(backbone.model)
+        if step is not None:
+            room = (bounds.max_rows, bounds.max_cached_slots)
+            self._cache = StaticRows(step, self.device, backbone.dtype, *room, recorder_for(self.device))
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         self.limits = RunnerLimits(
-            backbone.vocab_size, backbone.max_positions, frozenset({"embeddings", "tokens"}), continues=True
+            backbone.vocab_size,
+            backbone.max_positions,
+            frozenset({"embeddings", "tokens"}),
+            continues=True,
+            at_once=AT_ONCE,
         )
 
     @property
@@ -75,7 +92,9 @@ class TorchRunner:
     def rewind(self, row: Row, slots: int) -> None:
         self._cache.rewind(row, slots)
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        if isinstance(self._cache, StaticRows):
+            return self._cache.decode(tokens)
         return self._forward.decode(self._cache, tokens)
 
     def clear(self) -> None:

@@ -78,10 +78,11 @@ class SoloRunner:
     def rewind(self, row: Row, slots: int) -> None:
         self._batch.rewind(row, slots)
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        single = [token for (token,) in tokens]
         if isinstance(self._batch, AloneRows):
-            return self._batch.decode(tokens)
-        return self._reader.decode(self._batch, tokens)
+            return self._batch.decode(single).unsqueeze(1)
+        return self._reader.decode(self._batch, single).unsqueeze(1)
 
     def clear(self) -> None:
         self._batch.clear()

@@ -197,6 +197,7 @@ class StateCache(RowCache):
 
     def past(self, row: Row) -> Past:
         """A copy of what a row holds."""
+        self.settle()
         past = Past(Cache(layers=[_single(layer) for layer in self.layers]), row.length)
         at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
         for mine, new in self._pairs(past.cache):
@@ -230,8 +231,8 @@ class StateCache(RowCache):
             self._read(past, tokens)
         self._put(row, past)
 
-    def commit_slot(self, tokens: Sequence[int] = ()) -> None:
-        super().commit_slot()
+    def commit_slots(self, count: int = 1, tokens: Sequence[int] = ()) -> None:
+        super().commit_slots(count)
         for row, history in self._histories.items():
             if history.feed(tokens[row.index]):
                 history.keep(self._checkpoint(row))

@@ -1,0 +1,259 @@
+"""One pass over the last tokens of all rows, for models of Llama's shape. Knows layers and slots; knows no requests.
+
+transformers' forward of a decoding step spends a good part of its time beside the arithmetic. This one does the same
+arithmetic with the model's own layers, so with whatever holds their weights, and with fewer operations: all that it
+reads lies in tensors whose places do not change, a row's slot is its position, the query heads that share a key are
+queries of one head, and queries and keys are rotated together.
+
+A model is served if it is of a known family and nothing in it is unknown. What a family does otherwise is read from the
+model. Whether the result is right is tried out: `static_step` gives nothing that does not compute what the model does.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence, Set
+
+    from torch import Tensor
+
+__all__ = ["StaticStep", "agree", "static_step"]
+
+_log = logging.getLogger("detox_guard.engine")
+
+_BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
+_BEHIND = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_FAMILIES = {
+    "llama": _BEFORE, "mistral": _BEFORE, "qwen2": _BEFORE, "qwen3": _BEFORE, "phi3": _BEFORE, "smollm3": _BEFORE,
+    "granite": _BEFORE, "gemma": _BEFORE, "olmo2": _BEHIND,
+}  # fmt: skip
+"""transformers' types, and each layer's norms: before and behind the attention, before and behind the rest."""
+_IDLE = {"resid_attn_dropout", "resid_mlp_dropout"}
+"""Parts of a layer that do nothing in inference."""
+_ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
+_KEY_NORMS = {"q_norm", "k_norm"}
+_MOVING_ROPES = {"dynamic", "longrope"}
+"""Rotations that depend on how long the longest row is."""
+_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5}
+_ROUNDED = 0.1
+"""The same in 16 bits, where each of the two ways is some hundredths from the exact one."""
+
+
+class _Unknown(Exception):
+    """Why a model is not served."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer computes with. The projections are one module (`qkv`) or three."""
+
+    norms: tuple[Callable[[Tensor], Tensor] | None, ...]
+    qkv: nn.Module | None
+    projections: tuple[Any, ...]
+    key_norms: tuple[tuple[Callable[[Tensor], Tensor], int], ...]
+    """Of queries and of keys, and the width that each takes: a head's, or that of all heads."""
+    out: nn.Module
+    mlp: nn.Module
+    scaling: float
+    rotates: bool
+
+
+class StaticStep:
+    """The model as `(tokens, slots, buffers)` to logits. Raises what `_Unknown` names for a model it does not know.
+
+    All methods expect `torch.inference_mode`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config, kind = model.config, model.config.model_type
+        if kind not in _FAMILIES:
+            raise _Unknown(f"{kind} is no family that is known")
+        inner = model.base_model
+        _whole(model, kind, {"model", "lm_head"})
+        _whole(inner, kind, {"embed_tokens", "layers", "norm", "rotary_emb"})
+        _whole(inner.rotary_emb, kind, set())
+        if inner.rotary_emb.rope_type in _MOVING_ROPES:
+            raise _Unknown(f"its positions are scaled by {inner.rotary_emb.rope_type}")
+        if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
+            raise _Unknown("it caps its scores")
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self._embed, self._rotary, self._head = inner.embed_tokens, inner.rotary_emb, model.lm_head
+        self._norm = _norm(inner.norm, kind)
+        self._scale = float(getattr(config, "embedding_multiplier", 1.0))
+        self._share = float(getattr(config, "residual_multiplier", 1.0))
+        self._divide = float(getattr(config, "logits_scaling", 1.0))
+        self._layers = [self._layer(layer, kind) for layer in inner.layers[: config.num_hidden_layers]]
+
+    def _layer(self, layer: Any, kind: str) -> _Layer:
+        names = _FAMILIES[kind]
+        _whole(layer, kind, {"self_attn", "mlp"} | {name for name in names if name}, _IDLE)
+        attention = layer.self_attn
+        parts = {name for name, _ in attention.named_children()}
+        needed = next((some for some in _ATTENTION if some <= parts), None)
+        if needed is None:
+            raise _Unknown(f"its attention is made of {', '.join(sorted(parts))}")
+        _whole(attention, kind, needed, _KEY_NORMS)
+        if type(layer.mlp).__module__ != _module(kind):
+            raise _Unknown(f"{type(layer.mlp).__name__} is none of its parts")
+        norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if name in parts]
+        return _Layer(
+            norms=tuple(_norm(getattr(layer, name), kind) if name else None for name in names),
+            qkv=attention.qkv_proj if "qkv_proj" in parts else None,
+            projections=() if "qkv_proj" in parts else (attention.q_proj, attention.k_proj, attention.v_proj),
+            key_norms=tuple((_norm(norm, kind), len(norm.weight)) for norm in norms),
+            out=attention.o_proj,
+            mlp=layer.mlp,
+            scaling=float(attention.scaling),
+            rotates=bool(getattr(attention, "use_rope", True)),
+        )
+
+    def __call__(
+        self, tokens: Tensor, slots: Tensor, width: int, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """Logits `[rows, n, vocab]` float32, behind each of the `tokens` `[rows, n]`, which go to `slots` `[rows, n]`.
+
+        Row i is row i of the buffers `[some, kv heads, some, head dim]` of each layer. It sees its slots up to the
+        token's own; all of them are below `width`. What lies behind is not seen, but must be finite.
+        """
+        rows, count = tokens.shape
+        shared = self.heads // self.kv_heads
+        x = self._embed(tokens)
+        if self._scale != 1:
+            x = x * self._scale
+        cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, slots))
+        half = cos.shape[-1] // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        seen = torch.arange(width, device=slots.device) <= slots.unsqueeze(-1)
+        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf"))
+        # One line a query of a key's head: token by token, and of each token the heads that share it.
+        mask = mask.unsqueeze(2).expand(-1, -1, shared, -1).reshape(rows, 1, count * shared, width)
+        at = torch.arange(rows, device=slots.device).unsqueeze(-1)
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            before, behind, before_mlp, behind_mlp = layer.norms
+            both, value = self._project(layer, x if before is None else before(x))
+            if layer.rotates:
+                both = _rotated(both, cos, sin)
+            query, key = both[:, :, : self.heads], both[:, :, self.heads :]
+            k[at, :, slots] = key
+            v[at, :, slots] = value
+            query = query.reshape(rows, count, self.kv_heads, shared, self.head_dim).transpose(1, 2)
+            found = F.scaled_dot_product_attention(
+                query.reshape(rows, self.kv_heads, count * shared, self.head_dim),
+                k[:rows, :, :width],
+                v[:rows, :, :width],
+                attn_mask=mask,
+                scale=layer.scaling,
+            )
+            found = found.view(rows, self.kv_heads, count, shared * self.head_dim).transpose(1, 2)
+            x = self._added(x, layer.out(found.reshape(rows, count, -1)), behind)
+            x = self._added(x, layer.mlp(x if before_mlp is None else before_mlp(x)), behind_mlp)
+        logits = self._head(self._norm(x))
+        if self._divide != 1:
+            logits = logits / self._divide
+        return logits.float()  # type: ignore[no-any-return]
+
+    def _project(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys `[rows, n, heads + kv heads, head dim]`, values `[rows, n, kv heads, head dim]`."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        if layer.qkv is not None:
+            all_three, edge = layer.qkv(x).view(shape), self.heads + self.kv_heads
+            return all_three[..., :edge, :], all_three[..., edge:, :]
+        parts = [project(x) for project in layer.projections]
+        for i, (norm, width) in enumerate(layer.key_norms):
+            parts[i] = norm(parts[i].view(*shape[:-2], -1, width)).flatten(-2)
+        return torch.cat(parts[:2], -1).view(shape), parts[2].view(shape)
+
+    def _added(self, x: Tensor, new: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        new = new if norm is None else norm(new)
+        return x + (new if self._share == 1 else new * self._share)
+
+
+def static_step(model: Any) -> StaticStep | None:
+    """The step of this model; None for one that is not known, and, with a warning, where it computes something else.
+
+    Expects `torch.inference_mode`. Runs one pass over a few tokens.
+    """
+    try:
+        step = StaticStep(model)
+    except _Unknown as error:
+        _log.debug("decoding by transformers' forward: %s", error)
+        return None
+    try:
+        good = _as_the_model(step, model)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        _log.warning("decoding by transformers' forward, which is slower: the short way failed: %s", error)
+        return None
+    if not good:
+        _log.warning("decoding by transformers' forward, which is slower: the short way computes something else")
+        return None
+    return step
+
+
+def agree(logits: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to compute the same logits, in this number type, differ by rounding only.
+
+    What counts is the mean square of the difference, beside that of the logits about their mean.
+    """
+    exact = exact.float() - exact.float().mean(-1, keepdim=True)
+    logits = logits - logits.mean(-1, keepdim=True)
+    off = (logits - exact).square().mean(-1).sqrt()
+    return bool((off <= exact.square().mean(-1).sqrt() * _TOLERANCE.get(dtype, _ROUNDED)).all())
+
+
+def _as_the_model(step: StaticStep, model: Any) -> bool:
+    """Whether the last tokens of two rows, one longer than the other, get the logits that a whole pass gives them."""
+    lengths, last, device = (6, 4), 2, model.get_input_embeddings().weight.device
+    vocab = model.config.vocab_size
+    ids = (torch.arange(2 * (lengths[0] + last), device=device) * 37 + 5).view(2, -1) % vocab
+    cache = DynamicCache()
+    exact = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    slots = torch.tensor([[length + i for i in range(last)] for length in lengths], device=device)
+    keys, values = ([getattr(layer, name).clone() for layer in cache.layers] for name in ("keys", "values"))
+    for buffer in (*keys, *values):
+        for row, length in enumerate(lengths):
+            buffer[row, :, length:] = 0
+    rows = torch.arange(2, device=device).unsqueeze(-1)
+    logits = step(ids[rows, slots], slots, ids.shape[1], keys, values)
+    return agree(logits, exact[rows, slots], model.dtype)
+
+
+def _module(kind: str) -> str:
+    return f"transformers.models.{kind}.modeling_{kind}"
+
+
+def _whole(module: Any, kind: str, parts: Set[str], maybe: Set[str] = frozenset()) -> None:
+    """Raise unless this is transformers' own class of that family, with these parts, and does what it always does."""
+    name = type(module).__name__
+    if type(module).__module__ != _module(kind):
+        raise _Unknown(f"{name} is none of its parts")
+    found = {child for child, _ in module.named_children()}
+    if not parts <= found <= parts | maybe:
+        raise _Unknown(f"{name} is made of {', '.join(sorted(found))}")
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        raise _Unknown(f"somebody listens to {name}, or has changed it")
+
+
+def _norm(module: Any, kind: str) -> Callable[[Tensor], Tensor]:
+    _whole(module, kind, set())
+    if not hasattr(module, "variance_epsilon"):
+        return module  # type: ignore[no-any-return]  # Gemma's, which adds 1 to its weight in float32
+    weight, epsilon = module.weight.detach(), module.variance_epsilon
+    return lambda x: F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` `[rows, n, heads, dim]`, rotated. The first half of `sin` is negated. Dims past its width stay."""
+    width = cos.shape[-1]
+    part = x if width == x.shape[-1] else x[..., :width]
+    turned = torch.addcmul(part * cos, part.roll(width // 2, -1), sin)
+    return turned if part is x else torch.cat((turned, x[..., width:]), -1)
