@@ -23,7 +23,8 @@ test: check wheels
 	cd $(LANGCHAIN) && $(PYTEST)
 	$(PYTEST) $(LLAMA_INDEX)/tests
 
-# The Ray package, with nodes on this machine. Ray is large and starts many processes, so `make test` leaves it out.
+# The Ray package, with two nodes on this machine: about six minutes, 5 GB of memory. Ray is large and starts many
+# processes, so `make test` leaves it out.
 test-ray: .venv/.installed-ray
 	cd $(RAY) && $(CURDIR)/.venv/bin/mypy
 	cd $(RAY) && OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest -q

@@ -15,20 +15,20 @@ WAIT_S = 60.0
 """Longer than anything takes here, even where others use the machine."""
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return once it holds. Fails where it never does."""
-    for pause_s in _pauses(condition):
+def wait_until(condition: Callable[[], object], seconds: float = WAIT_S) -> None:
+    """Return once it holds. Fails where it does not within `seconds`."""
+    for pause_s in _pauses(condition, seconds):
         time.sleep(pause_s)
 
 
 async def await_until(condition: Callable[[], object]) -> None:
     """`wait_until`, while the event loop goes on."""
-    for pause_s in _pauses(condition):
+    for pause_s in _pauses(condition, WAIT_S):
         await asyncio.sleep(pause_s)
 
 
-def _pauses(condition: Callable[[], object]) -> Iterator[float]:
-    deadline = time.monotonic() + WAIT_S
+def _pauses(condition: Callable[[], object], seconds: float) -> Iterator[float]:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         yield 0.002

@@ -75,6 +75,20 @@ def load(**fields: Any) -> None:
     print(json.dumps(run_load(LoadConfig(**options.given(fields))), indent=2))
 
 
+@app.command("ray")
+def replicas(
+    seconds: Annotated[float, typer.Option(min=1, help="How long each count of replicas is measured.")] = 20.0,
+    clients: Annotated[int, typer.Option(min=1, help="Clients a replica.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply.")] = 1024,
+) -> None:
+    """One replica of a tiny model on Ray against two, each held to one core, in about two minutes. Needs
+    ray-detox-guard. Prints JSON."""
+    with session.needs_extra("ray", "Ray"):
+        from detox_benchmarks.serving.replicas import run_replicas
+
+    print(json.dumps(run_replicas(seconds=seconds, clients=clients, tokens=tokens), indent=2))
+
+
 @app.command()
 @options.config_options(SoakConfig)
 def soak(**fields: Any) -> None:

@@ -154,7 +154,9 @@ async def _answered(
 
     async def whole() -> None:
         with state.models.use(served) as model, around():
-            async with aclosing(said(model, asked, state.meters, served.name)) as chunks:
+            # A model elsewhere may begin anew what nobody saw yet.
+            whole_model = getattr(model, "unstreamed", model)
+            async with aclosing(said(whole_model, asked, state.meters, served.name)) as chunks:
                 async for item in chunks:
                     assert item is not None, "no pings were asked for"
                     answer.keep(*item)

@@ -23,7 +23,8 @@ __all__ = ["Model", "Models", "Served"]
 
 
 class Model(Protocol):
-    """What a server asks of a model: a `DetoxiGen`, a scripted one, or an engine elsewhere."""
+    """What a server asks of a model: a `DetoxiGen`, a scripted one, or an engine elsewhere. Its `unstreamed`, where it
+    has one, is asked for replies that are not streamed."""
 
     @property
     def model_id(self) -> str: ...

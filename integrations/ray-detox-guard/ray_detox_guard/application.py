@@ -55,6 +55,8 @@ def _replicas(name: str, models: Mapping[str, ModelConfig], file: RayFile, how: 
             "min_replicas": how.min_replicas,
             "max_replicas": how.max_replicas,
             "target_ongoing_requests": how.target_ongoing_requests,
+            "upscale_delay_s": how.upscale_delay_s,
+            "downscale_delay_s": how.downscale_delay_s,
         },
     )(make_replica(file.ray.multiplexed))
     return deployment.bind(dict(models), file.server.guard)

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 __all__ = ["RayConfig", "RayFile", "ReplicaConfig"]
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
 
 
 class ReplicaConfig(StrictModel):
@@ -25,6 +26,10 @@ class ReplicaConfig(StrictModel):
     """Most replicas."""
     target_ongoing_requests: Annotated[float, Field(gt=0, le=100_000)] = 16.0
     """Requests a replica, decoded and queued together, above which another replica is started."""
+    upscale_delay_s: Seconds = 30.0
+    """How long there are too many requests before another replica is started."""
+    downscale_delay_s: Seconds = 600.0
+    """How long there are too few before one is ended."""
     max_ongoing_requests: Count = 64
     """Requests that one replica decodes at once. The others wait before it."""
     max_queued_requests: Annotated[int, Field(ge=-1, le=1_000_000)] = 256

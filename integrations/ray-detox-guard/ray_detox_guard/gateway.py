@@ -27,7 +27,9 @@ __all__ = ["Gateway"]
 class Gateway:
     """Speaks HTTP for all models. Starts once every model has a replica (multiplexed ones are loaded when asked)."""
 
-    async def __init__(self, file: RayFile, handles: Mapping[str, DeploymentHandle]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, file: RayFile, handles: Mapping[str, DeploymentHandle]
+    ) -> None:
         self._file = file
         self._models = {}
         for name, one in file.models.items():

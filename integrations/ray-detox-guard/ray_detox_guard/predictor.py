@@ -60,7 +60,8 @@ class DetoxiGenPredictor:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise InvalidParamsError("seed", seed, "an integer from 0 to 2**63 - 1")
         given: dict[str, Any] = {} if engine is None else {"engine": engine.replace(when_full="wait")}
-        config = ModelConfig(model=model, detoxifier=detoxifier, params=params, loading=loading or {}, **given)
+        named = (detoxifier,) if isinstance(detoxifier, str) else None if detoxifier is None else tuple(detoxifier)
+        config = ModelConfig(model=model, detoxifier=named, params=params, loading=loading or {}, **given)
         self._model = load_model(config if given else config.replace(engine=config.engine.replace(when_full="wait")))
         self._params = self._model.params.replace(trace=False)
         self._prompt_column, self._id_column = prompt_column, id_column

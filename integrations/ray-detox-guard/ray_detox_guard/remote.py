@@ -2,7 +2,8 @@
 Ray's errors mean; knows no HTTP.
 
 A reply's seed is drawn here. So a replica that is lost costs nothing but time: the next one decodes the same text, and
-what was given out already is skipped. Where it would be another text, the reply ends with `ReplicaLostError`.
+what was given out already is skipped. Where it is another text (in bfloat16 the rows beside a reply can change it), a
+stream ends with `ReplicaLostError`. A reply that nobody saw yet is begun anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray_detox_guard.errors import ReplicaLostError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from detox_guard import DecodingParams, GuardPolicy
     from ray.serve.handle import DeploymentHandle
@@ -89,13 +90,28 @@ class RemoteModel:
         self, prompt: Any, params: DecodingParams | None = None, **changes: Any
     ) -> AsyncGenerator[Chunk, None]:
         """As `DetoxiGen.astream`. Raises `ReplicaLostError`, `EngineBusyError`, and what the replica raises."""
-        params = self._portable((params or self.params).replace(**changes))
-        given = ""
+        async with aclosing(self._tried(prompt, (params or self.params).replace(**changes))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @property
+    def unstreamed(self) -> _Unstreamed:
+        """This model for replies that nobody sees before they are whole: no text that was lost binds the next try."""
+        return _Unstreamed(self._tried)
+
+    async def _tried(self, prompt: Any, params: DecodingParams, *, whole: bool = False) -> AsyncGenerator[Chunk, None]:
+        params, given = self._portable(params), ""
         for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(_PAUSE_S * 2 ** (attempt - 1))
             try:
-                async with aclosing(_after(given, self._once(prompt, params))) as chunks:
+                if not self._facts:
+                    await self.learn()
+                async with aclosing(_after(given, self._once(prompt, params, whole))) as chunks:
+                    if whole:
+                        came = [chunk async for chunk in chunks]
+                        yield Chunk("".join(chunk.text for chunk in came), came[-1].generation)
+                        return
                     async for chunk in chunks:
                         given += chunk.text
                         yield chunk
@@ -108,12 +124,14 @@ class RemoteModel:
             f"the replica of {self._name!r} was lost, and so were {self._retries} after it", hint="try again"
         ) from lost
 
-    async def _once(self, prompt: Any, params: DecodingParams) -> AsyncGenerator[Chunk, None]:
+    async def _once(self, prompt: Any, params: DecodingParams, whole: bool) -> AsyncGenerator[Chunk, None]:
         """The reply of one replica. Raises `EngineClosedError` where that was lost."""
-        asked = self._handle.options(stream=True).astream.remote(self._name, prompt, params)
+        asked = self._handle.options(stream=True).astream.remote(self._name, prompt, params, whole)
         try:
             async for batch in asked:
                 for chunk in batch:
+                    if isinstance(chunk, DetoxGuardError):
+                        raise chunk
                     yield chunk
                     if chunk.generation is not None:
                         return
@@ -129,6 +147,17 @@ class RemoteModel:
         if guard is not None and not isinstance(guard.scorer, str) and self._guard is not None:
             params = params.replace(guard=guard.replace(scorer=self._guard.scorer))
         return params.replace(seed=secrets.randbits(63)) if params.seed is None else params
+
+
+class _Unstreamed:
+    """One chunk a reply."""
+
+    def __init__(self, tried: Callable[..., AsyncGenerator[Chunk, None]]) -> None:
+        self._tried = tried
+
+    def astream(self, prompt: Any, params: DecodingParams) -> AsyncGenerator[Chunk, None]:
+        """The whole reply. Raises as `RemoteModel.astream`."""
+        return self._tried(prompt, params, whole=True)
 
 
 async def _after(given: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from detox_guard import EngineClosedError
+from detox_guard import DetoxGuardError, EngineClosedError
 from detox_guard.server import load_model
 from ray import serve
 
@@ -33,14 +34,15 @@ def make_replica(multiplexed: int | None) -> type[Any]:
             """Raises as `load_model`; Serve tells it as the reason why the replica did not start."""
             self._models, self._guard = dict(models), guard
             self._own: DetoxiGen | None = None
+            self._loaded: WeakSet[DetoxiGen] = WeakSet()
             if multiplexed is None:
                 ((_, one),) = self._models.items()
-                self._own = load_model(one, guard)
+                self._own = self._load(one)
 
-        @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)
+        @serve.multiplexed(max_num_models_per_replica=multiplexed or 1)  # type: ignore[untyped-decorator]
         async def held(self, name: str) -> DetoxiGen:
             """One of several models, loaded when it is first asked for."""
-            return await asyncio.to_thread(load_model, self._models[name], self._guard)
+            return await asyncio.to_thread(self._load, self._models[name])
 
         async def facts(self, name: str) -> dict[str, Any]:
             """What `/v1/models` tells of a model."""
@@ -53,17 +55,33 @@ def make_replica(multiplexed: int | None) -> type[Any]:
                 "supports_tools": model.supports_tools,
             }
 
-        async def astream(self, name: str, prompt: Any, params: DecodingParams) -> AsyncGenerator[list[Chunk], None]:
-            """The pieces of a reply, as `DetoxiGen.astream` gives them, a few at a time. Raises as that."""
-            model = await self._model(name)
-            async with aclosing(model.astream(prompt, params)) as chunks, aclosing(gathered(chunks)) as batches:
-                async for batch in batches:
-                    yield batch
+        async def astream(
+            self, name: str, prompt: Any, params: DecodingParams, whole: bool = False
+        ) -> AsyncGenerator[list[Chunk | DetoxGuardError], None]:
+            """The pieces of a reply, as `DetoxiGen.astream` gives them: a few at a time, or `whole`. What that raises
+            is the last piece: an error that is raised here Serve writes to its log, with a client's words in it.
+            """
+            try:
+                model = await self._model(name)
+                seconds = None if whole else _GATHER_S
+                async with (
+                    aclosing(model.astream(prompt, params)) as chunks,
+                    aclosing(gathered(chunks, seconds)) as batches,
+                ):
+                    async for batch in batches:
+                        yield [*batch]
+            except DetoxGuardError as error:
+                yield [error]
 
         def check_health(self) -> None:
             """Serve's own: a replica whose engine ended is exchanged for a new one."""
-            if self._own is not None and self._own.closed:
-                raise EngineClosedError("the engine of this replica ended")
+            if any(model.closed for model in self._loaded):
+                raise EngineClosedError("an engine of this replica ended")
+
+        def _load(self, one: ModelConfig) -> DetoxiGen:
+            model = load_model(one, self._guard)
+            self._loaded.add(model)
+            return model
 
         async def _model(self, name: str) -> DetoxiGen:
             return await self.held(name) if self._own is None else self._own
@@ -71,8 +89,10 @@ def make_replica(multiplexed: int | None) -> type[Any]:
     return Replica
 
 
-async def gathered(chunks: AsyncIterator[Chunk], seconds: float = _GATHER_S) -> AsyncGenerator[list[Chunk], None]:
-    """Chunks in lists: each list is what came within `seconds`. An error comes after all that came before it."""
+async def gathered(
+    chunks: AsyncIterator[Chunk], seconds: float | None = _GATHER_S
+) -> AsyncGenerator[list[Chunk], None]:
+    """Chunks in lists: each list is what came within `seconds` (None: all of them). An error comes last."""
     inbox: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
 
     async def read() -> None:

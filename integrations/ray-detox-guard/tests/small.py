@@ -1,48 +1,56 @@
-"""Tiny random models in folders, and nodes on this machine that keep to little memory and to loopback."""
+"""Tiny random models in folders, and nodes on this machine that keep to little memory."""
 
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+import secrets
+import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiny import make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-__all__ = ["ONE_NODE", "nodes", "save_tiny", "serving"]
+__all__ = ["TINY", "kill", "nodes", "replicas_of", "save_tiny", "serving"]
 
-ONE_NODE: dict[str, Any] = {
-    "num_cpus": 4,
-    "object_store_memory": 80_000_000,
-    "include_dashboard": False,
-    "node_ip_address": "127.0.0.1",
-}
+NODE: dict[str, Any] = {"num_cpus": 3, "object_store_memory": 80_000_000}
 PORT = 18_123
+TINY: dict[str, Any] = {"loading": {"device": "cpu", "dtype": "float32"}, "params": {"ignore_eos": True}}
+"""How a tiny model is served: replies as long as asked for, the same beside any others."""
 
 
 def save_tiny(folder: Path, seed: int = 0) -> str:
-    """A tiny Llama and its tokenizer. Texts steer it, as it has no detoxifier of its own."""
-    make_tiny_model(make_tiny_config("llama", max_position_embeddings=2048), seed).save_pretrained(folder)
+    """A tiny Llama and its tokenizer. Texts steer it, as it has no detoxifier of its own. Its weights are small enough
+    that the rows beside a reply do not change it in float32 (`TINY`)."""
+    config = make_tiny_config("llama", max_position_embeddings=2048, initializer_range=0.1)
+    make_tiny_model(config, seed).save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 @contextmanager
-def nodes(count: int = 2) -> Iterator[None]:
-    """So many nodes, with a driver connected."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+def nodes(count: int = 2) -> Iterator[str]:
+    """So many nodes of three cores, with a driver connected; their address."""
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Where others use the machine, a proxy takes longer to start than Serve waits by default.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    }
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=ONE_NODE)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     try:
         for _ in range(count - 1):
-            cluster.add_node(**{name: value for name, value in ONE_NODE.items() if name != "include_dashboard"})
+            cluster.add_node(**NODE)
         ray.init(address=cluster.address, logging_level="warning", log_to_driver=False)
-        yield
+        yield cluster.address
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -61,3 +69,20 @@ def serving(**tables: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{PORT}"
     finally:
         serve.delete("detox")
+
+
+def replicas_of(deployment: str) -> list[int]:
+    """The processes of a deployment's replicas: Ray names a process by its actor, and by what that is at."""
+    name = f"ray::ServeReplica:detox:{deployment}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if entry.read_bytes().rstrip(b"\0").split(b".")[0] == name:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def kill(processes: list[int]) -> None:
+    """At once, with no chance to say so."""
+    for one in processes:
+        os.kill(one, signal.SIGKILL)

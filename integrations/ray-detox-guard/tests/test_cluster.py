@@ -1,143 +1,94 @@
-"""Two nodes on this machine: replicas and workers that are killed under load. `make test-ray` runs it."""
+"""Two nodes on this machine and four replicas of a tiny model, which are killed under load. `make test-ray` runs it."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import openai
 import pytest
+from waiting import wait_until
 
-from small import nodes, save_tiny, serving
+from asking import post, streamed
+from small import TINY, kill, replicas_of, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 160}
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+FOUR = {"min_replicas": 4, "max_replicas": 4}
+START_S = 240
+LONG: dict[str, Any] = {"max_tokens": 500, "detox": {"guard": False}}
+"""Long enough to be under way when a replica is lost; unguarded, so that the first words come soon."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with nodes(2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def url(cluster: None, folder: str) -> Iterator[str]:
-    replicas = {"min_replicas": 2, "max_replicas": 2}
-    with serving(models={"tiny": {"model": folder, "loading": {"device": "cpu"}}}, ray={"replicas": replicas}) as at:
+def url(cluster: str, folder: str) -> Iterator[str]:
+    with serving(models={"tiny": {**TINY, "model": folder}}, ray={"replicas": FOUR, "retries": 5}) as at:
         yield at
 
 
-def post(url: str, **changes: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/chat/completions", json={**BODY, **changes}, timeout=300, trust_env=False)
+def test_the_servers_interface_is_there_and_replicas_lie_on_both_nodes(url: str) -> None:
+    import ray
 
-
-def events(response: httpx.Response) -> list[Any]:
-    told = [line[6:] for line in response.text.split("\n\n") if line.startswith("data: ")]
-    return [one if one == "[DONE]" else json.loads(one) for one in told]
-
-
-def said(response: httpx.Response) -> str:
-    choices = [choice for one in events(response)[:-1] for choice in one.get("choices", ())]
-    return "".join(choice["delta"].get("content", "") for choice in choices)
-
-
-def replica_processes() -> list[int]:
-    """Processes of the engines' replicas: Ray names a process by its actor."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if entry.read_bytes().startswith(b"ray::ServeReplica:detox:engine-tiny"):
-                found.append(int(entry.parent.name))
-    return found
-
-
-def test_the_servers_interface_is_there(url: str) -> None:
     assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "ok"}
     (model,) = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
     assert model["id"] == "tiny"
     assert model["detox"]["steered"] is True
-    whole, streamed = post(url, seed=3), post(url, seed=3, stream=True)
-    assert whole.status_code == streamed.status_code == 200, whole.text
-    assert said(streamed) == whole.json()["choices"][0]["message"]["content"]
-    assert events(streamed)[-1] == "[DONE]"
+    whole, stream = post(url, seed=3), streamed(url, seed=3)
+    assert whole.status_code == stream.status == 200, whole.text
+    assert stream.text == whole.json()["choices"][0]["message"]["content"] != ""
+    assert stream.events[-1] == "[DONE]"
     assert whole.json()["choices"][0]["detox"]["guard"]
-    refused = post(url, max_tokens=0)
-    assert refused.status_code == 400
+    assert len(replicas_of("engine-tiny")) == 4
+    left = [node["Resources"]["CPU"] for node in ray.nodes()]
+    assert max(left) < 4, "one node could hold them all"
 
 
-def test_a_killed_replica_costs_no_answer_and_cuts_no_stream(url: str) -> None:
-    expected = {seed: post(url, seed=seed).json()["choices"][0]["message"]["content"] for seed in range(4)}
-    with ThreadPoolExecutor(8) as pool:
-        asked = [(seed, stream, pool.submit(post, url, seed=seed, stream=stream))
-                 for _ in range(3) for seed in expected for stream in (False, True)]  # fmt: skip
-        asked[0][2].result()
-        os.kill(replica_processes()[0], signal.SIGKILL)
-        answers = [(seed, stream, future.result()) for seed, stream, future in asked]
-    for seed, stream, answer in answers:
-        assert answer.status_code == 200, answer.text
-        if not stream:
-            assert answer.json()["choices"][0]["message"]["content"] == expected[seed]
-            continue
-        *told, last = events(answer)
-        assert last == "[DONE]", "a stream was cut"
-        failed = [one for one in told if "error" in one]
-        assert said(answer) == expected[seed] or failed[0]["error"]["code"] == "unavailable"
+def test_openais_client_streams(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 24}
+    whole = client.chat.completions.create(**asked, seed=3)
+    pieces = client.chat.completions.create(**asked, seed=3, stream=True, extra_body={"detox": {"guard": False}})
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == whole.choices[0].message.content != ""
+    with pytest.raises(openai.BadRequestError, match="positions"):
+        client.chat.completions.create(**asked | {"messages": [{"role": "user", "content": "x " * 2000}]})
 
 
-def test_a_batch_job_with_a_killed_worker_and_a_second_run_has_every_row_once(
-    cluster: None, folder: str, tmp_path: Path
-) -> None:
-    import pyarrow.parquet as pq
+def test_what_a_client_sends_is_in_no_log(url: str) -> None:
     import ray
-    from detox_guard import DecodingParams
 
-    from ray_detox_guard import run_job
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "quokka"}}}
+    refused = post(url, messages=[{"role": "user", "content": "quokka"}], response_format=schema)
+    assert refused.status_code == 400
+    assert post(url, messages=[{"role": "user", "content": "quokka"}]).status_code == 200
+    folder = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    logs = [one for one in folder.rglob("*") if one.is_file()]
+    assert any("engine-tiny" in one.name for one in logs)
+    assert not [one.name for one in logs if b"quokka" in one.read_bytes()]
 
-    count = 400
-    rows = [{"id": i, "prompt": f"The mayor {i}"} for i in range(count)]
-    source = tmp_path / "in"
-    ray.data.from_items(rows, override_num_blocks=8).write_parquet(str(source))
-    killed = tmp_path / "killed"
 
-    class Mortal:
-        """Kills its own worker, once."""
-
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            if 123 in batch["id"] and not killed.exists():
-                killed.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return batch
-
-    def job(output: Path, most: int, *, mortal: bool) -> dict[int, str]:
-        def read() -> Any:
-            some = ray.data.read_parquet(str(source)).filter(lambda row: row["id"] < most)
-            return some.map_batches(Mortal, concurrency=1) if mortal else some
-
-        run_job(
-            read, str(output), id_column="id", checkpoint=str(output) + "-seen", workers=1, batch_size=32, model=folder,
-            params=DecodingParams(max_new_tokens=4), loading={"device": "cpu"},
-        )  # fmt: skip
-        table = pq.read_table(output)
-        assert len(set(table["id"].to_pylist())) == table.num_rows, "a row was written twice"
-        return dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-
-    first = job(tmp_path / "out", 200, mortal=True)
-    assert killed.exists()
-    assert sorted(first) == list(range(200))
-    resumed = job(tmp_path / "out", count, mortal=False)
-    assert sorted(resumed) == list(range(count))
-    assert resumed.items() >= first.items()
-    assert job(tmp_path / "again", count, mortal=False) == resumed
+@pytest.mark.parametrize("lost", [1, 4])
+def test_lost_replicas_cost_no_answer_and_no_word_of_a_stream(url: str, lost: int) -> None:
+    seeds = range(8)
+    expected = {seed: post(url, seed=seed, **LONG).json()["choices"][0]["message"]["content"] for seed in seeds}
+    begun = Semaphore(0)
+    with ThreadPoolExecutor(16) as pool:
+        whole = {seed: pool.submit(post, url, seed=seed, **LONG) for seed in seeds}
+        streams = {seed: pool.submit(streamed, url, begun.release, seed=seed, **LONG) for seed in seeds}
+        for _ in seeds:
+            assert begun.acquire(timeout=120)
+        kill(replicas_of("engine-tiny")[:lost])
+        assert not all(one.done() for one in streams.values()), "all were over before"
+    for seed, text in expected.items():
+        answer = whole[seed].result()
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"] == text
+        stream = streams[seed].result()
+        assert (stream.error, stream.reason, stream.events[-1]) == (None, "length", "[DONE]")
+        assert stream.text == text
+    wait_until(lambda: len(replicas_of("engine-tiny")) == 4, START_S)

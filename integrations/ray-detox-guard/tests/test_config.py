@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from detox_guard import InvalidParamsError
 from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
 from ray_detox_guard import RayFile, app
 
@@ -27,6 +29,32 @@ def test_nothing_at_all_is_the_default_model_on_one_replica() -> None:
 def test_the_example_file_is_one_that_is_taken() -> None:
     file = RayFile.told({"config": str(HERE / "serve.toml")})
     assert file.ray.replicas.max_replicas > file.ray.replicas.min_replicas
+
+
+def test_the_manifest_has_fields_that_kuberay_and_serve_know() -> None:
+    """The fields of RayService and RayCluster are those of KubeRay's API reference (ray.io/v1)."""
+    manifest = yaml.safe_load((HERE / "kuberay.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    assert set(manifest["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    cluster = manifest["spec"]["rayClusterConfig"]
+    assert set(cluster) <= {
+        "rayVersion", "enableInTreeAutoscaling", "authOptions", "headGroupSpec", "workerGroupSpecs",
+    }  # fmt: skip
+    group = {"rayStartParams", "template"}
+    assert set(cluster["headGroupSpec"]) == group
+    for one in cluster["workerGroupSpecs"]:
+        assert set(one) == group | {"groupName", "replicas", "minReplicas", "maxReplicas"}
+        assert one["minReplicas"] <= one["replicas"] <= one["maxReplicas"]
+    for one in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in one["rayStartParams"].values())
+        (container,) = one["template"]["spec"]["containers"]
+        assert set(container) == {"name", "image", "env", "resources"}
+        assert container["env"][0]["name"] == "DETOX_GUARD_API_KEYS"
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    (application,) = serve.applications
+    file = RayFile.told(application.args)
+    assert file.replicas_of("qwen").gpus == 1
+    assert isinstance(app(application.args), Application)
 
 
 def test_tables_beside_a_file_are_refused() -> None:

@@ -15,6 +15,7 @@ from detox_guard import (
     EngineBusyError,
     EngineError,
     GuardPolicy,
+    PromptTooLongError,
     StepError,
     load_scorer,
 )
@@ -40,16 +41,26 @@ class Handle:
     def __init__(self, replica: Any, faults: list[Exception | None], twist: int = 0) -> None:
         self._replica, self._faults, self._twist = replica, faults, twist
         self.calls: list[DecodingParams] = []
-        self.astream = self
+        self.astream, self.facts = self, Facts(replica)
 
     def options(self, **_: Any) -> Handle:
         return self
 
-    def remote(self, name: str, prompt: Any, params: DecodingParams) -> Call:
+    def remote(self, name: str, prompt: Any, params: DecodingParams, whole: bool) -> Call:
         self.calls.append(pickle.loads(pickle.dumps(params)))
         asked = params.replace(seed=(params.seed or 0) + self._twist * (len(self.calls) - 1))
         fault = self._faults.pop(0) if self._faults else None
-        return Call(self._replica.astream(name, prompt, asked), fault)
+        return Call(self._replica.astream(name, prompt, asked, whole), fault)
+
+
+class Facts:
+    """What a replica tells of itself."""
+
+    def __init__(self, replica: Any) -> None:
+        self._replica = replica
+
+    def remote(self, name: str) -> Any:
+        return self._replica.facts(name)
 
 
 class Call:
@@ -84,6 +95,10 @@ async def said(model: RemoteModel, **changes: Any) -> list[Chunk]:
     return [chunk async for chunk in model.astream("The mayor", **changes)]
 
 
+async def unstreamed(model: RemoteModel, **changes: Any) -> list[Chunk]:
+    return [chunk async for chunk in model.unstreamed.astream("The mayor", model.params.replace(**changes))]
+
+
 async def keep(items: AsyncIterator[Any], into: list[Any]) -> None:
     async for item in items:
         into.append(item)
@@ -116,6 +131,14 @@ async def test_another_text_is_a_named_error_and_no_word_of_it_comes(replica: An
     assert whole.startswith("".join(chunk.text for chunk in came))
 
 
+async def test_a_reply_that_nobody_saw_may_be_another_one(replica: Any) -> None:
+    model, handle = model_of(replica, ActorDiedError(), twist=1)
+    (whole,) = await unstreamed(model, seed=5)
+    assert whole.text == "".join(chunk.text for chunk in await said(model_of(replica)[0], seed=6)) != ""
+    assert whole.generation is not None
+    assert len(handle.calls) == 2
+
+
 async def test_when_all_are_lost_the_end_is_named(replica: Any) -> None:
     model, handle = model_of(replica, *[ActorDiedError()] * 2, retries=1)
     with pytest.raises(ReplicaLostError, match="was lost"):
@@ -139,6 +162,15 @@ async def test_what_a_replica_raises_comes_as_itself_and_tells_no_path(
         await said(model)
     assert type(raised.value) is kind
     assert "/a/path" not in str(raised.value)
+    assert len(handle.calls) == 1
+
+
+async def test_a_refusal_is_given_not_raised_so_that_no_log_holds_it(replica: Any) -> None:
+    asked = [batch async for batch in replica.astream("tiny", "x " * 9000, DecodingParams())]
+    assert [[type(one) for one in batch] for batch in asked] == [[PromptTooLongError]]
+    handle = Handle(replica, [])
+    with pytest.raises(PromptTooLongError):
+        await keep(RemoteModel("tiny", handle, DecodingParams(), guard=GUARD, retries=2).astream("x " * 9000), [])
     assert len(handle.calls) == 1
 
 
