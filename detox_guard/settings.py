@@ -235,3 +235,5 @@ class EngineConfig(StrictModel):
     there is computed along with them, and kept as far as it is then chosen: text that quotes comes faster. Only where
     the model takes a few tokens at little more than the cost of one. What is chosen does not depend on it, but for
     rounding in 16 bits. 0 is off."""
+    cuda_graphs: bool = False
+    """On a CUDA device, record the engine's own step as CUDA graphs and replay them. It has never run on a GPU yet."""

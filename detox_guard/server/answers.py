@@ -197,8 +197,8 @@ class _Choice:
 
 
 def event(told: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(told, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+    """One server-sent event, in ASCII: some clients take a line separator of Unicode for the end of a line."""
+    return f"data: {json.dumps(told, separators=(',', ':'), allow_nan=False)}\n\n"
 
 
 def _log(probability: float) -> float:

@@ -54,7 +54,8 @@ class TorchRunner:
             step = None if backbone.spread else static_step(backbone.model)
         if step is not None:
             room = (bounds.max_rows, bounds.max_cached_slots)
-            self._cache = StaticRows(step, self.device, backbone.dtype, *room, recorder_for(self.device))
+            recorder = recorder_for(self.device) if bounds.cuda_graphs else None
+            self._cache = StaticRows(step, self.device, backbone.dtype, *room, recorder)
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         self.limits = RunnerLimits(
