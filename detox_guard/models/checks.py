@@ -48,6 +48,8 @@ class Running(NamedTuple):
     """What follows a past is read a token a pass: the model's recurrence begins anew in a longer one."""
     takes_embeddings: bool = True
     """Virtual tokens can be fed. Not where layers look the token ids up once more."""
+    first_position: int = 0
+    """The position of a row's first token."""
 
 
 _ROW_LAYERS = {
@@ -152,6 +154,7 @@ def running_of(model: PreTrainedModel) -> Running:
         layout=_layout(config, takes),
         stepwise=kind in _STEPWISE,
         takes_embeddings=_takes_embeddings(config, takes),
+        first_position=int(text.pad_token_id or 0) + 1 if kind in _PAD_FIRST else 0,
     )
 
 

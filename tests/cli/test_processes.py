@@ -98,11 +98,18 @@ def test_ctrl_c_leaves_what_was_decoded() -> None:
         asked = [Exchange("one", params), Exchange("two", params)]
         main = threading.main_thread().ident
         assert main is not None
+        interrupted = threading.Event()
 
         def interrupt() -> None:
             wait_until(lambda: all(one.text for one in asked))
             signal.pthread_kill(main, signal.SIGINT)
+            interrupted.set()
 
+        def step(*_: object) -> None:
+            if all(one.text for one in asked):
+                interrupted.wait(60)
+
+        model.backbone.model.lm_head.register_forward_pre_hook(step)
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             run_all(model, asked, quiet=True)

@@ -90,7 +90,7 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_served(model: DetoxiG
         if broken.is_set() and len(steps) > 4:
             died()
 
-    hook = model.backbone.model.register_forward_pre_hook(step)
+    hook = model.backbone.model.lm_head.register_forward_pre_hook(step)
     with served(model, PLAIN) as client, ThreadPoolExecutor() as pool:
         expected = chat(client, **ASKED).json()["choices"][0]["message"]["content"]
         steps.clear()

@@ -39,7 +39,7 @@ def test_a_model_is_served_read_anew_and_drained(tiny_folder: Path, detoxifier_f
 
     def write(*names: str, threshold: float) -> None:
         head = f"[server]\nport = 0\n[server.guard]\nthreshold = {threshold}\n"
-        loading = 'loading = { device = "cpu" }'
+        loading = 'loading = { device = "cpu", dtype = "float32" }'
         one = f'model = "{tiny_folder}"\ndetoxifier = "{detoxifier_folder}"\n{loading}\n'
         config.write_text(head + "".join(f"[models.{name}]\n{one}" for name in names))
 

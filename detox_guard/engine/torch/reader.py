@@ -37,7 +37,9 @@ class Reader:
     def __init__(self, backbone: Backbone, views: Sequence[View]) -> None:
         self.model: Any = backbone.model
         self.device = backbone.device
-        self.layout, self.stepwise, self._embeds, self._first = backbone.running
+        running = backbone.running
+        self.layout, self.stepwise = running.layout, running.stepwise
+        self._embeds, self._first = running.takes_embeddings, running.first_position
         self.views = [
             replace(view, embeddings=view.embeddings.to(backbone.device, backbone.dtype))
             if isinstance(view, EmbeddingPrefix)
