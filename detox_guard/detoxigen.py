@@ -98,7 +98,7 @@ class DetoxiGen:
         which stays unless the call's own set `guard`.
         Raises `BackboneError`, `DetoxifierError`, `InvalidParamsError`.
         """
-        backbone = run_aside(lambda: load_backbone(model, tokenizer=tokenizer, **loading))
+        backbone = load_backbone(model, tokenizer=tokenizer, **loading)
         return cls(backbone, as_streams(detoxifier, backbone), params=params, config=config)
 
     @classmethod

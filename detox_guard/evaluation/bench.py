@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from detox_guard._threads import run_aside
 from detox_guard.detoxifiers.card import DetoxifierCard
 from detox_guard.detoxifiers.resolve import as_streams
 from detox_guard.detoxifiers.soft_prompt import Detoxifier
@@ -141,7 +140,7 @@ def run_bench(
     tokens, context, runs, streams = config.tokens, config.context, config.runs, config.streams
     ours, detoxifier = config.model, config.detoxifier
     if not isinstance(ours, Backbone):
-        ours = run_aside(lambda: load_backbone(config.model, **config.loading))
+        ours = load_backbone(config.model, **config.loading)
     is_random = detoxifier == "random"
     with DetoxiGen(ours, as_streams(random_detoxifier(ours) if is_random else detoxifier, ours)) as model:
         ways = {**ways_of(model, tokens, context, streams), **beside(tokens)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detox_guard._files import usable_path
+from detox_guard._threads import run_aside
 from detox_guard.errors import BackboneError, BackboneNotFoundError, InvalidParamsError
 from detox_guard.models.adapters import adapter_of, put_on
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
@@ -79,7 +80,14 @@ def load_backbone(
     downloaded. Raises `BackboneNotFoundError`, `UnsupportedBackboneError`, `BackboneError`, and `InvalidParamsError`
     for a bad option.
     """
-    options = LoadOptions(**loading)
+    return run_aside(lambda: _load(model, tokenizer, LoadOptions(**loading)))
+
+
+def _load(
+    model: str | Path | PreTrainedModel | None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    options: LoadOptions,
+) -> Backbone:
     if options.engine == "llamacpp":
         return _for_llamacpp(model, tokenizer, options)
     if model is not None and not isinstance(model, str | os.PathLike):

@@ -1,8 +1,8 @@
 """What drafts gain: questions about a passage (XQuAD), each answered with them and without. Knows clocks; knows no
 quality.
 
-Two engines over one backbone answer question by question in turn, so that a ratio compares neighbours. What is timed
-is decoding, from the first text of an answer to its end, a token; and the whole answer, its prompt included.
+Two engines, each in a process of its own, answer question by question in turn, so that a ratio compares neighbours.
+What is timed is decoding, from the first text of an answer to its end, a token; and the whole answer with its prompt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import json
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -31,8 +34,6 @@ from detox_guard.settings import DecodingParams, EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from detox_guard.models.backbone import Backbone
 
 __all__ = ["DraftsConfig", "run_drafts"]
 
@@ -87,22 +88,21 @@ def run_drafts(config: DraftsConfig) -> str:
     Raises `DataError`, and what loading and decoding raise.
     """
     prompts = _prompts(config)
-    backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
-    with _model(backbone, config, 0) as without, _model(backbone, config, config.drafts) as drafting:
-        params = DecodingParams(
-            alpha=config.alpha, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed
-        )
+    with ExitStack() as stack:
+        without, drafting = (stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2))
+        for pool, drafts in ((without, 0), (drafting, config.drafts)):
+            about = pool.submit(_start, config, drafts).result()
         pairs = []
         for number, prompt in enumerate([prompts[0], *prompts]):
             # In turn, for what comes second finds the caches warm. The first pair is not counted.
             first, second = (without, drafting) if number % 2 else (drafting, without)
-            one, other = _answer(first, prompt, params), _answer(second, prompt, params)
+            one, other = first.submit(_answer, prompt).result(), second.submit(_answer, prompt).result()
             pairs.append((one, other) if first is without else (other, one))
             if not number:
-                before = drafting.stats()
-        after = drafting.stats()
-    drafted, accepted = after.tokens_drafted - before.tokens_drafted, after.tokens_accepted - before.tokens_accepted
-    about = {"machine": machine(backbone.device), "load": os.getloadavg(), "versions": versions(), **backbone.identity}
+                before = drafting.submit(_drafted).result()
+        after = drafting.submit(_drafted).result()
+    drafted, accepted = after[0] - before[0], after[1] - before[1]
+    about |= {"load": os.getloadavg(), "versions": versions()}
     found = {**_ratios(pairs[1:]), "drafted": drafted, "accepted": accepted}
     return json.dumps({**found, "settings": config.model_dump(mode="json"), "about": about}, default=str)
 
@@ -118,18 +118,34 @@ def _prompts(config: DraftsConfig) -> list[str]:
     return [found[i] for i in np.random.default_rng(config.seed).permutation(len(found))[: config.questions]]
 
 
-def _model(backbone: Backbone, config: DraftsConfig, drafts: int) -> DetoxiGen:
+_MODEL: DetoxiGen
+_PARAMS: DecodingParams
+"""Of a process of its own: two engines in one would have two teams of threads, which slow each other down."""
+
+
+def _start(config: DraftsConfig, drafts: int) -> dict[str, Any]:
+    """Load what this process times; what it is."""
+    global _MODEL, _PARAMS
+    backbone = load_backbone(config.model, device=config.device, dtype=config.dtype)
     detoxifier: Any = random_detoxifier(backbone) if config.detoxifier == "random" else config.detoxifier
     # No prompt is kept: the first one, which is asked twice, is computed twice.
-    return DetoxiGen(
-        backbone, as_streams(detoxifier, backbone), config=EngineConfig(drafts=drafts, prompt_cache_slots=0)
+    bounds = EngineConfig(drafts=drafts, prompt_cache_slots=0)
+    _MODEL = DetoxiGen(backbone, as_streams(detoxifier, backbone), config=bounds)
+    _PARAMS = DecodingParams(
+        alpha=config.alpha, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
+    return {"machine": machine(backbone.device), **backbone.identity}
 
 
-def _answer(model: DetoxiGen, prompt: str, params: DecodingParams) -> _Answer:
+def _drafted() -> tuple[int, int]:
+    stats = _MODEL.stats()
+    return stats.tokens_drafted, stats.tokens_accepted
+
+
+def _answer(prompt: str) -> _Answer:
     begun = time.perf_counter()
     chunks = []
-    for chunk in model.stream([{"role": "user", "content": prompt}], params):
+    for chunk in _MODEL.stream([{"role": "user", "content": prompt}], _PARAMS):
         chunks.append((chunk, time.perf_counter()))
     (first, first_s), (last, ended) = chunks[0], chunks[-1]
     assert last.generation is not None
