@@ -31,7 +31,7 @@ _EXPORTS = {
     "models.backbone": "Backbone",
     "models.load": "load_backbone",
     "models.options": "LoadOptions",
-    "results": "Chunk Generation Intervention Steering Trace Usage",
+    "results": "Chunk Generation Intervention Steering TokenTrace Trace Usage",
     "scorers.base": "ToxicityScorer load_scorer",
     "scorers.classifier": "HuggingFaceScorer",
     "scorers.linear": "EmbeddedScorer",
@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         Generation as Generation,
         Intervention as Intervention,
         Steering as Steering,
+        TokenTrace as TokenTrace,
         Trace as Trace,
         Usage as Usage,
     )

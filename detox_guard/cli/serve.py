@@ -17,6 +17,8 @@ from detox_guard.server.keys import new_key
 from detox_guard.settings import DecodingParams, GuardPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from detox_guard.server.models import Model
     from detox_guard.server.state import State
 
@@ -52,18 +54,11 @@ def serve(
     typed = {name: fields.pop(name) for name in list(fields) if name in ServerConfig.model_fields}
     loading = options.loading(fields)
     params = options.given(fields)
-    read = _Reader(config, typed, _guard(no_guard, guard_threshold, audit_log))
+    changes = options.given({"model": model, "upstream": upstream})
+    changes |= {"detoxifier": tuple(detoxifier)} if detoxifier else {}
+    changes |= {name: given for name, given in (("loading", loading), ("params", params)) if given}
+    read = _Reader(config, typed, _guard(no_guard, guard_threshold, audit_log), changes)
     file = read()
-    if model is not None or upstream is not None or detoxifier or loading or params:
-        if config is not None and len(file.models) > 1:
-            raise DataError("one model was given beside a file with several", hint="write it into the file")
-        ((name, one),) = file.models.items()
-        changes: dict[str, Any] = {"loading": {**one.loading, **loading}} if loading else {}
-        if params:
-            changes["params"] = (one.params or DecodingParams()).replace(**params)
-        changes |= options.given({"model": model, "upstream": upstream})
-        changes |= {"detoxifier": tuple(detoxifier)} if detoxifier else {}
-        file = file.replace(models={name: one.replace(**changes)})
     held = {name: (one, _loaded(one, file.server.guard)) for name, one in file.models.items()}
     models = {_name(name, loaded): loaded for name, (_, loaded) in held.items()}
 
@@ -106,12 +101,27 @@ def key(
 class _Reader:
     """Reads the configuration, as often as it is asked to, and puts over it what was typed."""
 
-    def __init__(self, path: Path | None, typed: dict[str, Any], guard: dict[str, Any]) -> None:
-        self._path, self._typed, self._guard = path, options.given(typed), guard
+    def __init__(self, path: Path | None, typed: dict[str, Any], guard: dict[str, Any], model: dict[str, Any]) -> None:
+        self._path, self._typed, self._guard, self._model = path, options.given(typed), guard, model
 
     def __call__(self) -> ServerFile:
         file = ServerFile() if self._path is None else ServerFile.read(self._path)
-        return file.replace(server=file.server.replace(**self._typed, **self._over(file.server.guard)))
+        server = file.server.replace(**self._typed, **self._over(file.server.guard))
+        return file.replace(server=server, models=self._given(file.models))
+
+    def _given(self, models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
+        """With the model that was typed, or what was typed of it."""
+        if not self._model:
+            return dict(models)
+        if len(models) > 1:
+            raise DataError("one model was given beside a file with several", hint="write it into the file")
+        ((name, one),) = models.items()
+        changes = dict(self._model)
+        if "loading" in changes:
+            changes["loading"] = {**one.loading, **changes["loading"]}
+        if "params" in changes:
+            changes["params"] = (one.params or DecodingParams()).replace(**changes["params"])
+        return {name: one.replace(**changes)}
 
     def _over(self, guard: GuardPolicy | None) -> dict[str, Any]:
         if self._guard.get("guard", True) is None:

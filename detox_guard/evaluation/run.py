@@ -55,6 +55,8 @@ __all__ = ["CONTEXTS", "collect", "judge_run", "prompt_of", "rescore", "run_eval
 CONTEXTS = 4
 JUDGES_TOO = ("device", "dtype", "trust_remote_code", "token", "cache_dir", "local_files_only")
 """How the model is loaded that other language models, which judge, are loaded alike."""
+_ALSO_LOADED = ("attn_implementation", "model_kwargs", "n_ctx")
+"""Ways of loading that change what comes out, and that `Backbone.identity` does not tell."""
 
 
 def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **fields: Any) -> EvalReport:
@@ -101,6 +103,8 @@ def run_eval(*, table: Mapping[str, Recipe] = METHODS, progress: bool = True, **
             "passages": [passage_of(backbone, texts, config.passage_tokens, way) for way in range(CONTEXTS) if texts],
             "prompts": [asdict(prompt) for prompt in chosen],
         }
+        if loading := {name: value for name, value in config.told().items() if name in _ALSO_LOADED}:
+            asked["loading"] = loading
         run = collect(folder, asked, backbone, made, EngineConfig(max_rows=config.batch_rows), bars)
         return judge_run(folder, run, scorers, [LMJudge(backbone, own=True), *others], bars)
 
@@ -140,8 +144,8 @@ def collect(
     Raises `DataError` where the folder holds a run of other prompts, sampling, model or meaning of a method.
     """
     identity = {**asked, **backbone.identity}
-    known = all_methods(folder / RUN_FILE, identity, methods)
     setting = {"batch_rows": config.max_rows, "machine": machine(backbone.device), "versions": versions()}
+    known = all_methods(folder / RUN_FILE, identity, methods, setting)
     run = {**identity, "methods": known, **setting}
     jobs = [_jobs(run, method) for method in methods]
     with Journal(folder / SAMPLES_FILE, KEY) as journal:

@@ -14,7 +14,7 @@ from detox_guard._files import hold_folder, read_json
 from detox_guard.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from detox_guard.evaluation.methods import Method
@@ -125,14 +125,20 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def all_methods(path: Path, identity: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
-    """What each method is, by name: of `methods`, and of those of a run that is there already. Raises `DataError` if it
-    is another run, or means something else by a name."""
+def all_methods(
+    path: Path, identity: dict[str, Any], methods: Sequence[Method], beside: Collection[str] = ()
+) -> dict[str, Any]:
+    """What each method is, by name: of `methods`, and of those of a run that is there already.
+
+    `beside`: what a run tells that does not make it another one. Raises `DataError` if it is another run, or means
+    something else by a name.
+    """
     known: dict[str, Any] = {}
     if path.exists():
-        old = read_json(path)
-        for name, value in json.loads(json.dumps(identity)).items():
-            if old.get(name) != value:
+        old, new = read_json(path), json.loads(json.dumps(identity))
+        for name in dict.fromkeys((*new, *old)):
+            # What only one of them tells counts too: a rounding, an adapter.
+            if name not in ("methods", *beside) and old.get(name) != new.get(name):
                 raise DataError(
                     f"{path.parent}: holds a run of another {name}", hint="take another folder, or remove it"
                 )

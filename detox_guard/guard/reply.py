@@ -159,6 +159,8 @@ class GuardedReply(Reply):
             return
         whole = [count for count, place in enumerate(unit.places, start=1) if place.whole]
         inside = [count for count in whole if unit.places[count - 1].chars <= end and unit.places[count - 1].chars]
+        # One of whose text some is held back (it may begin a stop string) belongs to what comes.
+        inside = [count for count in inside if not unit.places[count - 1].held] or inside
         # A token that reaches over the end goes with the unit: a cut lies between two tokens.
         tokens = inside[-1] if inside else (whole[-1] if whole else 0)
         if tokens and unit.text[: unit.places[tokens - 1].chars].strip():

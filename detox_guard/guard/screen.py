@@ -3,6 +3,7 @@ stand in; no engine."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,9 +114,9 @@ def replace_strings(value: Any, change: Callable[[str], str], keep: Set[object] 
     def changed(one: Any) -> Any:
         if isinstance(one, str):
             return change(one)
-        if isinstance(one, bytes):
+        if isinstance(one, bytes | bytearray):
             text = one.decode(errors="replace")
-            return one if (new := change(text)) == text else new.encode()
+            return one if (new := change(text)) == text else type(one)(new.encode())
         if isinstance(one, Mapping):
             return {key if key in keep else changed(key): changed(part) for key, part in one.items()}
         if isinstance(one, list):
@@ -124,11 +125,15 @@ def replace_strings(value: Any, change: Callable[[str], str], keep: Set[object] 
             parts = [changed(part) for part in one]
             return type(one)(*parts) if hasattr(one, "_fields") else type(one)(parts)
         if isinstance(one, BaseModel):
-            parts_of = {name: changed(part) for name, part in one}
-            return one.model_copy(update={name: new for name, new in parts_of.items() if new is not getattr(one, name)})
+            held = {**one.__dict__, **(one.__pydantic_extra__ or {})}
+            parts_of = {name: changed(part) for name, part in held.items()}
+            return one.model_copy(update={name: new for name, new in parts_of.items() if new is not held[name]})
         if dataclasses.is_dataclass(one) and not isinstance(one, type):
-            names = [field.name for field in dataclasses.fields(one) if field.init]
-            return dataclasses.replace(one, **{name: changed(getattr(one, name)) for name in names})
+            copied = copy.copy(one)  # no field is computed anew, and none is lost
+            for field in dataclasses.fields(one):
+                if hasattr(one, field.name):
+                    object.__setattr__(copied, field.name, changed(getattr(one, field.name)))
+            return copied
         return one
 
     try:

@@ -234,8 +234,11 @@ class LoadOptions(StrictModel):
         return {name: getattr(self, name) for name in LoadOptions.model_fields if name in self.model_fields_set}
 
     def told(self) -> dict[str, Any]:
-        """`loading` as JSON, for a file: without the token, and without what says nothing. Raises as `key`."""
-        said = {name: json.loads(_as_json(name, value)) for name, value in self.loading.items() if name != "token"}
+        """`loading` as JSON, for a file that others may read. Without the token, without what only says where things
+        are on this machine, and without what says nothing. Raises as `key`."""
+        said = {name: json.loads(_as_json(name, value)) for name, value in self.loading.items() if name not in _OWN}
+        if isinstance(more := said.get("model_kwargs"), dict):
+            said["model_kwargs"] = {name: value for name, value in more.items() if name != "proxies"} or None
         return {name: value for name, value in said.items() if value is not None and value is not False}
 
     def key(self) -> str:
@@ -248,6 +251,10 @@ class LoadOptions(StrictModel):
         for name, value in told.items():
             _as_json(name, value)
         return json.dumps(told, default=_told, sort_keys=True)
+
+
+_OWN = frozenset({"token", "cache_dir", "offload_folder", "max_memory", "local_files_only"})
+"""Of one machine, or secret."""
 
 
 def _as_json(name: str, value: object) -> str:

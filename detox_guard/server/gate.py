@@ -68,8 +68,8 @@ class Gate:
         self._app, self._state = app, state
         self._per_key: Counter[str] = Counter()
         self._under_way = 0
-        self._arriving = 0
-        """Bytes of requests that are not whole yet."""
+        self._arriving: Counter[str] = Counter()
+        """Bytes of requests that are not whole yet, by whose they are."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's own."""
@@ -127,7 +127,7 @@ class Gate:
         if self._state.ended.is_set():
             raise ApiError(503, "The server is being stopped.", "unavailable", headers={"Retry-After": "5"})
         self._check_room(visit)
-        receive = await self._arrived(receive)
+        receive = await self._arrived(receive, visit.holder)
         self._check_room(visit)
         self._under_way += 1
         self._per_key[visit.holder] += 1
@@ -148,7 +148,7 @@ class Gate:
         if self._state.keys and self._per_key[visit.holder] >= config.max_requests_per_key:
             raise _busy("This key has too many requests under way.")
 
-    async def _arrived(self, receive: Receive) -> Receive:
+    async def _arrived(self, receive: Receive, holder: str) -> Receive:
         """`receive` once the whole body is here: one that is slow to come takes nobody's place. Raises `ApiError` for a
         body that is too long or too slow, `Gone`."""
         most, timeout_s = self._state.config.max_body_bytes, self._state.config.body_timeout_s
@@ -161,17 +161,21 @@ class Gate:
                         raise Gone
                     piece = message.get("body", b"")
                     body += piece
-                    self._arriving += len(piece)
+                    self._arriving[holder] += len(piece)
                     if len(body) > most:
                         raise _too_large(most)
-                    if self._arriving > _ARRIVING * most:
+                    if self._arriving.total() > _ARRIVING * most:
                         raise _busy("Too many requests are on their way.")
+                    if self._state.keys and self._arriving[holder] > _ARRIVING * most // 2:
+                        raise _busy("This key has too many requests on their way.")
                     if not message.get("more_body", False):
                         break
         except TimeoutError:
             raise ApiError(408, "The request did not arrive in time.", "too_slow", headers=_CLOSE) from None
         finally:
-            self._arriving -= len(body)
+            self._arriving[holder] -= len(body)
+            if not self._arriving[holder]:
+                del self._arriving[holder]
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
         async def arrived() -> Message:

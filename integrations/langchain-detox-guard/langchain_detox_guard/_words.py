@@ -99,7 +99,7 @@ def _fields_of(value: object) -> list[tuple[Any, Any]] | None:
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, BaseModel):
-        fields = list(value)
+        fields = [*value.__dict__.items(), *(value.__pydantic_extra__ or {}).items()]
         if isinstance(value, BaseMessage):
             fields = [("text", str(value.text)), *fields]  # as a reader joins its blocks
             ours = value.response_metadata.get("model_provider") == "detox_guard"
@@ -107,7 +107,8 @@ def _fields_of(value: object) -> list[tuple[Any, Any]] | None:
             fields = [(key, {} if ours and key == "response_metadata" else part) for key, part in fields]
         return fields
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value)]
+        return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
     if isinstance(value, list | tuple | set | frozenset):
         return [(None, part) for part in value]
     return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import aclosing
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from detox_guard import Chunk, DetoxGuardError, EngineBusyError, EngineClosedError, EngineError
@@ -22,7 +23,7 @@ from ray_detox_guard.errors import ReplicaLostError
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from detox_guard import DecodingParams, GuardPolicy
+    from detox_guard import DecodingParams, GuardPolicy, TokenTrace
     from ray.serve.handle import DeploymentHandle
 
 __all__ = ["RemoteModel"]
@@ -110,7 +111,8 @@ class RemoteModel:
                 async with aclosing(_after(given, self._once(prompt, params, whole))) as chunks:
                     if whole:
                         came = [chunk async for chunk in chunks]
-                        yield Chunk("".join(chunk.text for chunk in came), came[-1].generation)
+                        told = tuple(token for chunk in came for token in chunk.tokens)
+                        yield Chunk("".join(chunk.text for chunk in came), came[-1].generation, told)
                         return
                     async for chunk in chunks:
                         given += chunk.text
@@ -167,12 +169,18 @@ async def _after(given: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenera
             if not given:
                 yield chunk
             elif chunk.text.startswith(given):
-                yield Chunk(chunk.text[len(given) :], chunk.generation)
+                yield Chunk(chunk.text[len(given) :], chunk.generation, _behind(chunk, len(given)))
                 given = ""
             elif given.startswith(chunk.text) and chunk.generation is None:
                 given = given[len(chunk.text) :]
             else:
                 raise ReplicaLostError("the replica was lost, and another one decodes another text", hint="try again")
+
+
+def _behind(chunk: Chunk, chars: int) -> tuple[TokenTrace, ...]:
+    """The tokens of a chunk whose text ends behind so many of its characters."""
+    ends = accumulate(len(token.text) for token in chunk.tokens)
+    return tuple(token for token, end in zip(chunk.tokens, ends, strict=True) if end > chars)
 
 
 def _ours(error: Exception) -> DetoxGuardError:
