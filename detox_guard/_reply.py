@@ -150,7 +150,7 @@ class Reply:
             fallbacks=sum(step.fallback for step in steps),
         )
         usage = Usage(len(self.request.prompt.ids), len(steps), self._discarded)
-        self._figures(last=True)
+        self._figures(last=reason != "guard")  # a guard's end: what did not come out was taken back
         taken = tuple(self._interventions)
         trace = Trace(tuple(self._told), taken) if self.params.trace else None
         return Generation(text, reason, usage, self.request.seed, trace, steering, taken, self.guard)

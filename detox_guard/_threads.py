@@ -47,9 +47,12 @@ def run_aside(work: Callable[[], T]) -> T:
             errors.append(error)
 
     start_thread(run, "detox-guard-loading").join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    try:
+        if errors:
+            raise errors[0]
+        return results[0]
+    finally:
+        errors.clear()  # with its frames, and what they hold
 
 
 async def run_off_loop(work: Callable[..., T], *args: Any, pool: Executor | None = None) -> T:

@@ -17,7 +17,7 @@ from detox_guard.engine import End, Finish, Go, Rewind, Sampling, TokenStep
 from detox_guard.errors import GuardError, ScorerError
 from detox_guard.guard.audit import check_log, report_intervention
 from detox_guard.guard.units import Asked, Reading, read_whole
-from detox_guard.results import Intervention
+from detox_guard.results import Chunk, Intervention
 from detox_guard.scorers.batcher import batcher_for
 from detox_guard.text.prompts import prompt_texts
 from detox_guard.text.sentences import in_code, last_space, sentence_end
@@ -157,10 +157,9 @@ class GuardedReply(Reply):
         end = closed_length(unit.text, self.policy, unit.code, len(unit.places))
         if not end:
             return
-        whole = [count for count, place in enumerate(unit.places, start=1) if place.whole]
+        # A token of whose text some is held back (it may begin a stop string) belongs to what comes.
+        whole = [count for count, place in enumerate(unit.places, start=1) if place.whole and not place.held]
         inside = [count for count in whole if unit.places[count - 1].chars <= end and unit.places[count - 1].chars]
-        # One of whose text some is held back (it may begin a stop string) belongs to what comes.
-        inside = [count for count in inside if not unit.places[count - 1].held] or inside
         # A token that reaches over the end goes with the unit: a cut lies between two tokens.
         tokens = inside[-1] if inside else (whole[-1] if whole else 0)
         if tokens and unit.text[: unit.places[tokens - 1].chars].strip():
@@ -250,10 +249,13 @@ class GuardedReply(Reply):
                 hint="a higher ladder, more rewinds, or on_exhausted='replace'",
             )
         self._forget(unit)
-        if action == "replace" and unit.index < 0:
-            self._keep(self.policy.replacement)  # nobody listens yet: `on_finish` hands it over
-        elif action == "replace":
-            self._emit(_joined("".join(self._pieces), self.policy.replacement))
+        if action == "replace":  # no token's text, so `_out_chars` does not count it
+            text = (
+                self.policy.replacement if unit.index < 0 else _joined("".join(self._pieces), self.policy.replacement)
+            )
+            self._pieces.append(text)
+            if unit.index >= 0:  # else nobody listens yet: `on_finish` hands it over
+                self.put(Chunk(text))
         self._over = "guard"
         return End("guard")
 

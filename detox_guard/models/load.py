@@ -80,7 +80,17 @@ def load_backbone(
     downloaded. Raises `BackboneNotFoundError`, `UnsupportedBackboneError`, `BackboneError`, and `InvalidParamsError`
     for a bad option.
     """
-    return run_aside(lambda: _load(model, tokenizer, LoadOptions(**loading)))
+    import torch
+
+    options = LoadOptions(**loading)
+    first = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def load() -> Backbone:
+        if first is not None:  # each thread has a current device of its own
+            torch.cuda.set_device(first)
+        return _load(model, tokenizer, options)
+
+    return run_aside(load)
 
 
 def _load(

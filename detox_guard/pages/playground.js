@@ -151,13 +151,14 @@ function replyIn(panel) {
 }
 
 function tokenOf(token, figures) {
-  const replaced = token.preferred_id !== token.token_id && token.strength > 0.02;
+  const told = token.preferred !== undefined; // a server whose guard is fixed does not tell it
+  const replaced = told && token.preferred_id !== token.token_id && token.strength > 0.02;
   const made = element("span", { className: replaced ? "t replaced" : "t", textContent: token.text, tabIndex: -1 });
   made.style.setProperty("--s", token.strength.toFixed(2));
   const tell = () => {
     figures.textContent = [
       `${JSON.stringify(token.text)}: before ${token.p_before.toFixed(3)}, after ${token.p_after.toFixed(3)}`,
-      `plain model's first choice: ${JSON.stringify(token.preferred)} at ${token.preferred_p.toFixed(3)}`,
+      ...(told ? [`plain model's first choice: ${JSON.stringify(token.preferred)} at ${token.preferred_p.toFixed(3)}`] : []),
       `KL of steering ${(token.kl_steering ?? 0).toFixed(2)}, of the detoxifier ${(token.kl_detoxifier ?? 0).toFixed(2)} nats`,
       `${(100 * token.clipped_mass).toFixed(0)} % of the nucleus was removed`,
     ].join("\n");

@@ -168,7 +168,7 @@ class _Choice:
         if self._asked.logprobs and (tokens or last):
             told["logprobs"] = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
         if self._asked.trace and (tokens or (last and self.reply is not None and self.reply.trace is not None)):
-            told["detox"] = {"trace": [_figures_of(token) for token in tokens]}
+            told["detox"] = {"trace": [_figures_of(token, self._asked.others) for token in tokens]}
         return told
 
     def _chat_logprobs(self, tokens: Sequence[TokenTrace]) -> dict[str, Any]:
@@ -214,9 +214,11 @@ def _told(text: str, probability: float) -> dict[str, Any]:
     }
 
 
-def _figures_of(token: TokenTrace) -> dict[str, Any]:
+def _figures_of(token: TokenTrace, others: bool) -> dict[str, Any]:
     figures = {**asdict(token), "strength": token.strength}
     del figures["top"]  # what `top_logprobs` is for
+    if not others:
+        del figures["preferred"], figures["preferred_id"]
     return {name: _finite(value) for name, value in figures.items()}
 
 

@@ -48,6 +48,8 @@ class Asked:
     parallel: bool = True
     each: int = 1
     """Choices of one prompt."""
+    others: bool = True
+    """Tokens that were not chosen may be told. No scorer saw them."""
 
 
 def ask_chat(body: ChatRequest, base: DecodingParams, config: ServerConfig, *, loose: bool) -> Asked:
@@ -70,6 +72,7 @@ def ask_chat(body: ChatRequest, base: DecodingParams, config: ServerConfig, *, l
         logprobs=bool(body.logprobs),
         trace=body.detox.trace,
         each=body.n or 1,
+        others=loose or params.guard is None,
         tools=tools,
         parallel=body.parallel_tool_calls is not False,
     )
@@ -86,6 +89,7 @@ def ask_completion(body: CompletionRequest, base: DecodingParams, config: Server
         logprobs=body.logprobs is not None,
         trace=body.detox.trace,
         each=body.n or 1,
+        others=loose or params.guard is None,
     )
 
 
@@ -125,6 +129,8 @@ def _params(
         changes["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     standing = config.guard if base.guard is None else base.guard
     changes["guard"] = _guard(body.detox.guard, standing, loose=loose)
+    if logprobs and changes["guard"] is not None and not loose:
+        raise _forbidden("top_logprobs", "this server tells no tokens that its guard has not seen")
     return base.replace(**changes, trace=logprobs is not None or body.detox.trace, trace_top=logprobs or 0)
 
 

@@ -112,6 +112,29 @@ def test_several_tokens_a_row_are_as_one_after_another() -> None:
         assert same(rows.decode([[fed[i]] for fed in tokens])[:, 0], at_once[:, i])
 
 
+def test_what_is_no_number_stays_with_its_own_row() -> None:
+    """A row that leaves, and a token that is taken back, leave nothing behind that a shorter row could see."""
+    model = make_tiny_backbone("llama", initializer_range=0.2).model
+    rows = filled(model, [[5] * 20, [9, 8, 7], list(range(5, 35))])
+    broken = rows.copy(rows.rows[0])
+    rows.remove(rows.rows[0])
+    for buffers in broken:
+        for one in buffers:
+            one.fill_(torch.nan)
+    rows.add(broken)
+    assert rows.decode([[3], [3], [3]])[2].isnan().all()
+    rows.rewind(rows.rows[0], 1)
+    rows.rewind(rows.rows[1], 1)
+    rows.remove(rows.rows[0])  # the broken one takes its place
+    rows.remove(rows.rows[0])
+    join(rows, model, [9, 8, 7])
+    for row, prompt in ((rows.rows[0], [9, 8, 7]), (rows.rows[1], [9, 8, 7])):
+        assert row.length == len(prompt)
+    logits = rows.decode([[4], [4]])
+    assert same(logits[0], whole(model, [9, 8, 7, 4])[-1:])
+    assert same(logits[1], whole(model, [9, 8, 7, 4])[-1:])
+
+
 def test_bfloat16_is_as_near_as_rounding_allows() -> None:
     model = make_tiny_backbone("llama", initializer_range=0.1).model.to(torch.bfloat16)
     prompts = [list(range(5, 45)), list(range(60, 70))]

@@ -182,6 +182,8 @@ def test_a_finished_run_takes_more_methods_and_judges(measure: Any, tiny_folder:
     assert old == new
     with pytest.raises(DataError, match="another seed"):
         measure(output=tmp_path, seed=8)
+    with pytest.raises(DataError, match="another loading"):
+        measure(output=tmp_path, attn_implementation="eager")
     with pytest.raises(DataError, match="another 'dexperts α=1'"):
         measure(output=tmp_path, methods=("dexperts",), alphas=(1.0,), detoxifier=_other(tiny_folder))
 

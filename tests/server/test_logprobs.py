@@ -86,3 +86,16 @@ def test_under_a_guard_they_come_with_their_sentence_and_never_for_what_was_take
             assert text.startswith(tokens)
     assert text == text_of(told) == whole["text"]
     assert tokens.rstrip() == kept
+
+
+def test_a_fixed_guard_tells_no_token_that_it_has_not_seen(model: DetoxiGen) -> None:
+    fixed = ServerConfig(guard=GuardPolicy(scorer=ScriptedScorer("nothing says this")), allow_unguarded=False)
+    with served(model, fixed) as client:
+        refused = chat(client, logprobs=True, top_logprobs=1, **ASKED)
+        own = chat(client, logprobs=True, **ASKED).json()["choices"][0]["logprobs"]["content"]
+        traced = chat(client, **{**ASKED, "detox": {"trace": True}}).json()["choices"][0]["detox"]["trace"]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "guard_is_fixed")
+    assert own
+    assert all(one["top_logprobs"] == [] for one in own)
+    assert traced
+    assert not any("preferred" in one or "preferred_id" in one for one in traced)

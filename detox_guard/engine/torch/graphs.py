@@ -6,6 +6,7 @@ as a graph they are started at once. It reads and writes where it did when it wa
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,24 +24,30 @@ _WARM_UP = 2
 
 def recorder_for(device: torch.device) -> Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None:
     """What records a step on this device; None where there is nothing that can."""
-    return _cuda_graph if device.type == "cuda" else None
+    return partial(_cuda_graph, device) if device.type == "cuda" else None
 
 
-def _cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`run`, recorded. Its result lies in one place, and is good until the next call. Raises `RuntimeError`."""
-    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (a scorer) may use the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = run()
+def _cuda_graph(device: torch.device, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run`, recorded on `device`. Its result lies in one place and is good until the next call.
+
+    Raises `RuntimeError`.
+    """
+    with torch.cuda.device(device):  # a thread's own is the first one
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(_WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a scorer) may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
+            out = run()
+        out.zero_()  # what a replay gives is its own
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return out
 
     return replay

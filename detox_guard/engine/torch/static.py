@@ -154,7 +154,7 @@ class StaticStep:
                 attn_mask=mask,
                 scale=layer.scaling,
             )
-            found = found.view(rows, self.kv_heads, count, shared * self.head_dim).transpose(1, 2)
+            found = found.reshape(rows, self.kv_heads, count, shared * self.head_dim).transpose(1, 2)
             x = self._added(x, layer.out(found.reshape(rows, count, -1)), behind)
             x = self._added(x, layer.mlp(x if before_mlp is None else before_mlp(x)), behind_mlp)
         logits = self._head(self._norm(x))

@@ -67,6 +67,8 @@ class StaticRows:
         self.capacity = (0, 0)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._overflowed = False
+        """A step gave what is no number, so what a rewind drops may hold some."""
         self._recorded: dict[tuple[int, int, int], tuple[Tensor, Tensor, Replay]] = {}
 
     @property
@@ -81,8 +83,9 @@ class StaticRows:
             self._values = [v.new_zeros(0, v.shape[1], 0, v.shape[3]) for _, v in layers]
         self._reserve(len(self.rows) + 1, max(row.length, self.longest))
         for i, (k, v) in enumerate(layers):
-            self._keys[i][row.index, :, : row.length] = k[0]
-            self._values[i][row.index, :, : row.length] = v[0]
+            for buffer, given in ((self._keys[i], k), (self._values[i], v)):
+                buffer[row.index, :, : row.length] = given[0]
+                buffer[row.index, :, row.length :] = 0
         self.rows.append(row)
         return row
 
@@ -97,6 +100,7 @@ class StaticRows:
         if last is not row:
             for buffer in (*self._keys, *self._values):
                 buffer[row.index, :, : last.length] = buffer[last.index, :, : last.length]
+                buffer[row.index, :, last.length :] = 0
             self.rows[row.index] = last
             last.index = row.index
         if not self.rows and not self._recorded:
@@ -107,6 +111,9 @@ class StaticRows:
         if not 0 <= slots < row.length:
             raise ValueError(f"rewind of {slots} slots in a row of {row.length}")
         row.length -= slots
+        if self._overflowed and slots:
+            for buffer in (*self._keys, *self._values):
+                buffer[row.index, :, row.length : row.length + slots] = 0
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Feed `tokens[i]` to row i, to each as many; logits `[rows, tokens of a row, vocab]`. Every row is so many
@@ -123,6 +130,8 @@ class StaticRows:
             logits = self._replayed(self._record, ids, slots, width)
         for row in self.rows:
             row.length += count
+        # Keys or values that are no numbers show at their own token, for it sees itself.
+        self._overflowed = self._overflowed or not bool(logits.isfinite().all())
         return logits
 
     def clear(self) -> None:
@@ -130,6 +139,7 @@ class StaticRows:
         self.rows.clear()
         self._recorded.clear()
         self._keys, self._values = [], []
+        self._overflowed = False
         self.capacity = (0, 0)
 
     def _replayed(self, record: Record, ids: Tensor, slots: Tensor, width: int) -> Tensor:
