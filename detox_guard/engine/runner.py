@@ -132,7 +132,7 @@ class Runner(Protocol):
         """A new row that holds what was saved. The handle stays good."""
 
     def save(self, row: Row) -> Saved:
-        """What `join` takes to bring the row back, whatever becomes of it."""
+        """What `join` takes to bring the row back, whatever becomes of it; it can then be rewound as far as now."""
 
     def leave(self, row: Row) -> None:
         """Drop a row. The last row takes its index."""

@@ -15,13 +15,16 @@ from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_token
 from harness import check_against_oracle, decode, random_prompts, random_streams, request, torch_engine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from detox_guard.engine import Rewind
+from detox_guard.engine import End, Rewind
 from detox_guard.engine.torch.states import CHECKPOINT
 from detox_guard.errors import UnsupportedBackboneError
 from detox_guard.models.backbone import from_model
 from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detox_guard.engine import TokenStep
     from detox_guard.models.backbone import Backbone
     from detox_guard.models.checks import Layout
 
@@ -73,10 +76,11 @@ def test_the_engine_equals_the_oracle(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["granitemoehybrid", "llama4_text"])
 @pytest.mark.parametrize("taken_back", [1, CHECKPOINT - 1, CHECKPOINT + 20])
-def test_a_rewind_past_a_checkpoint_leaves_no_trace(kind: str, taken_back: int) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 1.5])  # the only row of the batch, and two
+def test_a_rewind_past_a_checkpoint_leaves_no_trace(kind: str, taken_back: int, alpha: float) -> None:
     backbone = tiny(kind)
     engine = torch_engine(backbone, random_streams(backbone, "r", scale=0.3))
-    params = GREEDY.replace(max_new_tokens=2 * CHECKPOINT + 4, top_p=1.0)
+    params = GREEDY.replace(alpha=alpha, max_new_tokens=2 * CHECKPOINT + 4, top_p=1.0)
     prompt = random_prompts(backbone, 1)[0]
     (plain,) = decode(engine, [prompt], params, keep=True)
     asked, again = request(prompt, params, keep=True)
@@ -88,14 +92,44 @@ def test_a_rewind_past_a_checkpoint_leaves_no_trace(kind: str, taken_back: int) 
     again.react = back_once
     engine.submit(asked)
     again.wait()
-    after = again.steps[: turn - taken_back] + again.steps[turn:]
-    assert [step.token_id for step in after] == plain.ids
-    for step, other in zip(after, plain.steps, strict=True):
+    assert_equal_steps(again.steps[: turn - taken_back] + again.steps[turn:], plain.steps)
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "lfm2", "mamba", "minimax", "openai-gpt"])
+@pytest.mark.parametrize("alpha", [0.0, 1.5])
+def test_a_parked_reply_is_rewound_like_one_that_was_never_parked(kind: str, alpha: float) -> None:
+    """Twice, after an end token; the second time to before it was parked first, and past a checkpoint."""
+    backbone = tiny(kind)
+    engine = torch_engine(backbone, random_streams(backbone, "b"))
+    params = DecodingParams(alpha=alpha, rule="dexperts", max_new_tokens=CHECKPOINT + 16)
+    prompt = random_prompts(backbone, 1)[0]
+    (plain,) = decode(engine, [prompt], params)
+    length, end = max((plain.ids.index(token), token) for token in plain.ids)
+    assert length > CHECKPOINT + 4
+    replies = []
+    for hold in (0, 3):
+        asked, sink = request(prompt, params, keep=True, end_ids=frozenset({end}))
+        once, twice = (Rewind(back, banned=frozenset({end})) for back in (1, length - 2))
+        answers: list[Any] = [*[None] * hold, once, *[None] * hold, twice, *[None] * hold, End("stop")]
+        sink.on_end = lambda reason, answers=answers: answers.pop(0)  # type: ignore[method-assign]
+        engine.submit(asked)
+        assert sink.wait().outcome == "stop"
+        assert sink.ids[:length] == plain.ids[:length]
+        replies.append(sink.steps)
+    assert engine.stats().tokens_rewound == 2 * (length - 1)
+    assert_equal_steps(*replies)
+    engine.close()
+
+
+def assert_equal_steps(some: Sequence[TokenStep], others: Sequence[TokenStep]) -> None:
+    """The same tokens, from the same distributions."""
+    for step, other in zip(some, others, strict=True):
+        assert (step.token_id, step.index) == (other.token_id, other.index)
         assert step.distribution is not None
         assert other.distribution is not None
         (ids, p), (other_ids, other_p) = step.distribution, other.distribution
         assert (p[ids.argsort()] - other_p[other_ids.argsort()]).abs().max() <= TOLERANCE
-    engine.close()
 
 
 @pytest.mark.parametrize("kind", ["gemma3n_text", "deepseek_v4"])

@@ -8,13 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from detox_benchmarks.registry.shapes import tiny_config, tiny_model
 from guarding import FOREIGN, PARAMS, Gated, Scripted, fickle
-from tiny import make_tiny_backbone
+from tiny import make_tiny_backbone, make_tiny_tokenizer
 from waiting import WAIT_S, wait_until
 
 from detox_guard import DecodingParams, DetoxiGen, GuardPolicy, ScorerError, aguard_text, guard_text
 from detox_guard._reply import Speaker
 from detox_guard.guard.reply import GuardedReply, scan
+from detox_guard.models.backbone import from_model
 from detox_guard.scorers.batcher import batcher_for
 
 if TYPE_CHECKING:
@@ -109,6 +111,47 @@ def test_what_timed_out_or_was_cancelled_is_not_scored_later(tiny: DetoxiGen) ->
     scorer.gate.set()
     assert "".join(guard_text([FOREIGN], policy.replace(scorer_timeout_s=60))) == FOREIGN
     assert all(text in FOREIGN for text in scorer.scored)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("kind", ["lfm2", "granitemoehybrid", "minimax", "openai-gpt"])
+def test_a_last_unit_is_decoded_again_after_the_end_token(kind: str, replaced: bool) -> None:
+    """The rows had left the batch by then, with all that this kind of model keeps."""
+    backbone = from_model(tiny_model(tiny_config(kind)), make_tiny_tokenizer(), id=f"tiny-{kind}")
+    with DetoxiGen(backbone, params=PARAMS.replace(alpha=0.0)) as model:
+        free = model.generate("Hello there").trace
+        assert free is not None
+        ids = [token.token_id for token in free.tokens]
+        end = max((ids.index(token), token) for token in ids)[1]
+        mild = Scripted(lambda text: 0.0)
+        policy = GuardPolicy(scorer=mild, unit=6, context_chars=0, max_rewinds=3, ladder=())
+        params = PARAMS.replace(alpha=0.0, stop_token_ids=(end,))
+        *fit, last = [chunk.text for chunk in model.stream("Hello there", params, guard=policy) if chunk.text]
+        safe = "".join(fit)
+        known = {text for call in mild.calls for text in call if last not in text}
+
+        def score_of(text: str) -> float:
+            return float(text not in known if replaced else last in text)
+
+        class AtTheEnd(Scripted):
+            """Answers once the rows of the reply have left the batch."""
+
+            def score(self, texts: Sequence[str]) -> list[float]:
+                wait_until(lambda: model.stats().rows == 0)
+                return super().score(texts)
+
+        quick, slow = (
+            model.generate("Hello there", params, guard=policy.replace(scorer=scorer(score_of)))
+            for scorer in (Scripted, AtTheEnd)
+        )
+        assert (slow.text, slow.trace, slow.interventions) == (quick.text, quick.trace, quick.interventions)
+        assert {event.unit for event in slow.interventions} == {len(fit)}
+        if replaced:
+            assert slow.text == f"{safe} {policy.replacement}"
+            assert [event.action for event in slow.interventions] == ["rewind"] * 3 + ["replace"]
+        else:
+            assert slow.text.startswith(safe)
+            assert last not in slow.text[len(safe) :]
 
 
 def test_a_long_prompt_is_scanned_by_a_slow_scorer_in_time() -> None:

@@ -64,6 +64,8 @@ def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> floa
                 _step_aside(runner, replies[1])
             if step == 8:
                 _take_back(runner, replies[0], back)
+            if step == 10:  # to before it stepped aside
+                _take_back(runner, replies[1], back)
             for reply in replies:
                 if not reply.rows:
                     reply.rows = [runner.join(saved) for saved in reply.saved]  # type: ignore[attr-defined]

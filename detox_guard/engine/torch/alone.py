@@ -38,12 +38,14 @@ class AloneRows:
         row = Row(len(self.rows), past.length)
         self.rows.append(row)
         self._pasts.append(past.fork())
-        self._histories.append(History([past]))
+        self._histories.append(past.history.fork() if past.history else History([past]))
         return row
 
     def past(self, row: Row) -> Past:
         """A copy of what a row holds."""
-        return self._pasts[row.index].fork()
+        past = self._pasts[row.index].fork()
+        past.history = self._histories[row.index].fork()
+        return past
 
     def remove(self, row: Row) -> None:
         """Drop a row; the last one takes its place."""

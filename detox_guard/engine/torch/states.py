@@ -85,13 +85,15 @@ class Past:
 
     cache: Any
     length: int = 0
+    history: History | None = None
+    """How a row came to hold it, if one was saved as this: the row that is joined again can go back as far."""
 
     @property
     def slots(self) -> int:
         return self.length
 
     def fork(self) -> Past:
-        """A copy that shares nothing."""
+        """A copy that shares nothing, without a history."""
         return Past(copy.deepcopy(self.cache), self.length)
 
 
@@ -148,7 +150,12 @@ class History:
     """Checkpoints of one row, oldest first, and the tokens that it was fed since the first of them."""
 
     checkpoints: list[Past]
+    """Never written to."""
     tokens: list[int] = field(default_factory=list)
+
+    def fork(self) -> History:
+        """One that goes on from here on its own."""
+        return History([*self.checkpoints], [*self.tokens])
 
     def feed(self, token: int) -> bool:
         """Note a token; True when the next checkpoint is due."""
@@ -192,18 +199,15 @@ class StateCache(RowCache):
         for mine, new in self._pairs(past.cache):
             _move_states(new, mine, lambda held, more: more.clone() if held is None else torch.cat([held, more]))
         if self._stateful:
-            self._histories[row] = History([self._checkpoint(row)])
+            self._histories[row] = past.history.fork() if past.history else History([self._checkpoint(row)])
         return row
 
     def past(self, row: Row) -> Past:
         """A copy of what a row holds."""
-        self.settle()
-        past = Past(Cache(layers=[_single(layer) for layer in self.layers]), row.length)
-        at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
-        for mine, new in self._pairs(past.cache):
-            if isinstance(mine, RowLayer):
-                _fill(new, [buffer[at].clone() for buffer in mine.held()])
+        past = self._cut(row, row.length)
         self._take_states(row, past)
+        if history := self._histories.get(row):
+            past.history = history.fork()
         return past
 
     def remove(self, row: Row) -> None:
@@ -223,8 +227,7 @@ class StateCache(RowCache):
             super().rewind(row, slots)
             return
         checkpoint, tokens = self._histories[row].rewind(row.length - slots)
-        super().rewind(row, row.length - checkpoint.length)
-        past = self.past(row)
+        past = self._cut(row, checkpoint.length)
         for kept, new in zip(checkpoint.cache.layers, past.cache.layers, strict=True):
             _move_states(kept, new, lambda _, state: state.clone())
         if tokens:
@@ -264,8 +267,19 @@ class StateCache(RowCache):
             return _RowIndexedLayer(self)
         return RowLayer(self, is_sliding=layer.is_sliding) if _slots_of(layer) else DummyLayer()
 
+    def _cut(self, row: Row, length: int) -> Past:
+        """A copy of the first `length` slots of a row, without its states."""
+        self.settle()
+        past = Past(Cache(layers=[_single(layer) for layer in self.layers]), length)
+        start = self.end - row.length
+        at = (slice(row.index, row.index + 1), slice(None), slice(start, start + length))
+        for mine, new in self._pairs(past.cache):
+            if isinstance(mine, RowLayer):
+                _fill(new, [buffer[at].clone() for buffer in mine.held()])
+        return past
+
     def _put(self, row: Row, past: Past) -> None:
-        """Write a `Past` over a row that is not shorter than it was."""
+        """Write a `Past` over a row that is not shorter. The end stays where it is, also if no other row needs it."""
         start = self.end - past.length
         for mine, new in self._pairs(past.cache):
             if isinstance(mine, RowLayer):
