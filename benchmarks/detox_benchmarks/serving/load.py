@@ -43,6 +43,8 @@ _PROMPTS = (
     "Here is a short story about a small town by the sea.",
 )
 _HANGS_UP = 0.1
+_SHOWN = 8
+"""Unscored pieces that are told."""
 _SPARE = 8
 """Requests that a server takes besides those of its clients: one that hung up may be there for a moment yet."""
 _PATIENCE_S = 300.0
@@ -105,6 +107,7 @@ def run_load(config: LoadConfig) -> dict[str, Any]:
             _, seats_end = _settled(child)
         passed = Marks(marks)
     pieces = tally.pieces + crowd.pieces
+    unscored = [text for when, text in pieces if not passed.passed(text, when)]
     told = {
         "clients": config.clients,
         "seconds": config.seconds,
@@ -115,7 +118,8 @@ def run_load(config: LoadConfig) -> dict[str, Any]:
         "of_bare": served / bare,
         "first_text_s": _quantiles(tally.first),
         "guarded_pieces": len(pieces),
-        "unscored_pieces": sum(not passed.passed(text, when) for when, text in pieces),
+        "unscored_pieces": len(unscored),
+        "unscored": unscored[:_SHOWN],
         "seats": {"before": seats_before, "after": seats_after, "after_overload": seats_end},
         "memory_mib": {"before": before / 2**20, "after": after / 2**20, "growth": after / before - 1},
         "overload": {"answers": dict(crowd.answers), "refusal_ms": _quantiles(crowd.refused, 1000)},
