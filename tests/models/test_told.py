@@ -8,6 +8,7 @@ from detox_guard import LoadOptions
 def test_what_is_told_names_no_secret_and_no_place_of_this_machine() -> None:
     kwargs = {"variant": "fp16", "proxies": {"https": "http://ann:secret@proxy"}}
     options = LoadOptions(
+        device_map="auto",
         cache_dir="/home/ann",
         offload_folder="/home/ann/off",
         token="hf_secret",
