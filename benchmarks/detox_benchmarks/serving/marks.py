@@ -20,6 +20,8 @@ __all__ = ["Marker", "Marks"]
 
 _TAIL = 10
 _LOOK_BACK_S = 60.0
+_CONTEXT, _CUTS = 150, 3
+"""Characters of a long sentence's end that were scored together; spaces before one of which it was cut."""
 
 
 class Marker:
@@ -54,10 +56,17 @@ class Marks:
         return len(self._passed)
 
     def passed(self, piece: str, when: float) -> bool:
-        """Whether a text with this piece in it was passed before `when`."""
+        """Whether a text with this piece in it was passed before `when`.
+
+        Of a sentence that is longer than a unit: the first part, and the rest with what stands before it.
+        """
         piece = piece.strip()
-        if piece in ("", GuardPolicy().replacement):
+        if piece in ("", GuardPolicy().replacement) or self._held(piece, when):
             return True
+        cuts = [at for at, sign in enumerate(piece) if sign == " "][-_CUTS:]
+        return self._held(piece[-_CONTEXT:], when) and any(self._held(piece[:at], when) for at in cuts)
+
+    def _held(self, piece: str, when: float) -> bool:
         if any(began <= when and text.endswith(piece) for began, text in self._by_tail.get(piece[-_TAIL:], ())):
             return True
         end = bisect_right(self._passed, (when, "\U0010ffff"))
