@@ -37,18 +37,8 @@ if TYPE_CHECKING:
 
     from detox_guard.models.backbone import Backbone
 
-pytestmark = pytest.mark.skipif(not has_llamacpp, reason=NO_LLAMACPP)
+pytestmark = [pytest.mark.skipif(not has_llamacpp, reason=NO_LLAMACPP), pytest.mark.usefixtures("own_cache")]
 SAMPLED = DecodingParams(temperature=1.0, alpha=1.5, max_new_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gguf")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DETOX_GUARD_CACHE", str(folder / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,7 @@ from detox_guard.models.load import load_backbone
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(not has_llamacpp, reason=NO_LLAMACPP)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gguf")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DETOX_GUARD_CACHE", str(folder / "cache"))
+pytestmark = [pytest.mark.skipif(not has_llamacpp, reason=NO_LLAMACPP), pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
