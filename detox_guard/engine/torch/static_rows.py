@@ -131,7 +131,7 @@ class StaticRows:
         for row in self.rows:
             row.length += count
         # Keys or values that are no numbers show at their own token, for it sees itself.
-        self._overflowed = self._overflowed or not bool(logits.isfinite().all())
+        self._overflowed = self._overflowed or not bool(logits.sum().isfinite())
         return logits
 
     def clear(self) -> None:
