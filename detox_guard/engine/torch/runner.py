@@ -49,13 +49,15 @@ class TorchRunner:
             pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._forward = Forward(backbone, views)
         self.device: torch.device = self._forward.device
-        self._cache: RowCache | StaticRows = RowCache(backbone.num_layers, bounds.max_rows, bounds.max_cached_slots)
         with torch.inference_mode():
             step = None if backbone.spread else static_step(backbone.model)
-        if step is not None:
-            room = (bounds.max_rows, bounds.max_cached_slots)
-            recorder = recorder_for(self.device) if bounds.cuda_graphs else None
-            self._cache = StaticRows(step, self.device, backbone.dtype, *room, recorder)
+        room = (bounds.max_rows, bounds.max_cached_slots)
+        recorder = recorder_for(self.device) if bounds.cuda_graphs else None
+        self._cache: RowCache | StaticRows = (
+            RowCache(backbone.num_layers, *room)
+            if step is None
+            else StaticRows(step, self.device, backbone.dtype, *room, recorder)
+        )
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
         self.limits = RunnerLimits(
