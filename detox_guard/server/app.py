@@ -195,13 +195,7 @@ class _Stream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 events = (*self._answer.opening(), *events)
             if events:
-                await send(
-                    {
-                        "type": "http.response.body",
-                        "body": "".join(events).encode("utf-8", "replace"),
-                        "more_body": True,
-                    }
-                )
+                await send({"type": "http.response.body", "body": "".join(events).encode(), "more_body": True})
 
         async def run() -> None:
             with self._state.models.use(self._served) as model, self._around():
