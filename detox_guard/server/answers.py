@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import detox_guard
+from detox_guard.server.errors import json_text
 from detox_guard.text.tools import ToolCall, ToolCallStream
 
 if TYPE_CHECKING:
@@ -196,9 +197,12 @@ class _Choice:
         }
 
 
+_LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}
+
+
 def event(told: dict[str, Any]) -> str:
-    """One server-sent event, in ASCII: some clients take a line separator of Unicode for the end of a line."""
-    return f"data: {json.dumps(told, separators=(',', ':'), allow_nan=False)}\n\n"
+    """One server-sent event. Unicode's own line ends are escaped: some clients take them for the end of a line."""
+    return f"data: {json_text(told).translate(_LINE_ENDS)}\n\n"
 
 
 def _log(probability: float) -> float:

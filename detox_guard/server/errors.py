@@ -24,7 +24,7 @@ from detox_guard.settings import GuardPolicy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["ApiError", "Json", "api_error", "error_response", "validation_error"]
+__all__ = ["ApiError", "Json", "api_error", "error_response", "json_text", "validation_error"]
 
 _OURS = {
     "max_new_tokens": "max_tokens",
@@ -36,14 +36,18 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _RETRY = {"Retry-After": "1"}
 
 
-class Json(JSONResponse):
+def json_text(content: Any) -> str:
     """JSON in which half a character, as clients and models may write one, does no harm."""
+    told = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return told.encode("utf-8", "replace").decode()
+
+
+class Json(JSONResponse):
+    """An answer in the server's way of writing JSON."""
 
     def render(self, content: Any) -> bytes:
         """Bytes of UTF-8."""
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-            "utf-8", "replace"
-        )
+        return json_text(content).encode()
 
 
 class ApiError(HTTPException):
