@@ -1,30 +1,29 @@
-"""What a forked child must make anew: locks that another thread may have held, and threads that are not there.
+"""What a fork waits for, and what its child must make anew: locks that another thread may have held, and threads that
+are not there.
 
 Knows `os.fork`, and that tqdm has a lock that loading a model takes; knows nothing of who registers here.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["around_forks_of", "in_children", "in_children_of"]
+__all__ = ["in_children", "in_children_of", "native_work"]
 
 T = TypeVar("T")
 
 _modules: list[Callable[[], None]] = []
 _owners: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
-_workers: weakref.WeakKeyDictionary[Any, tuple[Callable[[Any], None], Callable[[Any], None]]]
-_workers = weakref.WeakKeyDictionary()
-_held: dict[int, list[Callable[[], None]]] = {}
-"""By thread that forks: what to call when it has."""
+_FORK_WAIT_S = 5.0
+"""The longest that a fork waits for native work."""
 
 
 def in_children(renew: Callable[[], None]) -> None:
@@ -37,22 +36,62 @@ def in_children_of(owner: T, renew: Callable[[T], None]) -> None:
     _owners[owner] = renew
 
 
-def around_forks_of(owner: T, hold: Callable[[T], None], release: Callable[[T], None]) -> None:
-    """Call `hold(owner)` before this process forks, and `release(owner)` after. Native code has locks that nobody can
-    make anew: while it is at rest, none of them is held. `hold` must not wait for ever."""
-    _workers[owner] = (hold, release)
+class _Gate:
+    """Between native work and forks. Native code has locks that no child can make anew: while no work is under way,
+    none of them is held."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._depths: dict[int, int] = {}
+        """By thread at work: how often it came in."""
+        self._forks = 0
+
+    def enter(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forks or me in self._depths)
+            self._depths[me] = self._depths.get(me, 0) + 1
+
+    def leave(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._depths[me] -= 1
+            if not self._depths[me]:
+                del self._depths[me]
+                self._changed.notify_all()
+
+    def hold(self) -> None:
+        """Wait for the work of other threads, but not for ever, and let no more begin."""
+        me = threading.get_ident()
+        with self._changed:
+            self._forks += 1
+            self._changed.wait_for(lambda: self._depths.keys() <= {me}, _FORK_WAIT_S)
+
+    def release(self) -> None:
+        with self._changed:
+            self._forks -= 1
+            self._changed.notify_all()
+
+    def renew(self) -> None:
+        """In a child only the thread that forked is left, with the work that it was in."""
+        me = threading.get_ident()
+        self._changed = threading.Condition()
+        self._depths = {me: self._depths[me]} if me in self._depths else {}
+        self._forks = 0
 
 
-def _hold() -> None:
-    held = _held[threading.get_ident()] = []
-    for owner, (hold, release) in list(_workers.items()):
-        hold(owner)
-        held.append(functools.partial(release, owner))
+_gate = _Gate()
 
 
-def _release() -> None:
-    for release in _held.pop(threading.get_ident(), ()):
-        release()
+@contextmanager
+def native_work() -> Iterator[None]:
+    """Around work in native code that takes locks, such as torch's or llguidance's: a fork waits for its end, five
+    seconds at most, and it waits for a fork. Must not wait for another thread's."""
+    _gate.enter()
+    try:
+        yield
+    finally:
+        _gate.leave()
 
 
 def _renew_bars() -> None:
@@ -69,7 +108,7 @@ def _renew_bars() -> None:
 
 
 def _renew() -> None:
-    _held.clear()
+    _gate.renew()
     _renew_bars()
     for renew in _modules:
         renew()
@@ -78,4 +117,4 @@ def _renew() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_renew)
+    os.register_at_fork(before=_gate.hold, after_in_parent=_gate.release, after_in_child=_renew)

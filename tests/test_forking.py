@@ -12,7 +12,8 @@ import pytest
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model, make_tiny_tokenizer
 
 from detox_guard import DecodingParams, DetoxiGen, Grammar, GuardPolicy
-from detox_guard._forking import in_children, in_children_of
+from detox_guard._forking import in_children, in_children_of, native_work
+from detox_guard.text.llguidance import compile_grammar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,3 +154,44 @@ def test_bars_of_a_parent_that_loads_do_not_stop_a_child() -> None:
         other.start()
         other.join(90)
     assert inside == ["True"]
+
+
+def test_a_fork_waits_for_native_work_and_native_work_for_a_fork() -> None:
+    inside, go, steps = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        with native_work(), native_work():
+            inside.set()
+            go.wait(60)
+            steps.append("worked")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    inside.wait(60)
+    threading.Timer(0.2, go.set).start()
+    assert in_child(lambda: list(steps)) == "['worked']"
+    worker.join(60)
+
+    with native_work():  # the work of the thread that forks is its own
+        assert in_child(lambda: native_work().__enter__()) == "None"
+
+
+def test_a_fork_while_grammars_are_compiled(busy: DetoxiGen) -> None:
+    with DetoxiGen(make_tiny_backbone("llama"), params=PARAMS) as fresh:
+        ask = PARAMS.replace(grammar=OBJECT, ignore_eos=False, max_new_tokens=20)
+        stop = threading.Event()
+
+        def compile_grammars() -> None:
+            while not stop.is_set():
+                compile_grammar(OBJECT, busy.backbone, 20)
+
+        threads = [threading.Thread(target=compile_grammars) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(20):
+                assert in_child(lambda: fresh.generate("x", ask).finish_reason) in ("stop", "length")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)

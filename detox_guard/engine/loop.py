@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detox_guard._forking import around_forks_of, in_children_of
+from detox_guard._forking import in_children_of, native_work
 from detox_guard._threads import start_thread
 from detox_guard.engine.base import EngineStats
 from detox_guard.engine.decode import Decoder
@@ -38,8 +38,6 @@ __all__ = ["Loop"]
 _log = logging.getLogger("detox_guard.engine")
 _POLL_S = 0.002
 """How often parked requests are asked again while nobody decodes."""
-_FORK_WAIT_S = 5.0
-"""The longest that a fork waits for the turn under way."""
 
 
 class Loop:
@@ -54,15 +52,11 @@ class Loop:
         self._reports = Reports(self._stats)
         self._chooser = Chooser(runner.weights)
         self._make_rooms()
-        around_forks_of(self, Loop._hold, Loop._release)
         in_children_of(self, Loop._fork)
 
     def _make_rooms(self) -> None:
         """All that holds requests or locks."""
         self._wake = threading.Condition()
-        self._computing = False
-        self._holders = 0
-        """Threads that are about to fork: nothing is computed until they have."""
         # A request is in one of these, in this order.
         self._queue = Queue(self._bounds, self._runner)
         self._groups = Groups(self._runner, self._bounds)
@@ -70,18 +64,6 @@ class Loop:
         self._decoder = Decoder(
             self._runner, self._seats, self._chooser, self._reports, self._stats, self._bounds.drafts
         )
-
-    def _hold(self) -> None:
-        """Wait until nothing is computed, and keep it so; but not for ever, and a fork by the engine itself goes on."""
-        with self._wake:
-            self._holders += 1
-            if not self.is_own_thread:
-                self._wake.wait_for(lambda: not self._computing, _FORK_WAIT_S)
-
-    def _release(self) -> None:
-        with self._wake:
-            self._holders -= 1
-            self._wake.notify_all()
 
     def _fork(self) -> None:
         """In a child there is no engine thread, and its locks may be held for ever. An engine that has not worked yet
@@ -155,7 +137,8 @@ class Loop:
         with torch.inference_mode():
             while self._wait_for_work():
                 try:
-                    self._turn()
+                    with native_work():
+                        self._turn()
                 except BaseException as error:
                     # Not foreseen, so nothing in the batch can be trusted: all of it fails, the next one starts clean.
                     _log.exception("engine step failed")
@@ -167,16 +150,11 @@ class Loop:
     def _wait_for_work(self) -> bool:
         """Between two turns: whether there is another."""
         with self._wake:
-            self._computing = False
-            self._wake.notify_all()
             if self._seats.parked and not (self._queue or self._seats.decoding or self._groups or self._closed):
                 self._wake.wait(_POLL_S)
-            while not self._closed and (
-                self._holders or not (self._queue or self._seats.decoding or self._seats.parked or self._groups)
-            ):
+            while not (self._closed or self._queue or self._seats.decoding or self._seats.parked or self._groups):
                 self._wake.wait()
-            self._computing = not self._closed
-            return self._computing
+            return not self._closed
 
     def _turn(self) -> None:
         self._drop_cancelled()

@@ -7,6 +7,7 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._forking import native_work
 from detox_guard.errors import ScorerError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class HuggingFaceScorer:
         for first in range(0, len(owner), self._batch_size):
             part = slice(first, first + self._batch_size)
             batch = tokenizer.pad({key: value[part] for key, value in windows.items()}, return_tensors="pt")
-            with torch.inference_mode():
+            with native_work(), torch.inference_mode():
                 logits = model(**batch.to(model.device)).logits.float()
             if logits.shape[-1] == 1 or model.config.problem_type == "multi_label_classification":
                 probabilities = logits.sigmoid()[:, toxic]

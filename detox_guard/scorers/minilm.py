@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detox_guard._forking import native_work
 from detox_guard.errors import BackboneError, ScorerError
 from detox_guard.models.cache import Source, cache_dir, download, is_whole, made_once, offline
 from detox_guard.scorers.linear import EmbeddedScorer, read_weights
@@ -163,7 +164,7 @@ class MiniLMScorer:
         for first in range(0, len(order), BATCH):
             part = order[first : first + BATCH]
             batch = tokenizer.pad({"input_ids": [ids[index] for index in part]}, return_tensors="pt")
-            with torch.inference_mode():
+            with native_work(), torch.inference_mode():
                 features = pooled(model, batch)
                 inner = torch.relu(features @ head["head.weight"].T + head["head.bias"])
                 answer = inner @ head["out.weight"][0] + head["out.bias"][0]

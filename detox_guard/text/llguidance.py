@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from detox_guard._forking import in_children
+from detox_guard._forking import in_children, native_work
 from detox_guard.errors import InvalidParamsError, StepError
 from detox_guard.text.template import template_of
 from detox_guard.text.tools import tool_format
@@ -52,11 +52,12 @@ def compile_grammar(grammar: Grammar, backbone: Backbone, max_new_tokens: int) -
         ) from error
     lark = grammar.lark(tool_format(template_of(backbone)))
     source = json.dumps({"grammars": [{"lark_grammar": lark}]})
-    tokenizer = _tokenizer(backbone)
     try:
-        matcher = LLMatcher(tokenizer, source, log_level=0)
-        empty = matcher.is_error() or not _mask(matcher, backbone.vocab_size).any()
-    except (KeyboardInterrupt, SystemExit):
+        with native_work():
+            tokenizer = _tokenizer(backbone)
+            matcher = LLMatcher(tokenizer, source, log_level=0)
+            empty = matcher.is_error() or not _mask(matcher, backbone.vocab_size).any()
+    except (KeyboardInterrupt, SystemExit, InvalidParamsError):
         raise
     except BaseException as error:  # a panic in native code is no `Exception`
         raise InvalidParamsError("grammar", grammar.body, f"llguidance cannot enforce it: {error}") from error
