@@ -67,6 +67,19 @@ def engines(**fields: Any) -> None:
 
 
 @app.command()
+def random_model(
+    shape: Annotated[str, typer.Argument(help="135m, 1b or 8b.")],
+    output: Annotated[Path, typer.Argument(help="Folder.")],
+    rounded: Annotated[str, typer.Option(help="Number type of the GGUF file's matrices.")] = "Q4_0",
+) -> None:
+    """A Llama of some size with random weights, as a folder and as a GGUF file, for `engines --model --gguf`."""
+    from detox_benchmarks.speed.random_models import write_random
+
+    quiet_libraries()
+    print(write_random(shape, output, rounded=rounded))
+
+
+@app.command()
 @options.config_options(LoadConfig)
 def load(**fields: Any) -> None:
     """The server under many clients: errors, tokens a second, memory, refusals, what came out unscored. Prints JSON."""

@@ -10,7 +10,9 @@ import torch
 from detox_benchmarks.__main__ import app
 from detox_benchmarks.methods import POLITE, Polite, Resampled, WordList, more_methods, read_words
 from detox_benchmarks.speed.beside import run_speed
-from detox_benchmarks.speed.random_models import SHAPES, random_backbone
+from detox_benchmarks.speed.random_models import SHAPES, random_backbone, write_random
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 from measuring import LengthJudge, rtp_row, written
 from tiny import SENTENCES
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from detox_guard.errors import DataError, InvalidParamsError
 from detox_guard.evaluation import run_eval
 from detox_guard.evaluation.bench import random_detoxifier
 from detox_guard.evaluation.methods import Ingredients, make_methods
+from detox_guard.models.load import load_backbone
 from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
@@ -136,3 +139,18 @@ def test_random_shapes_and_what_stands_beside() -> None:
     assert {"135m", "1b", "8b"} <= set(SHAPES)
     with pytest.raises(InvalidParamsError, match="random-llama:8b"):
         random_backbone("random-llama:9b")
+
+
+def test_a_random_model_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", (64, 96, 2, 2, 1, 49_200, True))
+    file = write_random("small", tmp_path / "small", rounded="Q8_0")
+    assert file == tmp_path / "small" / "model-Q8_0.gguf"
+    backbone = load_backbone(tmp_path / "small", dtype="bfloat16")
+    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    assert len(found) == len(dict(backbone.model.named_parameters()))
+    embeddings = dequantize(found["token_embd.weight"].data, GGMLQuantizationType.Q8_0)
+    ours = backbone.model.get_input_embeddings().weight.float().numpy()
+    assert abs(embeddings - ours).max() < 0.01 * abs(ours).max()
+    assert backbone.tokenizer("Hello there")["input_ids"] == load_backbone().tokenizer("Hello there")["input_ids"]
+    with pytest.raises(InvalidParamsError, match="49152, not 512"):
+        write_random("tiny", tmp_path / "tiny")

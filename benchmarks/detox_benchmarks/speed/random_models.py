@@ -1,4 +1,4 @@
-"""Backbones of real sizes with random weights, to time decoding where no hub can be reached.
+"""Backbones of real sizes with random weights, in memory or as files, to time decoding where no hub can be reached.
 
 Knows the shapes of some Llama models; how long a step takes does not depend on the numbers in it. They say noise.
 """
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detox_benchmarks.speed.gguf_files import write_gguf
 from detox_guard.errors import InvalidParamsError
 from detox_guard.models.backbone import Backbone, from_model, pick_device, pick_dtype
+from detox_guard.models.load import load_backbone
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pathlib import Path
 
-__all__ = ["PREFIX", "SHAPES", "random_backbone"]
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PREFIX", "SHAPES", "random_backbone", "write_random"]
 
 PREFIX = "random-llama:"
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, head tied to the embeddings
@@ -34,6 +38,28 @@ def random_backbone(
 
     Its tokenizer splits at spaces and knows the words "w0", "w1", … Raises `InvalidParamsError`.
     """
+    on = pick_device(device)
+    model = _random_model(name, on, pick_dtype(dtype, on), seed)
+    return from_model(model, _tokenizer(model.config.vocab_size), id=name)
+
+
+def write_random(name: str, folder: Path, *, rounded: str = "Q4_0", seed: int = 0) -> Path:
+    """Save such a model as transformers does, in bfloat16, with the embedded default's tokenizer; and the same weights
+    for llama.cpp in the file "model-`rounded`.gguf" beside them, which is returned. Raises `InvalidParamsError`, also
+    for a vocabulary smaller than that tokenizer's."""
+    model = _random_model(name, torch.device("cpu"), torch.bfloat16, seed)
+    tokenizer = load_backbone().tokenizer
+    if (size := model.config.vocab_size) < len(tokenizer):
+        raise InvalidParamsError("shape", name, f"a vocabulary of at least {len(tokenizer)}, not {size}")
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / f"model-{rounded}.gguf"
+    write_gguf(file, model, tokenizer, name=folder.name, rounded=rounded)
+    return file
+
+
+def _random_model(name: str, on: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SHAPES.get(name.removeprefix(PREFIX))
@@ -53,16 +79,16 @@ def random_backbone(
         eos_token_id=1,
         pad_token_id=0,
     )
-    on, wanted = pick_device(device), torch.get_default_dtype()
+    wanted = torch.get_default_dtype()
     devices = [on] if on.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(on):
         torch.manual_seed(seed)
-        torch.set_default_dtype(pick_dtype(dtype, on))
+        torch.set_default_dtype(dtype)
         try:
-            model = LlamaForCausalLM(config)
+            model: PreTrainedModel = LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(wanted)
-    return from_model(model, _tokenizer(vocab), id=name)
+    return model
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerBase:
