@@ -7,6 +7,7 @@ is read again.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's; then say where."""
+        _settle()
         await super().startup(sockets)
         if self._reload is not None and hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._start_reload)
@@ -91,6 +93,7 @@ class Server(uvicorn.Server):
         self.state.draining = True
         asyncio.get_running_loop().call_later(self.state.config.drain_s, self.state.ended.set)
         await super().shutdown(sockets)
+        gc.unfreeze()
 
     def _start_reload(self) -> None:
         task = asyncio.create_task(self._reload_now())
@@ -106,7 +109,16 @@ class Server(uvicorn.Server):
         except Exception as error:
             _log.error("the configuration was not read again: %s", type(error).__name__)
         else:
+            _settle()
             _log.info("the configuration was read again")
+
+
+def _settle() -> None:
+    """What lives now, libraries and models, stays. Looked through for garbage under way, as Python does now and then,
+    it would hold up every request: .2 s for 430,000 objects."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _allow_many_sockets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -93,12 +94,14 @@ def test_replies_that_do_not_end_in_time_end_with_an_error() -> None:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
+    assert gc.get_freeze_count() > 0
     with client_of(server.url) as client, ThreadPoolExecutor() as pool, model.hold():
         asked = [pool.submit(chat, client, stream=stream) for stream in (True, False)]
         model.wait_for(2)
         server.should_exit = True
         refused = [one.result() for one in asked]
     thread.join(30)
+    assert gc.get_freeze_count() == 0
     assert [one.status_code for one in refused] == [503, 503]
     assert [one.json()["error"]["code"] for one in refused] == ["unavailable"] * 2
     assert model.closed
