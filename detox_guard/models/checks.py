@@ -70,11 +70,12 @@ _STEPWISE = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
 """Types of the first Mamba, whose scan takes no state to begin with."""
 _PAD_FIRST = frozenset(
     {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+    | {"kosmos_2_text_model", "kosmos_2_5_text_model"}
 )
 """Types that count positions from behind the padding's."""
 _INSIDE = {
     "blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model",
-    "nemotron_h_omni": "language_model",
+    "nemotron_h_omni": "language_model", "kosmos-2": "text_model",
 }  # fmt: skip
 """Types that do not run without an image, and where their causal language model lies."""
 _IDS_ONLY = frozenset({"deepseek_v4", "blt"})
@@ -86,8 +87,6 @@ REFUSED = {
     "gemma4_assistant": "it is a draft, which reads the keys and values of another model",
     "gemma4_unified_assistant": "it is a draft, which reads the keys and values of another model",
     "idefics": "transformers runs it with an image only",
-    "kosmos-2": "its text model counts positions in a way that the engine does not follow",
-    "kosmos-2.5": "its text model counts positions in a way that the engine does not follow",
     "pi0": "it gives a robot's movements, not text",
     "reformer": "its attention hashes tokens at random, and whole chunks of them",
     "unlimited_ocr": "its window is of the reply only, so what a token sees depends on where the prompt ended",
