@@ -13,12 +13,12 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from detox_benchmarks.speed import beside
-from detox_guard import DetoxiGen
+from detox_guard import DetoxiGen, EngineConfig
 from detox_guard.detoxifiers.resolve import as_streams
 from detox_guard.errors import InvalidParamsError
 from detox_guard.evaluation.bench import PROMPT, Timed, Ways, all_of, figures, random_detoxifier, ways_of
@@ -50,6 +50,8 @@ class EngineBenchConfig(BenchConfig):
     """Which; else all of them."""
     gguf: str | None = None
     """File of the same model for llama.cpp; else the embedded default's."""
+    drafts: Annotated[int, Field(ge=0, le=64)] = EngineConfig().drafts
+    """The most tokens of a draft; 0 is off, so that texts which repeat themselves take no less time."""
 
     @field_validator("engines", mode="before")
     @classmethod
@@ -95,7 +97,7 @@ def run_engines(**fields: Any) -> str:
         "load": [round(one, 1) for one in os.getloadavg()],
         "versions": versions(),
         "peak_mib": peak,
-        **config.model_dump(mode="json", include={"tokens", "context", "streams", "runs", "model", "gguf"}),
+        **config.model_dump(mode="json", include={"tokens", "context", "streams", "runs", "model", "gguf", "drafts"}),
     }
     return json.dumps({"timings": timings, "about": about})
 
@@ -117,7 +119,7 @@ def _start(name: str, fields: dict[str, Any]) -> list[str]:
         source = config.gguf if "engine" in loading and config.gguf else config.model
         backbone = load_backbone(source, **loading)
         detoxifier = random_detoxifier(backbone) if config.detoxifier == "random" else config.detoxifier
-        model = DetoxiGen(backbone, as_streams(detoxifier, backbone))
+        model = DetoxiGen(backbone, as_streams(detoxifier, backbone), config=EngineConfig(drafts=config.drafts))
         _WAYS.update(ways_of(model, config.tokens, config.context, config.streams))
     return list(_WAYS)
 
