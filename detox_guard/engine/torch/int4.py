@@ -15,8 +15,8 @@ from detox_guard.models.four_bit import GROUP, Grid, grid_of, is_on_grid
 
 __all__ = ["Int4Linear", "can_hold"]
 
-FEW_ROWS = 8
-"""Up to so many rows, 4 bits are faster than packed bfloat16."""
+FEW_ROWS = 24
+"""Up to so many rows, 4 bits are faster than packed bfloat16: on AVX512, .53 of the time for 4 and .91 for 24."""
 _BLOCK = 16
 """The kernel wants a multiple of so many outputs."""
 

@@ -11,7 +11,6 @@ from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, RunnerLimits
 from detox_guard.engine.torch.cache import RowCache
 from detox_guard.engine.torch.graphs import recorder_for
-from detox_guard.engine.torch.int4 import FEW_ROWS
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchRunner", "torch_runner"]
 
-AT_ONCE = FEW_ROWS
-"""Tokens of a step that cost little more than one a row: as far as the 4-bit kernel goes, and less than a GPU takes."""
+AT_ONCE = 8
+"""Tokens of a step that cost little more than one a row."""
 
 
 def torch_runner(backbone: Backbone, views: Sequence[View], bounds: Bounds) -> Runner:
