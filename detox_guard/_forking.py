@@ -44,12 +44,14 @@ class _Gate:
         self._changed = threading.Condition()
         self._depths: dict[int, int] = {}
         """By thread at work: how often it came in."""
-        self._forks = 0
+        self._forking: set[int] = set()
+        """Threads that are about to fork."""
 
     def enter(self) -> None:
         me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: not self._forks or me in self._depths)
+            if not self._changed.wait_for(lambda: not self._forking or me in self._depths, 2 * _FORK_WAIT_S):
+                self._forking.clear()  # Ctrl-C may have cut off the end of a fork
             self._depths[me] = self._depths.get(me, 0) + 1
 
     def leave(self) -> None:
@@ -64,12 +66,13 @@ class _Gate:
         """Wait for the work of other threads, but not for ever, and let no more begin."""
         me = threading.get_ident()
         with self._changed:
-            self._forks += 1
-            self._changed.wait_for(lambda: self._depths.keys() <= {me}, _FORK_WAIT_S)
+            self._forking.add(me)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._depths.keys() <= self._forking, _FORK_WAIT_S)
 
     def release(self) -> None:
         with self._changed:
-            self._forks -= 1
+            self._forking.discard(threading.get_ident())
             self._changed.notify_all()
 
     def renew(self) -> None:
@@ -77,7 +80,7 @@ class _Gate:
         me = threading.get_ident()
         self._changed = threading.Condition()
         self._depths = {me: self._depths[me]} if me in self._depths else {}
-        self._forks = 0
+        self._forking = set()
 
 
 _gate = _Gate()
@@ -86,7 +89,7 @@ _gate = _Gate()
 @contextmanager
 def native_work() -> Iterator[None]:
     """Around work in native code that takes locks, such as torch's or llguidance's: a fork waits for its end, five
-    seconds at most, and it waits for a fork. Must not wait for another thread's."""
+    seconds at most, and all such work waits for a fork. Should not wait for another thread's."""
     _gate.enter()
     try:
         yield

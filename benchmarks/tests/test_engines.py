@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 def test_every_way_is_timed_against_generate(tmp_path: Path) -> None:
     make_tiny_model(make_tiny_config("llama")).save_pretrained(tmp_path)
     make_tiny_tokenizer().save_pretrained(tmp_path)
-    asked = {"model": str(tmp_path), "detoxifier": "random", "quick": True, "engines": ["float32", "generate"], "drafts": 0}
+    asked = {
+        "model": str(tmp_path),
+        "detoxifier": "random",
+        "quick": True,
+        "engines": ["float32", "generate"],
+        "drafts": 0,
+    }
     found = json.loads(run_engines(**asked))
     assert len(found["timings"]) == 8
     assert found["timings"]["generate: plain"]["over_generate"] == 1

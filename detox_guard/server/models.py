@@ -50,8 +50,6 @@ class Served:
     model: Model
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
-    retired: bool = False
-    """Taken out: closed as soon as nobody uses it."""
 
     def told(self) -> dict[str, Any]:
         """As `/v1/models` tells it."""
@@ -79,6 +77,8 @@ class Models:
             raise InvalidParamsError("model", {}, "at least one model")
         self._own = own
         self._served = {name: Served(name, model) for name, model in models.items()}
+        self._retired: list[Served] = []
+        """Taken out: each is closed as soon as nobody uses it."""
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())
@@ -87,6 +87,11 @@ class Models:
     def ready(self) -> bool:
         """All of them can be asked."""
         return not any(one.model.closed for one in self)
+
+    @property
+    def retiring(self) -> bool:
+        """Some that were taken out are in use yet."""
+        return bool(self._retired)
 
     def find(self, name: str | None) -> Served:
         """The one of that name; the first for None. Raises `ApiError` (404)."""
@@ -118,7 +123,7 @@ class Models:
         staying = {id(one.model) for one in self}
         for one in before.values():
             if id(one.model) not in staying:
-                one.retired = True
+                self._retired.append(one)
                 self._close_idle(one)
 
     def close(self) -> None:
@@ -128,5 +133,7 @@ class Models:
                 one.model.close()
 
     def _close_idle(self, served: Served) -> None:
-        if served.retired and not served.users and self._own:
-            served.model.close()
+        if served in self._retired and not served.users:
+            self._retired.remove(served)
+            if self._own:
+                served.model.close()

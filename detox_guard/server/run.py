@@ -33,6 +33,8 @@ _log = logging.getLogger("detox_guard.server")
 _SOCKETS = 65_536
 _LAST_WORDS_S = 5
 """For the errors with which replies end that did not come to their end in time."""
+_RETIRING_S = 1.0
+"""How often it is looked whether models that were taken out are closed."""
 
 
 class Server(uvicorn.Server):
@@ -81,19 +83,21 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's; then say where."""
-        _settle()
         await super().startup(sockets)
         if self._reload is not None and hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._start_reload)
         if self._on_ready is not None:
             self._on_ready(self.url)
+        _settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's; what is under way ends with an error once the time to drain is over."""
         self.state.draining = True
         asyncio.get_running_loop().call_later(self.state.config.drain_s, self.state.ended.set)
-        await super().shutdown(sockets)
-        gc.unfreeze()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            gc.unfreeze()
 
     def _start_reload(self) -> None:
         task = asyncio.create_task(self._reload_now())
@@ -109,8 +113,11 @@ class Server(uvicorn.Server):
         except Exception as error:
             _log.error("the configuration was not read again: %s", type(error).__name__)
         else:
-            _settle()
             _log.info("the configuration was read again")
+            gc.unfreeze()  # what was taken out is garbage as soon as it is closed
+            while self.state.models.retiring:
+                await asyncio.sleep(_RETIRING_S)
+            _settle()
 
 
 def _settle() -> None:
@@ -118,6 +125,7 @@ def _settle() -> None:
     it would hold up every request: .2 s for 430,000 objects."""
     gc.unfreeze()
     gc.collect()
+    gc.collect()  # what finalizers of the first one let go
     gc.freeze()
 
 

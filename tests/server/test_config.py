@@ -142,6 +142,8 @@ def test_a_model_that_was_taken_out_is_closed_once_nobody_uses_it() -> None:
         models.replace({"a": new, "b": kept})
         assert models.find(None).model is new
         assert not old.closed
+        assert models.retiring
+    assert not models.retiring
     assert (old.closed, kept.closed, new.closed) == (True, False, False)
     assert models.ready
 
