@@ -20,6 +20,7 @@ from detox_guard.settings import DecodingParams
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
@@ -103,7 +104,10 @@ def test_ctrl_c_leaves_what_was_decoded() -> None:
         def interrupt() -> None:
             wait_until(lambda: all(one.text for one in asked))
             signal.pthread_kill(main, signal.SIGINT)
-            interrupted.set()
+
+        def interrupted_now(number: int, frame: FrameType | None) -> None:
+            interrupted.set()  # not before: the replies could come to their ends first
+            signal.default_int_handler(number, frame)
 
         def step(*_: object) -> None:
             steps.append(1)
@@ -112,7 +116,11 @@ def test_ctrl_c_leaves_what_was_decoded() -> None:
 
         model.backbone.model.lm_head.register_forward_pre_hook(step)
         threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            run_all(model, asked, quiet=True)
+        before = signal.signal(signal.SIGINT, interrupted_now)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_all(model, asked, quiet=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not any(one.done for one in asked)
         wait_until(lambda: model.stats().seats == 0)
