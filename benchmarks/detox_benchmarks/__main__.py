@@ -18,6 +18,7 @@ from detox_benchmarks.speed.engines import EngineBenchConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import measure, quiet_libraries, show
+from detox_guard.errors import DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig
 from detox_guard.models.options import LoadOptions
 
@@ -96,8 +97,10 @@ def replicas(
 ) -> None:
     """One replica of a tiny model on Ray against two, each held to one core, in about two minutes. Needs
     ray-detox-guard. Prints JSON."""
-    with session.needs_extra("ray", "Ray"):
+    try:
         from detox_benchmarks.serving.replicas import run_replicas
+    except ImportError as error:
+        raise DetoxGuardError(f"Ray needs more packages: {error}", hint="pip install ray-detox-guard") from error
 
     print(json.dumps(run_replicas(seconds=seconds, clients=clients, tokens=tokens), indent=2))
 
