@@ -18,7 +18,6 @@ from detox_benchmarks.speed.engines import EngineBenchConfig
 from detox_benchmarks.utility.run import UtilityConfig
 from detox_guard.cli import Commands, options, session
 from detox_guard.cli.measure import measure, quiet_libraries, show
-from detox_guard.errors import DetoxGuardError
 from detox_guard.evaluation.config import BenchConfig
 from detox_guard.models.options import LoadOptions
 
@@ -97,10 +96,8 @@ def replicas(
 ) -> None:
     """One replica of a tiny model on Ray against two, each held to one core, in about two minutes. Needs
     ray-detox-guard. Prints JSON."""
-    try:
+    with session.needs_extra("ray", "Ray", of="./benchmarks"):
         from detox_benchmarks.serving.replicas import run_replicas
-    except ImportError as error:
-        raise DetoxGuardError(f"Ray needs more packages: {error}", hint="pip install ray-detox-guard") from error
 
     print(json.dumps(run_replicas(seconds=seconds, clients=clients, tokens=tokens), indent=2))
 
@@ -158,7 +155,7 @@ def harness(
     detoxifier: options.Detoxifiers = None,
 ) -> None:
     """Tasks of lm-evaluation-harness, plain and steered. Needs the extra `harness`. Prints the figures as JSON."""
-    with session.needs_extra("harness", "lm-evaluation-harness"):
+    with session.needs_extra("harness", "lm-evaluation-harness", of="./benchmarks"):
         from detox_benchmarks.utility.harness import run_harness
     from detox_guard import DetoxiGen
 

@@ -160,14 +160,12 @@ def loading_spinner(model: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def needs_extra(name: str, doing: str) -> Iterator[None]:
-    """A package that is not there becomes one line that says what to install."""
+def needs_extra(name: str, doing: str, *, of: str = "detox-guard") -> Iterator[None]:
+    """A package that is not there becomes one line that says what to install: an extra of `of`."""
     try:
         yield
     except ImportError as error:
-        raise DetoxGuardError(
-            f"{doing} needs more packages: {error}", hint=f"pip install 'detox-guard[{name}]'"
-        ) from error
+        raise DetoxGuardError(f"{doing} needs more packages: {error}", hint=f"pip install '{of}[{name}]'") from error
 
 
 @contextmanager
