@@ -15,7 +15,7 @@ import torch
 
 from detox_guard.detoxifiers.base import ids_behind, most_beside, own_contexts
 from detox_guard.engine.base import shared
-from detox_guard.engine.runner import Computed, Row, RunnerLimits
+from detox_guard.engine.runner import Computed, Room, Row, RunnerLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,13 +98,19 @@ class ToyRunner:
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> ToyPrefill:
         return ToyPrefill(self.views, prompts, bases)
 
-    def join(self, saved: ToySaved) -> Row:
+    def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
+        return Room(1 + len(self.views) if prompt.steered else 1, self.slots(prompt) + max_new_tokens)
+
+    def join(self, saved: Sequence[ToySaved]) -> list[Row]:
+        return [self._join(one) for one in saved]
+
+    def _join(self, saved: ToySaved) -> Row:
         row = Row(len(self._rows), saved.slots)
         self._rows.append((row, list(saved.read)))
         return row
 
-    def save(self, row: Row) -> ToySaved:
-        return ToySaved(tuple(self._rows[row.index][1]))
+    def save(self, rows: Sequence[Row]) -> list[ToySaved]:
+        return [ToySaved(tuple(self._rows[row.index][1])) for row in rows]
 
     def leave(self, row: Row) -> None:
         last = self._rows.pop()

@@ -54,10 +54,11 @@ class Watched:
         self.begun.append(list(prompts))
         return _WatchedPrefill(self, list(prompts), bases)
 
-    def join(self, saved: Saved) -> Row:
-        self.before_join(saved)
-        row: Row = self.runner.join(saved)
-        return row
+    def join(self, saved: Sequence[Saved]) -> list[Row]:
+        for one in saved:
+            self.before_join(one)
+        rows: list[Row] = self.runner.join(saved)
+        return rows
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         self.fed.append((len(tokens), len(tokens[0])))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EmbeddingPrefix", "Place", "TokenPrefix", "View", "ids_behind", "most_beside", "own_contexts"]
+__all__ = ["EmbeddingPrefix", "Place", "TokenPrefix", "View", "ids_behind", "lanes_of", "most_beside", "own_contexts"]
 
 Place = Literal["front", "reply", "system"]
 
@@ -75,3 +75,15 @@ def own_contexts(views: Sequence[View], contexts: Sequence[Sequence[int]]) -> di
 def most_beside(views: Sequence[View]) -> int:
     """The most slots that a row holds besides the request's context; one with a context of its own holds none."""
     return max((len(view) + getattr(view, "tail", 0) for view in views if view.place != "system"), default=0)
+
+
+def lanes_of(views: Sequence[View], context: int, contexts: Sequence[int], new: int) -> list[int]:
+    """The slots that a request comes to hold, at the most, where the rows that share its context hold it once: first
+    those of the generator and the `reply` views together, then those of each other view.
+
+    `context`, `contexts`: the tokens of the request's context, and of the own ones of its `system` views; `new`: the
+    most tokens of its reply.
+    """
+    behind = [len(view) + min(getattr(view, "tail", 0), context) for view in views if view.place == "reply"]
+    front = [len(view) + context + new for view in views if view.place == "front"]
+    return [context + sum(behind) + new * (1 + len(behind)), *front, *(own + new for own in contexts)]

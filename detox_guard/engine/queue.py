@@ -6,19 +6,15 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from detox_guard.engine.places import Places
+from detox_guard.engine.runner import rows_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detox_guard.engine.base import Bounds, PromptIds, Request
-    from detox_guard.engine.runner import Runner
+    from detox_guard.engine.base import Bounds, Request
+    from detox_guard.engine.runner import Room, Runner
 
-__all__ = ["Queue", "room_for"]
-
-
-def room_for(prompt: PromptIds, max_new_tokens: int, runner: Runner) -> tuple[int, int]:
-    """The rows that a request takes, and the most slots that one of them comes to hold."""
-    return 1 + len(runner.weights) if prompt.steered else 1, runner.slots(prompt) + max_new_tokens
+__all__ = ["Queue"]
 
 
 class Queue:
@@ -38,22 +34,24 @@ class Queue:
 
     def admit(self, inside: Sequence[Request]) -> list[Request]:
         """Those who may join the requests that are inside: in arrival order, while there is room."""
-        rooms = [self._room(request) for request in inside]
-        rows = sum(taken for taken, _ in rooms)
-        widest = max((slots for _, slots in rooms), default=0)
+        rows = lanes = widest = 0
         admitted: list[Request] = []
+        for request in inside:
+            more, room = self._takes(request)
+            rows, lanes, widest = rows + more, lanes + room.lanes, max(widest, room.slots)
         while self._waiting:
-            more, slots = self._room(self._waiting[0])
-            rows, widest = rows + more, max(widest, slots)
-            full = rows > self._bounds.max_rows or rows * widest > self._bounds.max_cached_slots
+            more, room = self._takes(self._waiting[0])
+            rows, lanes, widest = rows + more, lanes + room.lanes, max(widest, room.slots)
+            full = rows > self._bounds.max_rows or lanes * widest > self._bounds.max_cached_slots
             if full and (inside or admitted):
                 break
             admitted.append(self._waiting.popleft())
             self.places.give_back()
         return admitted
 
-    def _room(self, request: Request) -> tuple[int, int]:
-        return room_for(request.prompt, request.max_new_tokens, self._runner)
+    def _takes(self, request: Request) -> tuple[int, Room]:
+        """Rows, and memory."""
+        return rows_for(request.prompt, self._runner), self._runner.room(request.prompt, request.max_new_tokens)
 
     def drop_cancelled(self) -> list[Request]:
         dropped = [request for request in self._waiting if request.cancelled]

@@ -4,10 +4,10 @@ A runner holds one batch of *rows*. A row is one view of one request: the genera
 step feeds one token to every row, or a few. What a prompt or a row holds can be put aside as a *saved* handle and
 joined again.
 
-To write a runner is to write the two classes below, `Prefill` and `Runner`; nothing else in the engine changes. All
-methods but `slots` are called by one thread, the engine's, in `torch.inference_mode`. An error that is raised
-in `decode`, `join`, `leave` or `rewind` costs everybody in the batch, and `clear` follows; one of a prefill costs the
-requests of that prefill.
+To write a runner is to write the two classes below, `Prefill` and `Runner`; nothing else in the engine changes. Any
+thread may call `slots` and `room`; one thread calls all else, the engine's, in `torch.inference_mode`. An error that is
+raised in `decode`, `join`, `leave` or `rewind` costs everybody in the batch, and `clear` follows; one of a prefill
+costs the requests of that prefill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from detox_guard.engine.base import PromptIds, ViewKind
 
-__all__ = ["Base", "Computed", "Prefill", "Row", "Runner", "RunnerLimits", "Saved"]
+__all__ = ["Base", "Computed", "Prefill", "Room", "Row", "Runner", "RunnerLimits", "Saved", "rows_for"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class RunnerLimits:
     only ever given one token a row, and so no drafts."""
 
 
+def rows_for(prompt: PromptIds, runner: Runner) -> int:
+    """The rows that a request takes."""
+    return 1 + len(runner.weights) if prompt.steered else 1
+
+
 @dataclass(eq=False)
 class Row:
     """A handle on a row of the running batch. The runner that made it keeps it up to date."""
@@ -54,12 +59,21 @@ class Row:
     """The slots that it holds, so also its next position."""
 
 
+class Room(NamedTuple):
+    """The memory that a request takes, at the most."""
+
+    lanes: int
+    """Stretches of memory: one a row, or one for several rows that share a context."""
+    slots: int
+    """Of the longest of them."""
+
+
 class Saved(Protocol):
     """A handle on what a row held. Its memory is in use as long as somebody holds the handle."""
 
     @property
     def slots(self) -> int:
-        """The length of the row that it was, and will be."""
+        """The slots that it holds itself. What a row shares with another one may be held there only."""
 
 
 class Computed(NamedTuple):
@@ -119,7 +133,10 @@ class Runner(Protocol):
         """Rows in the batch."""
 
     def slots(self, prompt: PromptIds) -> int:
-        """The most slots that a row of such a prompt holds before its reply. Any thread may ask."""
+        """The most slots that a row of such a prompt holds before its reply."""
+
+    def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
+        """The memory that a request takes with such a prompt and a reply of so many tokens."""
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
         """Start to compute prompts beside the batch, together. Several fit one chunk; a single one may be longer.
@@ -128,11 +145,12 @@ class Runner(Protocol):
         again; how much of it a runner takes is its own affair. The last token is always computed: it gives the logits.
         """
 
-    def join(self, saved: Saved) -> Row:
-        """A new row that holds what was saved. The handle stays good."""
+    def join(self, saved: Sequence[Saved]) -> list[Row]:
+        """New rows that hold what was saved: all rows of one request. The handles stay good."""
 
-    def save(self, row: Row) -> Saved:
-        """What `join` takes to bring the row back, whatever becomes of it; it can then be rewound as far as now."""
+    def save(self, rows: Sequence[Row]) -> Sequence[Saved]:
+        """What `join` takes to bring the rows of one request back, whatever becomes of them; they can then be rewound
+        as far as now."""
 
     def leave(self, row: Row) -> None:
         """Drop a row. The last row takes its index."""

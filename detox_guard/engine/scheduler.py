@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from detox_guard.engine.base import EngineLimits
 from detox_guard.engine.loop import Loop
-from detox_guard.engine.queue import room_for
 from detox_guard.errors import EngineBusyError, EngineError, PromptError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Scheduler:
             raise PromptError("prompt", prompt.ids, f"token ids from 0 to {vocab - 1}")
 
     def _check_length(self, prompt: PromptIds, max_new_tokens: int) -> None:
-        rows, asked = room_for(prompt, max_new_tokens, self._runner)
+        asked = self._runner.slots(prompt) + max_new_tokens
         own, most = len(prompt.ids), self.limits.max_positions
         if most is not None and asked > most:
             raise PromptTooLongError(
@@ -62,10 +61,11 @@ class Scheduler:
                 f"at most {most} positions",
                 hint="shorten the prompt or lower max_new_tokens",
             )
-        if rows * asked > self._bounds.max_cached_slots:
+        room = self._runner.room(prompt, max_new_tokens)
+        if room.lanes * room.slots > self._bounds.max_cached_slots:
             raise PromptTooLongError(
                 "prompt",
-                f"{asked} positions in {rows} rows",
+                f"{room.lanes} times {room.slots} slots",
                 f"at most {self._bounds.max_cached_slots} slots",
                 hint="shorten the prompt, lower max_new_tokens, or raise EngineConfig.max_cached_slots",
             )

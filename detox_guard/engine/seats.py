@@ -47,7 +47,7 @@ class Seat:
     """What its constraint leaves for the next token."""
     course: Go = field(default_factory=Go)
     """How its sink wants the next token."""
-    saved: list[Saved] = field(default_factory=list)
+    saved: Sequence[Saved] = ()
     """What its rows held when it was parked,"""
     reason: Finish = "stop"
     """and how the model ended its reply."""
@@ -103,7 +103,7 @@ class Seats:
         if request.sampling.repetition_penalty != 1.0:
             seat.seen = torch.tensor(sorted(set(request.prompt.ids)), device=self._runner.device)
         with self._lock:
-            seat.rows = [self._runner.join(one) for one in saved]
+            seat.rows = self._runner.join(saved)
             seat.starts = [row.length for row in seat.rows]
             self.decoding.append(seat)
         return seat
@@ -125,21 +125,21 @@ class Seats:
     def park(self, seat: Seat, reason: Finish) -> None:
         self.trim(seat)
         with self._lock:
-            seat.saved, seat.reason = [self._runner.save(row) for row in seat.rows], reason
+            seat.saved, seat.reason = self._runner.save(seat.rows), reason
             self.parked.append(seat)
             self.leave(seat)
 
     def drop_parked(self, seat: Seat) -> None:
         self.parked.remove(seat)
-        seat.saved = []
+        seat.saved = ()
 
     def take_again(self, seat: Seat) -> None:
         """A parked seat goes on."""
         with self._lock:
-            seat.rows = [self._runner.join(one) for one in seat.saved]
+            seat.rows = self._runner.join(seat.saved)
             self.parked.remove(seat)
             self.decoding.append(seat)
-            seat.saved = []
+            seat.saved = ()
 
     def rewind(self, seat: Seat, tokens: int) -> None:
         """Take back a seat's last tokens. One that is left without any must choose again from its prompt's logits.

@@ -155,12 +155,12 @@ def test_no_room_to_go_on_is_told(kit: Kit) -> None:
 def test_the_cache_keeps_to_its_bound() -> None:
     cache, sizes = RowCache(num_layers=1, max_rows=40, max_slots=4000), []
     for _ in range(40):
-        cache.add([(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))])
+        cache.add([(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))], 3)
         sizes.append(cache.capacity[0] * cache.capacity[1])
     for _ in range(90):
-        cache.open_slots()
+        cache.open_slot()
         cache.layers[0].update(torch.zeros(40, 1, 1, 2), torch.zeros(40, 1, 1, 2))
-        cache.commit_slots()
+        cache.commit_slot()
         sizes.append(cache.capacity[0] * cache.capacity[1])
     assert 3000 < max(sizes) <= 4000
 

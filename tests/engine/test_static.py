@@ -12,8 +12,8 @@ from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_token
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model
 from transformers import DynamicCache
 
+from detox_guard.engine.torch.lanes import Held, Lanes
 from detox_guard.engine.torch.static import StaticStep, static_step
-from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.models.backbone import from_model
 
 if TYPE_CHECKING:
@@ -66,19 +66,19 @@ def step_of(model: PreTrainedModel) -> StaticStep:
 
 def filled(
     model: PreTrainedModel, prompts: list[list[int]], record: Callable[..., Any] | None = None, **bounds: int
-) -> StaticRows:
+) -> Lanes:
     """Rows that hold these prompts."""
     room = {"max_rows": 8, "max_slots": 4096, **bounds}
-    rows = StaticRows(step_of(model), model.device, model.dtype, record=record, **room)
+    rows = Lanes(step_of(model), model.device, record=record, **room)
     for prompt in prompts:
         join(rows, model, prompt)
     return rows
 
 
-def join(rows: StaticRows, model: PreTrainedModel, prompt: list[int]) -> None:
+def join(rows: Lanes, model: PreTrainedModel, prompt: list[int]) -> None:
     cache = DynamicCache()
     model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True)
-    rows.add([(layer.keys, layer.values) for layer in cache.layers])
+    rows.join([Held([(layer.keys, layer.values) for layer in cache.layers])])
 
 
 def whole(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -116,12 +116,14 @@ def test_what_is_no_number_stays_with_its_own_row() -> None:
     """A row that leaves, and a token that is taken back, leave nothing behind that a shorter row could see."""
     model = make_tiny_backbone("llama", initializer_range=0.2).model
     rows = filled(model, [[5] * 20, [9, 8, 7], list(range(5, 35))])
-    broken = rows.copy(rows.rows[0])
+    broken = rows.save(rows.rows[:1])
     rows.remove(rows.rows[0])
-    for buffers in broken:
-        for one in buffers:
-            one.fill_(torch.nan)
-    rows.add(broken)
+    for held in (broken[0], broken[0].context):
+        assert held is not None
+        for buffers in held.layers:
+            for one in buffers:
+                one.fill_(torch.nan)
+    rows.join(broken)
     assert rows.decode([[3], [3], [3]])[2].isnan().all()
     rows.rewind(rows.rows[0], 1)
     rows.rewind(rows.rows[1], 1)

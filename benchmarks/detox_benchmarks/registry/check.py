@@ -68,7 +68,7 @@ def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> floa
                 _take_back(runner, replies[1], back)
             for reply in replies:
                 if not reply.rows:
-                    reply.rows = [runner.join(saved) for saved in reply.saved]  # type: ignore[attr-defined]
+                    reply.rows = runner.join(reply.saved)  # type: ignore[attr-defined]
             _decode(runner, replies)
         errors = [_error(model, streams, reply) for reply in replies]
         runner.close()
@@ -119,7 +119,7 @@ def _take_back(runner: Runner, reply: _Reply, tokens: int) -> None:
 
 
 def _step_aside(runner: Runner, reply: _Reply) -> None:
-    reply.saved = [runner.save(row) for row in reply.rows]  # type: ignore[attr-defined]
+    reply.saved = runner.save(reply.rows)  # type: ignore[attr-defined]
     for row in reply.rows:
         runner.leave(row)
     reply.rows = []

@@ -17,9 +17,9 @@ import torch
 from transformers import DynamicCache
 
 from detox_guard.engine.torch.int4 import Int4Linear
+from detox_guard.engine.torch.lanes import Held, Lanes
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.static import static_step
-from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.evaluation.machine import machine, versions
 from detox_guard.models.load import load_backbone
 
@@ -95,11 +95,11 @@ def _step(model: Any, rows: int) -> Callable[[], object]:
 
 
 def _own_step(own: StaticStep, model: Any, rows: int) -> Callable[[], object]:
-    batch = StaticRows(own, model.device, model.dtype, max(ROWS), max(ROWS) * 2 * CONTEXT)
+    batch = Lanes(own, model.device, max(ROWS), max(ROWS) * 2 * CONTEXT)
     cache = DynamicCache()
     model(input_ids=torch.full((1, CONTEXT), 100), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for _ in range(rows):
-        batch.add([(layer.keys, layer.values) for layer in cache.layers])
+        batch.join([Held([(layer.keys, layer.values) for layer in cache.layers])])
 
     def step() -> None:
         batch.decode([[100]] * rows)

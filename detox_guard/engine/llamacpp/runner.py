@@ -10,7 +10,7 @@ import torch
 from detox_guard.detoxifiers.base import EmbeddingPrefix, most_beside
 from detox_guard.engine.llamacpp.context import LoadedModel, State
 from detox_guard.engine.llamacpp.prefill import Desk, Prefill
-from detox_guard.engine.runner import Row, RunnerLimits
+from detox_guard.engine.runner import Room, Row, RunnerLimits, rows_for
 from detox_guard.errors import StepError, UnsupportedBackboneError
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class LlamaRunner:
         desk.cut(0, 1)
         again = desk.read([second])
         behind = desk.read([first])
-        for _ in range(2):
-            self.join(saved)
+        self.join([saved, saved])
         together = self.decode([[first], [second]])[:, 0]
         self.clear()
         for found, expected in ((again, wanted), (together[0], behind)):
@@ -113,6 +112,9 @@ class LlamaRunner:
     def slots(self, prompt: PromptIds) -> int:
         return prompt.slots(self._beside)
 
+    def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
+        return Room(rows_for(prompt, self), self.slots(prompt) + max_new_tokens)
+
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> Prefill:
         return Prefill(self._desk, self._views, self._prefixes, prompts, bases)
 
@@ -122,15 +124,18 @@ class LlamaRunner:
     def rows(self) -> int:
         return len(self._rows)
 
-    def join(self, saved: Saved) -> Row:
+    def join(self, saved: Sequence[Saved]) -> list[Row]:
+        return [self._join(one) for one in saved]
+
+    def _join(self, saved: Saved) -> Row:
         assert isinstance(saved, State)
         row = Row(len(self._rows), saved.slots)
         self._room(row.index + 1, saved.slots + 1).put(row.index, saved)
         self._rows.append(row)
         return row
 
-    def save(self, row: Row) -> State:
-        return self._held().take(row.index)
+    def save(self, rows: Sequence[Row]) -> list[State]:
+        return [self._held().take(row.index) for row in rows]
 
     def leave(self, row: Row) -> None:
         batch, last = self._held(), self._rows.pop()

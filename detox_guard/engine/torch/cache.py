@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    LayerKV = Sequence[tuple[Tensor, Tensor]]
-
 __all__ = ["RowCache", "RowLayer"]
 
 _MIN_SLOTS = 128
@@ -98,11 +96,8 @@ class RowCache(Cache):  # type: ignore[misc]
         """The first slot any row uses."""
         return self.end - max((row.length for row in self.rows), default=0)
 
-    def add(self, layers: LayerKV) -> Row:
-        """Join a row with the K/V `[1, heads, length, dim]` of each layer."""
-        return self._add(layers, layers[0][0].shape[2])
-
-    def _add(self, layers: Sequence[Sequence[Tensor]], length: int) -> Row:
+    def add(self, layers: Sequence[Sequence[Tensor]], length: int) -> Row:
+        """Join a row with what each layer keeps of its slots: `[1, heads, length, dim]` each."""
         self.settle()
         self._reserve(len(self.rows) + 1, length)
         row = Row(len(self.rows), length)
@@ -116,12 +111,6 @@ class RowCache(Cache):  # type: ignore[misc]
                 buffer[row.index, :, start : self.end] = new[0]
         self.rows.append(row)
         return row
-
-    def copy(self, row: Row) -> LayerKV:
-        """What `add` takes to put the row back."""
-        self.settle()
-        at = (slice(row.index, row.index + 1), slice(None), slice(self.end - row.length, self.end))
-        return [(layer.keys[at].clone(), layer.values[at].clone()) for layer in self._slotted]
 
     def remove(self, row: Row) -> None:
         """Drop a row; the last one takes its place. With no row left the buffers are freed."""
@@ -163,22 +152,20 @@ class RowCache(Cache):  # type: ignore[misc]
                         buffer[row.index, :, start : start + slots] = 0
         self._dropped.clear()
 
-    def open_slots(self, count: int = 1) -> Tensor:
-        """Make room for so many more slots; the mask `[rows, 1, count, slots]` (True = attend) of the step to come."""
+    def open_slot(self) -> Tensor:
+        """Make room for another slot; the mask `[rows, slots]` (True = attend) of the step to come."""
         self.settle()
-        self._reserve(len(self.rows), self.end + count - self.lo, right=count)
+        self._reserve(len(self.rows), self.end + 1 - self.lo, right=1)
         self.view_lo = self.lo
-        slots = torch.arange(self.end + count - self.view_lo)
-        behind = torch.arange(count).unsqueeze(-1) + len(slots) - count
-        starts = torch.tensor([len(slots) - count - row.length for row in self.rows])
-        mask = (slots >= starts[:, None, None]) & (slots <= behind)
-        return mask.unsqueeze(1)
+        slots = torch.arange(self.end + 1 - self.view_lo)
+        starts = torch.tensor([len(slots) - 1 - row.length for row in self.rows])
+        return slots >= starts.unsqueeze(-1)
 
-    def commit_slots(self, count: int = 1) -> None:
-        """The forward pass wrote its columns: every row is so much longer."""
-        self.end += count
+    def commit_slot(self) -> None:
+        """The forward pass wrote its column: every row is a slot longer."""
+        self.end += 1
         for row in self.rows:
-            row.length += count
+            row.length += 1
 
     def clear(self) -> None:
         """Forget all rows and free the buffers."""

@@ -1,8 +1,8 @@
-"""Running the backbone: prompts into K/V (prefill), and a token a row or a few (decode). Knows no sampling.
+"""Running the backbone: prompts into K/V. Knows no steps, no sampling.
 
 Position ids are explicit everywhere. What the row of a view reads is told in `detoxifiers.base`. The tokens of a
 `front` view are a K/V prefix that was computed once: causal attention makes it independent of what follows. A `reply`
-view takes the prompt's K/V from the generator's row.
+view reads the prompt's K/V where the generator's row has them, and holds only what stands behind.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contexts
 from detox_guard.engine.base import shared
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import PromptIds
-    from detox_guard.engine.torch.cache import RowCache
     from detox_guard.models.backbone import Backbone
 
 LayerKV = list[tuple["Tensor", "Tensor"]]
@@ -91,20 +91,6 @@ class Forward:
         # A copy, so that callers may write to it and the full-width logits are freed.
         return out.logits[:, -last:].to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
-    def decode(self, cache: RowCache, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Feed `tokens[i]` to row i, to each as many; logits `[rows, tokens of a row, vocab]`. Every row is so many
-        slots longer afterwards."""
-        if len(tokens) != len(cache.rows):
-            raise StepError(f"tokens for {len(tokens)} of {len(cache.rows)} rows")
-        count = len(tokens[0])
-        mask = cache.open_slots(count)
-        ids = torch.tensor(tokens, device=self.device)
-        lengths = torch.tensor([row.length for row in cache.rows], device=self.device)
-        positions = lengths.unsqueeze(-1) + torch.arange(count, device=self.device)
-        logits = self.run(cache, positions, ids=ids, mask=mask, last=count)
-        cache.commit_slots(count)
-        return logits
-
 
 class Prefill:
     """The prompts of a few requests on their way into K/V, `advance` by `advance`.
@@ -112,8 +98,8 @@ class Prefill:
     Several prompts are padded on the left and computed together; they must fit one chunk. One prompt may be longer, and
     takes a chunk a call.
 
-    `bases[i]` is another prompt and the K/V of its rows. A row of prompt i that begins like the other's starts with a
-    copy of that part.
+    `bases[i]` is another prompt and the K/V of its rows, as `finish` gives them. A row of prompt i that begins like the
+    other's starts with a copy of that part.
     """
 
     def __init__(
@@ -193,7 +179,8 @@ class Prefill:
         return hi == self.total
 
     def finish(self) -> list[tuple[Tensor, list[LayerKV]]]:
-        """For each request: logits `[1 + views, vocab]` (1 row if not steered) for its first token, each row's K/V."""
+        """For each request: logits `[1 + views, vocab]` (1 row if not steered) for its first token, each row's K/V, of
+        a `reply` view only what it has behind the context."""
         if self._logits is None or self.done_tokens < self.total:
             raise StepError("prefill finished before its prompts were in")
         layers = layers_of(self._cache)
@@ -236,10 +223,12 @@ class Prefill:
             padded = [[self.forward.pad_id] * (new - len(ids)) + list(ids) for ids in behind]
             inputs = {"ids": torch.tensor(padded, device=device)}
         longest = int(lengths.max())
-        cache = DynamicCache()
-        for layer in range(len(kv[asked[0], -1])):
-            keys, values = (torch.cat([_padded(kv[i, -1][layer][part], longest) for i in asked]) for part in (0, 1))
-            cache.update(keys, values, layer)
+        cache = Cache(
+            layers=[
+                _BehindLayer(*(_stacked([kv[i, -1][layer][part] for i in asked], longest) for part in (0, 1)))
+                for layer in range(len(kv[asked[0], -1]))
+            ]
+        )
         # Padding stands left of the context, and between it and what is added.
         columns, slots = torch.arange(new, device=device), torch.arange(longest + new, device=device)
         gap = (new - added).unsqueeze(-1)
@@ -248,10 +237,36 @@ class Prefill:
         here = slots == (longest + columns).unsqueeze(-1)
         causal = slots <= (longest + columns).unsqueeze(-1)
         out = self.forward.run(cache, positions, mask=(valid.unsqueeze(1) & causal | here).unsqueeze(1), **inputs)
-        layers = layers_of(cache)
         for row, i in enumerate(asked):
             logits[i, v] = out[row, 0]
-            kv[i, v] = _columns(layers, row, longest, int(lengths[row]), longest + int(gap[row]))
+            at = slice(row, row + 1), slice(None), slice(int(gap[row]), None)
+            kv[i, v] = [(layer.own[0][at], layer.own[1][at]) for layer in cache.layers]
+
+
+class _BehindLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer with keys and values that were there before; what is computed behind them is kept apart, in `own`."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.own = (keys[:, :, :0], values[:, :, :0])
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to make."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.own = (key_states, value_states)
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 def layers_of(cache: DynamicCache) -> LayerKV:
@@ -275,6 +290,8 @@ def _columns(layers: LayerKV, row: int, edge: int, before: int, first: int) -> L
     ]
 
 
-def _padded(x: Tensor, length: int) -> Tensor:
-    """Zeros on the left up to `length` slots."""
-    return torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0))
+def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Rows `[1, heads, slots, dim]` in one tensor, each with zeros on the left up to `length` slots."""
+    if len(rows) == 1:
+        return rows[0]  # no copy of a long prompt
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0)) for x in rows])

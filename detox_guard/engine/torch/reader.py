@@ -100,7 +100,7 @@ class Reader:
         """Feed `tokens[i]` to row i of the batch; logits `[rows, vocab]`. Every row is one slot longer afterwards."""
         if len(tokens) != len(cache.rows):
             raise StepError(f"{len(tokens)} tokens for {len(cache.rows)} rows")
-        mask = cache.open_slots()[:, 0, 0]
+        mask = cache.open_slot()
         inputs: dict[str, Any] = {self._name: cache, "use_cache": True}
         if cache.has_slots:
             inputs["attention_mask"] = mask.to(self.device, torch.long)
@@ -108,7 +108,7 @@ class Reader:
             inputs["position_ids"] = self._place([row.length for row in cache.rows]).unsqueeze(1)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
         logits = self.model(input_ids=ids, **inputs, **self._extra).logits[:, -1].to(torch.float32, copy=True)
-        cache.commit_slots(tokens=tokens)
+        cache.commit(tokens)
         return logits  # type: ignore[no-any-return]
 
     def _place(self, slots: Sequence[int]) -> Tensor:

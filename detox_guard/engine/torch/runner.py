@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from detox_guard.detoxifiers.base import most_beside
-from detox_guard.engine.runner import Computed, RunnerLimits
-from detox_guard.engine.torch.cache import RowCache
+from detox_guard.detoxifiers.base import lanes_of, most_beside
+from detox_guard.engine.runner import Computed, Room, RunnerLimits
+from detox_guard.engine.torch.forward_step import ForwardStep
 from detox_guard.engine.torch.graphs import recorder_for
+from detox_guard.engine.torch.lanes import Held, Lanes
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
 from detox_guard.engine.torch.static import static_step
-from detox_guard.engine.torch.static_rows import StaticRows
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds
     from detox_guard.engine.runner import Base, Row, Runner, Saved
-    from detox_guard.engine.torch.cache import LayerKV
+    from detox_guard.engine.torch.prefill import LayerKV
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["TorchRunner", "torch_runner"]
@@ -50,15 +49,13 @@ class TorchRunner:
         self.device: torch.device = self._forward.device
         with torch.inference_mode():
             step = None if backbone.spread else static_step(backbone.model)
-        room = (bounds.max_rows, bounds.max_cached_slots)
-        recorder = recorder_for(self.device) if bounds.cuda_graphs else None
-        self._cache: RowCache | StaticRows = (
-            RowCache(backbone.num_layers, *room)
-            if step is None
-            else StaticRows(step, self.device, backbone.dtype, *room, recorder)
+        # Only the short step does nothing that depends on its input but arithmetic, so only it is recorded.
+        recorder = recorder_for(self.device) if bounds.cuda_graphs and step is not None else None
+        self._lanes = Lanes(
+            step or ForwardStep(self._forward), self.device, bounds.max_rows, bounds.max_cached_slots, recorder
         )
         self.weights = tuple(view.weight for view in views)
-        self._beside = most_beside(views)
+        self._views = views
         self.limits = RunnerLimits(
             backbone.vocab_size,
             backbone.max_positions,
@@ -69,59 +66,52 @@ class TorchRunner:
 
     @property
     def rows(self) -> int:
-        return len(self._cache.rows)
+        return len(self._lanes.rows)
 
     def slots(self, prompt: PromptIds) -> int:
-        return prompt.slots(self._beside)
+        return prompt.slots(most_beside(self._views))
+
+    def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
+        views = self._views if prompt.steered else ()
+        lanes = lanes_of(views, len(prompt.ids), [len(one) for one in prompt.contexts], max_new_tokens)
+        return Room(len(lanes), max(lanes))
 
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
         known = [
-            None if base is None else (base.prompt, [saved.layers for saved in base.rows if isinstance(saved, _Saved)])
+            None if base is None else (base.prompt, [saved.layers for saved in base.rows if isinstance(saved, Held)])
             for base in bases
         ]
-        return _Prefill(Prefill(self._forward, prompts, known))
+        return _Prefill(Prefill(self._forward, prompts, known), self._views)
 
-    def join(self, saved: Saved) -> Row:
-        assert isinstance(saved, _Saved)
-        return self._cache.add(saved.layers)
+    def join(self, saved: Sequence[Saved]) -> list[Row]:
+        held = [one for one in saved if isinstance(one, Held)]
+        assert len(held) == len(saved)
+        return self._lanes.join(held)
 
-    def save(self, row: Row) -> Saved:
-        return _Saved(self._cache.copy(row))
+    def save(self, rows: Sequence[Row]) -> list[Held]:
+        return self._lanes.save(rows)
 
     def leave(self, row: Row) -> None:
-        self._cache.remove(row)
+        self._lanes.remove(row)
 
     def rewind(self, row: Row, slots: int) -> None:
-        self._cache.rewind(row, slots)
+        self._lanes.rewind(row, slots)
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        if isinstance(self._cache, StaticRows):
-            return self._cache.decode(tokens)
-        return self._forward.decode(self._cache, tokens)
+        return self._lanes.decode(tokens)
 
     def clear(self) -> None:
-        self._cache.clear()
+        self._lanes.clear()
 
     def close(self) -> None:
-        self._cache.clear()
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """Copies of a row's keys and values."""
-
-    layers: LayerKV
-
-    @property
-    def slots(self) -> int:
-        return int(self.layers[0][0].shape[2])
+        self._lanes.clear()
 
 
 class _Prefill:
     """A `Prefill` as the scheduler knows it. A pass of torch cannot be broken off, so nobody is asked whether to."""
 
-    def __init__(self, prompts: Prefill) -> None:
-        self._prompts = prompts
+    def __init__(self, prompts: Prefill, views: Sequence[View]) -> None:
+        self._prompts, self._views = prompts, views
 
     @property
     def rows(self) -> int:
@@ -135,8 +125,21 @@ class _Prefill:
         return self._prompts.advance(columns)
 
     def finish(self) -> list[Computed]:
-        # Copies: what `finish` gives are views into tensors of the whole group.
+        return [Computed(first.clone(), self._held(rows)) for first, rows in self._prompts.finish()]
+
+    def _held(self, rows: Sequence[LayerKV]) -> list[Held]:
+        own = [[(_own(k), _own(v)) for k, v in layers] for layers in rows]
+        generator = Held(own[0])
+        behind = [view.place == "reply" for view in self._views]
         return [
-            Computed(first.clone(), [_Saved([(k.clone(), v.clone()) for k, v in layers]) for layers in rows])
-            for first, rows in self._prompts.finish()
+            generator,
+            *(
+                Held(layers, generator, generator.slots) if shares else Held(layers)
+                for layers, shares in zip(own[1:], behind, strict=False)  # none if it is not steered
+            ),
         ]
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy of a view into the tensor of a whole group; what is nobody else's stays as it is."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()

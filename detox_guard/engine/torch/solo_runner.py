@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, most_beside
-from detox_guard.engine.runner import Computed, RunnerLimits
+from detox_guard.engine.runner import Computed, Room, RunnerLimits, rows_for
 from detox_guard.engine.torch.alone import AloneRows
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.reader import Reader
@@ -61,16 +61,22 @@ class SoloRunner:
     def slots(self, prompt: PromptIds) -> int:
         return prompt.slots(self._beside)
 
+    def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
+        return Room(rows_for(prompt, self), self.slots(prompt) + max_new_tokens)
+
     def begin(self, prompts: Sequence[PromptIds], bases: Sequence[Base | None] = ()) -> _Prefill:
         # States cannot be cut, so nobody goes on from a base: `limits` says so.
         return _Prefill(SoloPrefill(self._reader, prompts))
 
-    def join(self, saved: Saved) -> Row:
+    def join(self, saved: Sequence[Saved]) -> list[Row]:
+        return [self._join(one) for one in saved]
+
+    def _join(self, saved: Saved) -> Row:
         assert isinstance(saved, Past)
         return self._batch.join(saved)
 
-    def save(self, row: Row) -> Saved:
-        return self._batch.past(row)
+    def save(self, rows: Sequence[Row]) -> list[Past]:
+        return [self._batch.past(row) for row in rows]
 
     def leave(self, row: Row) -> None:
         self._batch.remove(row)

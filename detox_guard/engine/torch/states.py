@@ -195,7 +195,7 @@ class StateCache(RowCache):
             self.layers = [self._row_layer(layer) for layer in past.cache.layers]
             self._slotted = [layer for layer in self.layers if isinstance(layer, RowLayer)]
         parts = [parts for layer in past.cache.layers if (parts := _slots_of(layer))]
-        row = self._add(parts, past.length)
+        row = self.add(parts, past.length)
         for mine, new in self._pairs(past.cache):
             _move_states(new, mine, lambda held, more: more.clone() if held is None else torch.cat([held, more]))
         if self._stateful:
@@ -234,8 +234,9 @@ class StateCache(RowCache):
             self._read(past, tokens)
         self._put(row, past)
 
-    def commit_slots(self, count: int = 1, tokens: Sequence[int] = ()) -> None:
-        super().commit_slots(count)
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The forward pass fed `tokens[i]` to row i."""
+        self.commit_slot()
         for row, history in self._histories.items():
             if history.feed(tokens[row.index]):
                 history.keep(self._checkpoint(row))

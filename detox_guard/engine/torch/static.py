@@ -2,8 +2,8 @@
 
 transformers' forward of a decoding step spends a good part of its time beside the arithmetic. This one does the same
 arithmetic with the model's own layers, so with whatever holds their weights, and with fewer operations: all that it
-reads lies in tensors whose places do not change, a row's slot is its position, the query heads that share a key are
-queries of one head, and queries and keys are rotated together.
+reads lies in tensors whose places do not change, the query heads that share a key are queries of one head, so are rows
+that share a context, and queries and keys are rotated together.
 
 A model is served if it is of a known family and nothing in it is unknown. What a family does otherwise is read from the
 model. Whether the result is right is tried out: `static_step` gives nothing that does not compute what the model does.
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
+from detox_guard.engine.torch.feed import Feed, agree
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
 
     from torch import Tensor
 
-__all__ = ["StaticStep", "agree", "static_step"]
+__all__ = ["StaticStep", "static_step"]
 
 _log = logging.getLogger("detox_guard.engine")
 
@@ -42,9 +44,6 @@ _ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 _KEY_NORMS = {"q_norm", "k_norm"}
 _MOVING_ROPES = {"dynamic", "longrope"}
 """Rotations that depend on how long the longest row is."""
-_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5}
-_ROUNDED = 0.1
-"""The same in 16 bits, where each of the two ways is some hundredths from the exact one."""
 
 
 class _Unknown(Exception):
@@ -67,7 +66,7 @@ class _Layer:
 
 
 class StaticStep:
-    """The model as `(tokens, slots, buffers)` to logits. Raises what `_Unknown` names for a model it does not know.
+    """The model as a `lanes.Step`. Raises what `_Unknown` names for a model it does not know.
 
     All methods expect `torch.inference_mode`.
     """
@@ -117,45 +116,42 @@ class StaticStep:
             rotates=bool(getattr(attention, "use_rope", True)),
         )
 
-    def __call__(
-        self, tokens: Tensor, slots: Tensor, width: int, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> Tensor:
-        """Logits `[rows, n, vocab]` float32, behind each of the `tokens` `[rows, n]`, which go to `slots` `[rows, n]`.
+    even = False
 
-        Row i is row i of the buffers `[some, kv heads, some, head dim]` of each layer. It sees its slots up to the
-        token's own; all of them are below `width`. What lies behind is not seen, but must be finite.
-        """
-        rows, count = tokens.shape
+    def __call__(self, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """As `lanes.Step`. What a token does not see is not read, but must be finite."""
+        (rows, count), (lanes, queries), width = feed.tokens.shape, feed.shape, feed.width
         shared = self.heads // self.kv_heads
-        x = self._embed(tokens)
+        x = self._embed(feed.tokens)
         if self._scale != 1:
             x = x * self._scale
-        cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, slots))
+        cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, feed.positions))
         half = cos.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        seen = torch.arange(width, device=slots.device) <= slots.unsqueeze(-1)
-        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf"))
+        seen = feed.seen().flatten(0, 1)
+        mask = feed.spread(torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf")))
         # One line a query of a key's head: token by token, and of each token the heads that share it.
-        mask = mask.unsqueeze(2).expand(-1, -1, shared, -1).reshape(rows, 1, count * shared, width)
-        at = torch.arange(rows, device=slots.device).unsqueeze(-1)
+        mask = mask.unsqueeze(1).expand(-1, shared, -1).reshape(lanes, 1, queries * shared, width)
+        at = feed.lanes.unsqueeze(-1)
         for layer, k, v in zip(self._layers, keys, values, strict=True):
             before, behind, before_mlp, behind_mlp = layer.norms
             both, value = self._project(layer, x if before is None else before(x))
             if layer.rotates:
                 both = _rotated(both, cos, sin)
             query, key = both[:, :, : self.heads], both[:, :, self.heads :]
-            k[at, :, slots] = key
-            v[at, :, slots] = value
-            query = query.reshape(rows, count, self.kv_heads, shared, self.head_dim).transpose(1, 2)
+            k[at, :, feed.slots] = key
+            v[at, :, feed.slots] = value
+            query = feed.spread(query.flatten(0, 1)).view(lanes, queries, self.kv_heads, shared, self.head_dim)
             found = F.scaled_dot_product_attention(
-                query.reshape(rows, self.kv_heads, count * shared, self.head_dim),
-                k[:rows, :, :width],
-                v[:rows, :, :width],
+                query.transpose(1, 2).reshape(lanes, self.kv_heads, queries * shared, self.head_dim),
+                k[:lanes, :, :width],
+                v[:lanes, :, :width],
                 attn_mask=mask,
                 scale=layer.scaling,
             )
-            found = found.reshape(rows, self.kv_heads, count, shared * self.head_dim).transpose(1, 2)
-            x = self._added(x, layer.out(found.reshape(rows, count, -1)), behind)
+            found = found.reshape(lanes, self.kv_heads, queries, shared * self.head_dim).transpose(1, 2)
+            found = feed.collect(found.reshape(lanes * queries, -1)).view(rows, count, -1)
+            x = self._added(x, layer.out(found), behind)
             x = self._added(x, layer.mlp(x if before_mlp is None else before_mlp(x)), behind_mlp)
         logits = self._head(self._norm(x))
         if self._divide != 1:
@@ -199,17 +195,6 @@ def static_step(model: Any) -> StaticStep | None:
     return step
 
 
-def agree(logits: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to compute the same logits, in this number type, differ by rounding only.
-
-    What counts is the mean square of the difference, beside that of the logits about their mean.
-    """
-    exact = exact.float() - exact.float().mean(-1, keepdim=True)
-    logits = logits - logits.mean(-1, keepdim=True)
-    off = (logits - exact).square().mean(-1).sqrt()
-    return bool((off <= exact.square().mean(-1).sqrt() * _TOLERANCE.get(dtype, _ROUNDED)).all())
-
-
 def _as_the_model(step: StaticStep, model: Any) -> bool:
     """Whether the last tokens of two rows, one longer than the other, get the logits that a whole pass gives them."""
     lengths, last, device = (6, 4), 2, model.get_input_embeddings().weight.device
@@ -222,9 +207,11 @@ def _as_the_model(step: StaticStep, model: Any) -> bool:
     for buffer in (*keys, *values):
         for row, length in enumerate(lengths):
             buffer[row, :, length:] = 0
-    rows = torch.arange(2, device=device).unsqueeze(-1)
-    logits = step(ids[rows, slots], slots, ids.shape[1], keys, values)
-    return agree(logits, exact[rows, slots], model.dtype)
+    lanes, width = torch.arange(2, device=device), ids.shape[1]
+    rows = lanes.unsqueeze(-1)
+    table = torch.ones(2, width, dtype=torch.bool, device=device)
+    feed = Feed(ids[rows, slots], slots, slots, lanes, None, (2, last), width, table, lanes)
+    return agree(step(feed, keys, values), exact[rows, slots], model.dtype)
 
 
 def _module(kind: str) -> str:

@@ -1,0 +1,388 @@
+"""The running batch, rows that share a context beside each other. Knows rows, slots and buffers; knows no layer.
+
+A *lane* is one stretch of memory for each layer's keys and values. Rows of one request that share a context lie in one
+lane, which holds the context once::
+
+    slot    0            context     start                         width
+    lane 0  [c c c c c c c c c][b b b][a b a b a b . . . . . . . .]|
+    lane 1  [c c c c][a a a a a a a a a a a a a a a . . . . . . . .]|
+
+A row sees the context (or the beginning of it), what it brought of its own (`b b b`), and its own places behind
+`start`, which its rows take by turns. So a rewind only shortens a row, and nothing is moved. What a row does not see is
+always finite (a NaN times a zero weight is still a NaN).
+
+On a GPU a step is recorded once for so many lanes and slots (`graphs`), and rounded up to what was recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from detox_guard.engine.runner import Row
+from detox_guard.engine.torch.feed import Feed, agree
+from detox_guard.errors import StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from detox_guard.engine.torch.feed import Step
+
+    LayerKV = Sequence[tuple[Tensor, Tensor]]
+    Replay = Callable[[], Tensor]
+    Record = Callable[[Replay], Replay]
+
+__all__ = ["Held", "Lanes"]
+
+_log = logging.getLogger("detox_guard.engine")
+
+_MIN_SLOTS = 128
+_BUCKET = 256
+"""The least slots that a step is recorded for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a row holds, apart from the batch: keys and values of its own, behind what it sees of a context."""
+
+    layers: LayerKV
+    """Of its own: `[1, heads, slots, dim]` a layer."""
+    context: Held | None = None
+    """Rows with the same one share it. None: `layers` are themselves such a context."""
+    kept: int = 0
+    """The slots of the context that the row sees: the first of them."""
+
+    @property
+    def slots(self) -> int:
+        """Those that it holds itself: a context counts where it is held."""
+        return int(self.layers[0][0].shape[2])
+
+
+@dataclass(eq=False)
+class _Lane:
+    index: int
+    start: int
+    """Where the places begin that its rows take by turns,"""
+    turns: int
+    """and how many rows there are to take them, those that have left included."""
+    places: list[_Place] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Behind the last slot in use."""
+        return self.start + self.turns * max((place.said for place in self.places), default=0)
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where a row lies: it sees the first `kept` slots of its lane, `own` slots from `first` on, and its turns."""
+
+    row: Row
+    lane: _Lane
+    turn: int
+    kept: int
+    first: int
+    own: int
+    said: int = 0
+
+    def slots(self, begin: int, count: int) -> list[int]:
+        """Those of its turns."""
+        first = self.lane.start + self.turn
+        return [first + said * self.lane.turns for said in range(begin, begin + count)]
+
+    def rewind(self, slots: int) -> list[int]:
+        """Drop its last slots, and tell which of them nobody else sees."""
+        said = min(slots, self.said)
+        own = min(slots - said, self.own)
+        dropped = [*self.slots(self.said - said, said), *range(self.first + self.own - own, self.first + self.own)]
+        self.said -= said
+        self.own -= own
+        self.kept -= slots - said - own
+        self.row.length -= slots
+        return dropped
+
+
+class Lanes:
+    """Rows that join, leave, rewind and take a step. Not thread-safe; one engine thread owns it.
+
+    Its buffers have room to spare, but not for more than `max_rows` lanes and `max_slots` slots in all unless what is
+    asked for needs more. `record` makes of a step one that can be replayed; without it each step is run. After an error
+    (of memory) it is not to be used until it is cleared.
+    """
+
+    def __init__(
+        self, step: Step, device: torch.device, max_rows: int, max_slots: int, record: Record | None = None
+    ) -> None:
+        self._step, self._device = step, device
+        self._max_rows, self._max_slots = max_rows, max_slots
+        self._record = record
+        self.rows: list[Row] = []
+        self.capacity = (0, 0)
+        """Lanes, and the slots of each."""
+        self._lanes: list[_Lane] = []
+        self._places: dict[Row, _Place] = {}
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._table = torch.zeros(0, 0, dtype=torch.bool, device=device)
+        self._overflowed = False
+        """A step gave what is no number, so what a rewind drops may hold some."""
+        self._recorded: dict[tuple[int, ...], tuple[Feed, Replay]] = {}
+
+    @property
+    def longest(self) -> int:
+        """The slots that the longest lane uses."""
+        return max((lane.end for lane in self._lanes), default=0)
+
+    def join(self, held: Sequence[Held]) -> list[Row]:
+        """The rows of one request, which share what contexts they have in common."""
+        roots = [one.context or one for one in held]
+        rows: dict[int, Row] = {}
+        for root in dict.fromkeys(roots):
+            some = [i for i, other in enumerate(roots) if other is root]
+            rows |= zip(some, self._join(root, [held[i] for i in some]), strict=True)
+        return [rows[i] for i in range(len(held))]
+
+    def _join(self, root: Held, held: Sequence[Held]) -> list[Row]:
+        """Rows that share `root`, in a lane of their own."""
+        if not self._keys:
+            self._keys = [k.new_zeros(0, k.shape[1], 0, k.shape[3]) for k, _ in root.layers]
+            self._values = [v.new_zeros(0, v.shape[1], 0, v.shape[3]) for _, v in root.layers]
+        behind = [one for one in held if one is not root]
+        lane = _Lane(len(self._lanes), root.slots + sum(one.slots for one in behind), len(held))
+        self._reserve(len(self._lanes) + 1, max(lane.start, self.longest), len(self.rows) + len(held))
+        self._lanes.append(lane)
+        parts, joined = [root, *behind], []
+        for i, (k, v) in enumerate(zip(self._keys, self._values, strict=True)):
+            for buffer, which in ((k, 0), (v, 1)):
+                at = 0
+                for part in parts:
+                    buffer[lane.index, :, at : at + part.slots] = part.layers[i][which][0]
+                    at += part.slots
+                buffer[lane.index, :, at:] = 0
+        first = root.slots
+        for turn, one in enumerate(held):
+            kept, own = (root.slots, 0) if one is root else (one.kept, one.slots)
+            place = _Place(Row(len(self.rows), kept + own), lane, turn, kept, first, own)
+            first += own
+            lane.places.append(place)
+            self.rows.append(place.row)
+            self._places[place.row] = place
+            self._paint(place)
+            joined.append(place.row)
+        return joined
+
+    def save(self, rows: Sequence[Row]) -> list[Held]:
+        """What `join` takes to put the rows of one request back."""
+        held: dict[Row, Held] = {}
+        for lane in dict.fromkeys(self._places[row].lane for row in rows):
+            places = [place for row in rows if (place := self._places[row]).lane is lane]
+            context = Held(self._copy(lane, range(max(place.kept for place in places))))
+            for place in places:
+                own = [*range(place.first, place.first + place.own), *place.slots(0, place.said)]
+                held[place.row] = Held(self._copy(lane, own), context, place.kept)
+        return [held[row] for row in rows]
+
+    def _copy(self, lane: _Lane, slots: Sequence[int]) -> LayerKV:
+        at = torch.tensor(list(slots), dtype=torch.long)
+        return [
+            (k[lane.index : lane.index + 1, :, at.to(k.device)], v[lane.index : lane.index + 1, :, at.to(v.device)])
+            for k, v in zip(self._keys, self._values, strict=True)
+        ]
+
+    def remove(self, row: Row) -> None:
+        """Drop a row; the last one takes its index. With no row left the buffers are freed, if nothing is recorded."""
+        lane = self._places.pop(row).lane
+        lane.places = [place for place in lane.places if place.row is not row]
+        last = self.rows.pop()
+        if last is not row:
+            self.rows[row.index] = last
+            last.index = row.index
+            self._paint(self._places[last])
+        if not lane.places:
+            self._free(lane)
+        if not self.rows and not self._recorded:
+            self.clear()
+
+    def _free(self, lane: _Lane) -> None:
+        """The last lane takes the place of one that is empty."""
+        last = self._lanes.pop()
+        if last is lane:
+            return
+        end = last.end
+        for buffer in (*self._keys, *self._values):
+            buffer[lane.index, :, :end] = buffer[last.index, :, :end]
+            buffer[lane.index, :, end:] = 0
+        self._lanes[lane.index] = last
+        last.index = lane.index
+
+    def rewind(self, row: Row, slots: int) -> None:
+        """Drop the last `slots` entries of one row."""
+        if not 0 <= slots < row.length:
+            raise ValueError(f"rewind of {slots} slots in a row of {row.length}")
+        place = self._places[row]
+        brought = slots > place.said
+        dropped = place.rewind(slots)
+        if brought:
+            self._paint(place)
+        if self._overflowed and dropped:
+            at = torch.tensor(dropped)
+            for buffer in (*self._keys, *self._values):
+                buffer[place.lane.index, :, at.to(buffer.device)] = 0
+
+    def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed `tokens[i]` to row i, to each as many; logits `[rows, tokens of a row, vocab]`. Every row is so many
+        slots longer afterwards."""
+        if len(tokens) != len(self.rows):
+            raise StepError(f"{len(tokens)} tokens for {len(self.rows)} rows")
+        count = len(tokens[0])
+        even = self._step.even or self._record is not None
+        # Where each lane has as many queries, tokens that are nobody's go to a slot behind all others.
+        width = max(lane.end + lane.turns * count for lane in self._lanes) + even
+        self._reserve(len(self._lanes), width)
+        if self._record is None:
+            lanes = len(self._lanes)
+            logits = self._step(self._feed(tokens, lanes, width, even), self._keys, self._values)
+        else:
+            logits = self._replayed(self._record, tokens, width)
+        found = self._found(even)
+        if found != list(range(len(logits))):
+            logits = logits[found]
+        for place in self._places.values():
+            place.said += count
+            place.row.length += count
+        # Keys or values that are no numbers show at their own token, for it sees itself.
+        self._overflowed = self._overflowed or not bool(logits.sum().isfinite())
+        return logits
+
+    def clear(self) -> None:
+        """Forget all rows and free the buffers."""
+        self.rows.clear()
+        self._lanes.clear()
+        self._places.clear()
+        self._recorded.clear()
+        self._keys, self._values = [], []
+        self._table = self._table.new_zeros(0, 0)
+        self._overflowed = False
+        self.capacity = (0, 0)
+
+    @property
+    def _most(self) -> int:
+        """The rows of the lane that has most."""
+        return max(len(lane.places) for lane in self._lanes)
+
+    def _found(self, even: bool) -> list[int]:
+        """Where in a step's feed each row is."""
+        found, at = [0] * len(self.rows), 0
+        for lane in self._lanes:
+            for i, place in enumerate(lane.places):
+                found[place.row.index] = at + i
+            at += self._most if even else len(lane.places)
+        return found
+
+    def _feed(self, tokens: Sequence[Sequence[int]], lanes: int, width: int, even: bool) -> Feed:
+        """What a step of so many lanes and slots is fed. `even`: each lane gets as many queries, some are nobody's."""
+        count, most = len(tokens[0]), self._most
+        nobody = ([0] * count, [0] * count, [width - 1] * count)
+        fed: list[tuple[Sequence[int], Sequence[int], Sequence[int], int, int]] = []
+        lines: list[int] = []
+        for index in range(lanes):
+            places = self._lanes[index].places if index < len(self._lanes) else []
+            for place in places:
+                here = place.row.length
+                slots = place.slots(place.said, count)
+                fed.append((tokens[place.row.index], range(here, here + count), slots, index, place.row.index))
+            lines += range(index * most * count, (index * most + len(places)) * count)
+            if even:
+                seen = places[0].row.index if places else 0
+                fed += [(*nobody, index, seen)] * (most - len(places))
+        ids, positions, slots_, lane_of, rows = (torch.tensor([*map(_plain, part)]) for part in zip(*fed, strict=True))
+        uneven = not even and len(lines) < lanes * most * count
+        return Feed(
+            ids.to(self._device),
+            positions.to(self._device),
+            slots_.to(self._device),
+            lane_of.to(self._device),
+            torch.tensor(lines, device=self._device) if uneven else None,
+            (lanes, most * count),
+            width,
+            self._table,
+            rows.to(self._device),
+        )
+
+    def _replayed(self, record: Record, tokens: Sequence[Sequence[int]], width: int) -> Tensor:
+        """A step as it was recorded for so many lanes and slots, or a bit more. The first of each kind is run,
+        recorded, and replayed to see that it gives the same."""
+        lanes = min(_power(len(self._lanes), 1), self.capacity[0])
+        width = min(_power(width, _BUCKET), self.capacity[1])
+        feed = self._feed(tokens, lanes, width, True)
+        kind = (*feed.shape, len(tokens[0]), width)
+        if kind in self._recorded:
+            own, replay = self._recorded[kind]
+            own.copy(feed)
+            return replay().clone()
+
+        def run() -> Tensor:
+            return self._step(feed, self._keys, self._values)
+
+        logits = run()
+        try:
+            replay = record(run)
+            good = agree(replay(), logits, self._keys[0].dtype)
+            reason = "a replayed step computes something else"
+        except RuntimeError as error:
+            good, reason = False, str(error)
+        if good:
+            self._recorded[kind] = (feed, replay)
+        else:
+            _log.warning("steps are not recorded, which is slower: %s", reason)
+            self._record = None
+            self._recorded.clear()
+        return logits
+
+    def _paint(self, place: _Place) -> None:
+        """Write down which slots are a row's."""
+        line = self._table[place.row.index]
+        line.zero_()
+        line[: place.kept] = True
+        line[place.first : place.first + place.own] = True
+        line[place.lane.start + place.turn :: place.lane.turns] = True
+
+    def _reserve(self, lanes: int, slots: int, rows: int = 0) -> None:
+        """Room for so many lanes of up to so many slots, and for so many rows."""
+        old_lanes, old_slots = self.capacity
+        if lanes <= old_lanes and slots <= old_slots and rows <= len(self._table):
+            return
+        most_lanes = min(self._max_rows, self._max_slots // slots)
+        new_lanes = old_lanes if lanes <= old_lanes <= most_lanes else max(lanes, min(2 * old_lanes, most_lanes))
+        # Growing by half again amortises the copy.
+        room = max(_MIN_SLOTS, slots * 3 // 2, old_slots if slots * 3 // 2 <= old_slots else 0)
+        if self._record is not None:
+            new_lanes = max(new_lanes, min(_power(lanes, 1), most_lanes))
+            room = max(room, _power(slots, _BUCKET))
+        new_slots = max(slots, min(room, self._max_slots // new_lanes))
+        self._recorded.clear()
+        used, width = len(self._lanes), self.longest
+        for buffers in (self._keys, self._values):
+            for i, old in enumerate(buffers):
+                buffers[i] = old.new_zeros(new_lanes, old.shape[1], new_slots, old.shape[3])
+                buffers[i][:used, :, :width] = old[:used, :, :width]
+        self.capacity = (new_lanes, new_slots)
+        self._table = self._table.new_zeros(max(rows, self._max_rows, len(self._table)), new_slots)
+        for place in self._places.values():
+            self._paint(place)
+
+
+def _plain(part: Sequence[int] | int) -> list[int] | int:
+    return part if isinstance(part, int) else list(part)
+
+
+def _power(number: int, least: int) -> int:
+    """The least power of two times `least` that is not below `number`."""
+    while least < number:
+        least *= 2
+    return least
