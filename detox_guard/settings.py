@@ -218,9 +218,9 @@ class EngineConfig(StrictModel):
     max_slots: Annotated[int, Field(ge=16)] | None = None
     """K/V slots a row may hold. None is the backbone's own limit."""
     max_cached_slots: Annotated[int, Field(ge=256)] = 131_072
-    """What the cache of all rows may take: lanes times the slots of the longest. Rows of one request that share their
-    prompt lie in one lane. A request that would exceed it waits for others to leave, so one long prompt cannot fill
-    the memory."""
+    """What the cache may take: its lanes times the slots of the longest. A lane holds a row, or the rows of a request
+    that share its prompt. A request that would exceed it waits for others to leave, so one long prompt cannot fill the
+    memory."""
     prefill_chunk: Annotated[int, Field(ge=16)] = 512
     """The most prompt tokens computed between two decoding steps. Where others wait, a chunk takes about a fifth of a
     second at most, so that a long prompt holds up neither running streams nor short prompts."""

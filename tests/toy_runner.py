@@ -101,7 +101,7 @@ class ToyRunner:
     def room(self, prompt: PromptIds, max_new_tokens: int) -> Room:
         return Room(1 + len(self.views) if prompt.steered else 1, self.slots(prompt) + max_new_tokens)
 
-    def join(self, saved: Sequence[ToySaved]) -> list[Row]:
+    def join(self, saved: Sequence[ToySaved], new: int) -> list[Row]:
         return [self._join(one) for one in saved]
 
     def _join(self, saved: ToySaved) -> Row:

@@ -54,10 +54,10 @@ class Watched:
         self.begun.append(list(prompts))
         return _WatchedPrefill(self, list(prompts), bases)
 
-    def join(self, saved: Sequence[Saved]) -> list[Row]:
+    def join(self, saved: Sequence[Saved], new: int) -> list[Row]:
         for one in saved:
             self.before_join(one)
-        rows: list[Row] = self.runner.join(saved)
+        rows: list[Row] = self.runner.join(saved, new)
         return rows
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:

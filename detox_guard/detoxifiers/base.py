@@ -78,12 +78,15 @@ def most_beside(views: Sequence[View]) -> int:
 
 
 def lanes_of(views: Sequence[View], context: int, contexts: Sequence[int], new: int) -> list[int]:
-    """The slots that a request comes to hold, at the most, where the rows that share its context hold it once: first
-    those of the generator and the `reply` views together, then those of each other view.
+    """The slots of each stretch of memory that a request takes, at the most.
 
-    `context`, `contexts`: the tokens of the request's context, and of the own ones of its `system` views; `new`: the
-    most tokens of its reply.
+    The generator and the `reply` views share one, which holds the context once; unless the reply may become longer than
+    the context: then each has its own, as each other view has. `context`, `contexts`: the tokens of the request's
+    context, and of the own ones of its `system` views. `new`: the tokens of its reply, at the most.
     """
     behind = [len(view) + min(getattr(view, "tail", 0), context) for view in views if view.place == "reply"]
-    front = [len(view) + context + new for view in views if view.place == "front"]
-    return [context + sum(behind) + new * (1 + len(behind)), *front, *(own + new for own in contexts)]
+    others = [len(view) + context + new for view in views if view.place == "front"]
+    others += [own + new for own in contexts]
+    if context < new:
+        return [context + new, *(context + own + new for own in behind), *others]
+    return [context + sum(behind) + new * (1 + len(behind)), *others]

@@ -38,7 +38,8 @@ def forced_nats(
     order = sorted(range(len(replies)), key=lambda i: -len(replies[i]))
     for begin in range(0, len(order), rows):
         alive = [i for i in order[begin : begin + rows] if replies[i]]
-        handles = list(runner.join([computed.rows[0]] * len(alive)))
+        longest = len(replies[order[begin]])
+        handles = list(runner.join([computed.rows[0]] * len(alive), longest))
         logits = computed.logits[:1].expand(len(alive), -1)
         step = 0
         while alive:

@@ -145,11 +145,14 @@ class Runner(Protocol):
         again; how much of it a runner takes is its own affair. The last token is always computed: it gives the logits.
         """
 
-    def join(self, saved: Sequence[Saved]) -> list[Row]:
-        """New rows that hold what was saved: all rows of one request. The handles stay good."""
+    def join(self, saved: Sequence[Saved], new: int) -> list[Row]:
+        """New rows that hold what was saved, in that order: all rows of one request. The handles stay good.
+
+        `new`: the tokens of its reply at the most, also where it has some already, as in `room`.
+        """
 
     def save(self, rows: Sequence[Row]) -> Sequence[Saved]:
-        """What `join` takes to bring the rows of one request back, whatever becomes of them; they can then be rewound
+        """What `join` takes to bring all rows of one request back, whatever becomes of them; they can then be rewound
         as far as now."""
 
     def leave(self, row: Row) -> None:

@@ -65,7 +65,7 @@ class Scheduler:
         if room.lanes * room.slots > self._bounds.max_cached_slots:
             raise PromptTooLongError(
                 "prompt",
-                f"{room.lanes} times {room.slots} slots",
+                f"{room.lanes * room.slots} slots of cache",
                 f"at most {self._bounds.max_cached_slots} slots",
                 hint="shorten the prompt, lower max_new_tokens, or raise EngineConfig.max_cached_slots",
             )

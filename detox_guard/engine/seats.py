@@ -103,7 +103,7 @@ class Seats:
         if request.sampling.repetition_penalty != 1.0:
             seat.seen = torch.tensor(sorted(set(request.prompt.ids)), device=self._runner.device)
         with self._lock:
-            seat.rows = self._runner.join(saved)
+            seat.rows = self._runner.join(saved, request.max_new_tokens)
             seat.starts = [row.length for row in seat.rows]
             self.decoding.append(seat)
         return seat
@@ -136,7 +136,7 @@ class Seats:
     def take_again(self, seat: Seat) -> None:
         """A parked seat goes on."""
         with self._lock:
-            seat.rows = self._runner.join(seat.saved)
+            seat.rows = self._runner.join(seat.saved, seat.request.max_new_tokens)
             self.parked.remove(seat)
             self.decoding.append(seat)
             seat.saved = ()

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from detox_guard.detoxifiers.base import TokenPrefix, lanes_of
 from detox_guard.engine import PromptIds
 from detox_guard.engine.torch.forward_step import ForwardStep
-from detox_guard.engine.torch.lanes import Held, Lanes
+from detox_guard.engine.torch.held import Held
+from detox_guard.engine.torch.lanes import Lanes
 from detox_guard.engine.torch.prefill import Forward
 from detox_guard.engine.torch.static import static_step
 from detox_guard.models.backbone import from_model
@@ -77,7 +78,7 @@ def test_rows_are_those_of_whole_passes_whatever_they_do(how: str, seed: int) ->
 
     def joins() -> None:
         context, behind = ids(draw.randint(1, 30)), [ids(draw.randint(1, 9)) for _ in range(draw.randint(0, 2))]
-        rows = lanes.join(_request(backbone.model, context, behind))
+        rows = lanes.join(_request(backbone.model, context, behind), draw.choice([1, 20]))
         inside.append((rows, [context, *([*context, *own] for own in behind)]))
 
     def rewinds() -> None:
@@ -92,7 +93,7 @@ def test_rows_are_those_of_whole_passes_whatever_they_do(how: str, seed: int) ->
         held = lanes.save(rows)
         for row in rows:
             lanes.remove(row)
-        inside.append((lanes.join(held), read))
+        inside.append((lanes.join(held, draw.choice([1, 20])), read))
 
     def leaves() -> None:
         rows, _ = inside.pop(draw.randrange(len(inside)))
@@ -133,7 +134,7 @@ def test_a_context_that_is_shared_is_held_once() -> None:
     generator, behind, front = computed.rows
     assert (generator.slots, front.slots) == (300, 300 + len(kit.reference("rf").streams[1]))
     assert behind.slots == len(kit.reference("rf").streams[0]) < 20
-    rows = runner.join(computed.rows)
+    rows = runner.join(computed.rows, 300)
     for token in range(5):
         runner.decode([[10 + token]] * 3)
     for row in rows:
@@ -144,6 +145,50 @@ def test_a_context_that_is_shared_is_held_once() -> None:
     assert [one.slots for one in held] == [3, behind.slots + 3, 3]
 
 
+def test_a_reply_that_steps_aside_and_is_rewound_takes_no_more_than_was_counted() -> None:
+    backbone, lanes = _made("static")
+    rows = lanes.join(_request(backbone.model, list(range(5, 35)), [[7, 8, 9]]), 20)
+    (most,) = lanes_of((TokenPrefix((7, 8, 9), place="reply"),), 30, (), 20)
+    for _ in range(3):
+        while rows[0].length < 30 + 20:
+            lanes.decode([[3], [3]])
+        assert lanes.longest == most
+        held = lanes.save(rows)
+        for row in rows:
+            lanes.remove(row)
+        rows = lanes.join(held, 20)
+        for row in rows:
+            lanes.rewind(row, 19)
+
+
+def test_a_reply_that_may_become_longer_than_its_context_has_a_lane_a_row() -> None:
+    """All lanes are as wide as the widest: a long reply would make those of the others wide."""
+    backbone, lanes = _made("static")
+    lanes.join(_request(backbone.model, list(range(5, 15)), [[7, 8, 9]]), 20)
+    for _ in range(20):
+        lanes.decode([[3], [3]])
+    assert lanes.longest == max(lanes_of((TokenPrefix((7, 8, 9), place="reply"),), 10, (), 20)) == 33
+    assert lanes.capacity[0] >= 2
+
+
+@pytest.mark.parametrize("how", ["static", "recorded", "forward"])
+def test_what_is_no_number_stays_in_its_lane_and_goes_with_its_token(how: str) -> None:
+    """Also where lanes have tokens that are nobody's, because another has more rows."""
+    backbone, lanes = _made(how)
+    backbone.model.get_input_embeddings().weight[[0, 400]] = torch.nan  # 0 is what nobody feeds
+    first = list(range(5, 25))
+    lanes.join(_request(backbone.model, first, [[7, 8, 9]]), 1)
+    (row,) = lanes.join(_request(backbone.model, list(range(30, 40)), []), 1)
+    tokens = [[3], [3], [3]]
+    assert lanes.decode(tokens).isfinite().all()
+    tokens[row.index] = [400]
+    logits = lanes.decode(tokens)
+    assert [bool(one.isnan().any()) for one in logits] == [False, False, True]
+    lanes.rewind(row, 1)
+    for _ in range(3):
+        assert lanes.decode([[3]] * 3).isfinite().all()
+
+
 def test_memory_is_counted_by_what_is_shared() -> None:
     reply, front, system = (
         TokenPrefix((1,) * 10, place="reply", tail=7),
@@ -152,7 +197,8 @@ def test_memory_is_counted_by_what_is_shared() -> None:
     )
     assert lanes_of((), 100, (), 20) == [120]
     assert lanes_of((reply,), 100, (), 20) == [100 + 17 + 2 * 20]
-    assert lanes_of((reply,), 3, (), 20) == [3 + 13 + 2 * 20]
+    assert lanes_of((reply,), 3, (), 3) == [3 + 13 + 2 * 3]
+    assert lanes_of((reply,), 3, (), 20) == [23, 36]
     assert lanes_of((front, reply, reply), 100, (), 20) == [100 + 2 * 17 + 3 * 20, 125]
     assert lanes_of((front, system), 100, (130,), 20) == [120, 125, 150]
     # Two requests whose rows did not fit if each held the whole prompt.

@@ -12,7 +12,8 @@ from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_token
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model
 from transformers import DynamicCache
 
-from detox_guard.engine.torch.lanes import Held, Lanes
+from detox_guard.engine.torch.held import Held
+from detox_guard.engine.torch.lanes import Lanes
 from detox_guard.engine.torch.static import StaticStep, static_step
 from detox_guard.models.backbone import from_model
 
@@ -78,7 +79,7 @@ def filled(
 def join(rows: Lanes, model: PreTrainedModel, prompt: list[int]) -> None:
     cache = DynamicCache()
     model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True)
-    rows.join([Held([(layer.keys, layer.values) for layer in cache.layers])])
+    rows.join([Held([(layer.keys, layer.values) for layer in cache.layers])], 1)
 
 
 def whole(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -123,7 +124,7 @@ def test_what_is_no_number_stays_with_its_own_row() -> None:
         for buffers in held.layers:
             for one in buffers:
                 one.fill_(torch.nan)
-    rows.join(broken)
+    rows.join(broken, 1)
     assert rows.decode([[3], [3], [3]])[2].isnan().all()
     rows.rewind(rows.rows[0], 1)
     rows.rewind(rows.rows[1], 1)

@@ -31,6 +31,8 @@ __all__ = ["TOLERANCE", "largest_error"]
 TOLERANCE = 1e-4
 """The most that a probability may differ, in float32."""
 _LENGTHS = (19, 5, 11)
+_NEW = 1
+"""What the engine is told of how long replies become: so little that rows share their contexts."""
 
 
 @dataclass(eq=False)
@@ -68,7 +70,7 @@ def largest_error(backbone: Backbone, *, steps: int = 12, back: int = 5) -> floa
                 _take_back(runner, replies[1], back)
             for reply in replies:
                 if not reply.rows:
-                    reply.rows = runner.join(reply.saved)  # type: ignore[attr-defined]
+                    reply.rows = runner.join(reply.saved, _NEW)  # type: ignore[attr-defined]
             _decode(runner, replies)
         errors = [_error(model, streams, reply) for reply in replies]
         runner.close()

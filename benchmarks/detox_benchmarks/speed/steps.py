@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from detox_guard.engine.torch.held import Held
 from detox_guard.engine.torch.int4 import Int4Linear
-from detox_guard.engine.torch.lanes import Held, Lanes
+from detox_guard.engine.torch.lanes import Lanes
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.static import static_step
 from detox_guard.evaluation.machine import machine, versions
@@ -99,7 +100,7 @@ def _own_step(own: StaticStep, model: Any, rows: int) -> Callable[[], object]:
     cache = DynamicCache()
     model(input_ids=torch.full((1, CONTEXT), 100), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for _ in range(rows):
-        batch.join([Held([(layer.keys, layer.values) for layer in cache.layers])])
+        batch.join([Held([(layer.keys, layer.values) for layer in cache.layers])], 1)
 
     def step() -> None:
         batch.decode([[100]] * rows)

@@ -86,7 +86,7 @@ class LlamaRunner:
         desk.cut(0, 1)
         again = desk.read([second])
         behind = desk.read([first])
-        self.join([saved, saved])
+        self.join([saved, saved], 1)
         together = self.decode([[first], [second]])[:, 0]
         self.clear()
         for found, expected in ((again, wanted), (together[0], behind)):
@@ -124,7 +124,7 @@ class LlamaRunner:
     def rows(self) -> int:
         return len(self._rows)
 
-    def join(self, saved: Sequence[Saved]) -> list[Row]:
+    def join(self, saved: Sequence[Saved], new: int) -> list[Row]:
         return [self._join(one) for one in saved]
 
     def _join(self, saved: Saved) -> Row:

@@ -1,4 +1,4 @@
-"""The K/V cache of the running batch. Knows rows and slots; knows no requests, no streams, no sampling.
+"""A cache whose rows are aligned at their last slot, for models that make their own masks. Knows rows and slots.
 
 All rows share one slot counter and are right-aligned at it::
 

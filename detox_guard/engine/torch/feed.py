@@ -41,7 +41,7 @@ class Feed:
     width: int
     """All slots that are seen or written are below it."""
     table: Tensor
-    """`[some, slots]` bool: the slots that are a row's, also those that it has not come to yet."""
+    """`[some, slots]` bool: the slots that are a row's, also those that it has not come to yet, which lie behind."""
     rows: Tensor
     """`[rows]`: each row's place in the table."""
 

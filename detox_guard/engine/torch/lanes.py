@@ -7,9 +7,13 @@ lane, which holds the context once::
     lane 0  [c c c c c c c c c][b b b][a b a b a b . . . . . . . .]|
     lane 1  [c c c c][a a a a a a a a a a a a a a a . . . . . . . .]|
 
-A row sees the context (or the beginning of it), what it brought of its own (`b b b`), and its own places behind
-`start`, which its rows take by turns. So a rewind only shortens a row, and nothing is moved. What a row does not see is
-always finite (a NaN times a zero weight is still a NaN).
+A row sees the context (or the beginning of it), what it brought of its own (`b b b`), and its turns behind `start`. A
+later turn lies in a higher slot, so a token sees what is its row's up to its own slot. A rewind only shortens a row,
+and nothing is moved. What a row does not see must be finite, for a NaN times a zero weight is still a NaN: so one stays
+within its lane.
+
+Where the reply may become longer than the context, each row has a lane of its own, with a copy of the context: all
+lanes are as wide as the widest, and a step reads the turns of all rows of a lane.
 
 On a GPU a step is recorded once for so many lanes and slots (`graphs`), and rounded up to what was recorded.
 """
@@ -24,6 +28,7 @@ import torch
 
 from detox_guard.engine.runner import Row
 from detox_guard.engine.torch.feed import Feed, agree
+from detox_guard.engine.torch.held import Held
 from detox_guard.errors import StepError
 
 if TYPE_CHECKING:
@@ -32,44 +37,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.engine.torch.feed import Step
+    from detox_guard.engine.torch.held import LayerKV
 
-    LayerKV = Sequence[tuple[Tensor, Tensor]]
     Replay = Callable[[], Tensor]
     Record = Callable[[Replay], Replay]
 
-__all__ = ["Held", "Lanes"]
+__all__ = ["Lanes"]
 
 _log = logging.getLogger("detox_guard.engine")
 
 _MIN_SLOTS = 128
+"""The least slots of a lane."""
 _BUCKET = 256
 """The least slots that a step is recorded for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What a row holds, apart from the batch: keys and values of its own, behind what it sees of a context."""
-
-    layers: LayerKV
-    """Of its own: `[1, heads, slots, dim]` a layer."""
-    context: Held | None = None
-    """Rows with the same one share it. None: `layers` are themselves such a context."""
-    kept: int = 0
-    """The slots of the context that the row sees: the first of them."""
-
-    @property
-    def slots(self) -> int:
-        """Those that it holds itself: a context counts where it is held."""
-        return int(self.layers[0][0].shape[2])
 
 
 @dataclass(eq=False)
 class _Lane:
     index: int
     start: int
-    """Where the places begin that its rows take by turns,"""
+    """The first slot of the turns."""
     turns: int
-    """and how many rows there are to take them, those that have left included."""
+    """Rows that take turns, also those that have left."""
     places: list[_Place] = field(default_factory=list)
 
     @property
@@ -94,6 +83,10 @@ class _Place:
         """Those of its turns."""
         first = self.lane.start + self.turn
         return [first + said * self.lane.turns for said in range(begin, begin + count)]
+
+    def behind(self) -> list[int]:
+        """All its slots behind the context."""
+        return [*range(self.first, self.first + self.own), *self.slots(0, self.said)]
 
     def rewind(self, slots: int) -> list[int]:
         """Drop its last slots, and tell which of them nobody else sees."""
@@ -138,36 +131,36 @@ class Lanes:
         """The slots that the longest lane uses."""
         return max((lane.end for lane in self._lanes), default=0)
 
-    def join(self, held: Sequence[Held]) -> list[Row]:
-        """The rows of one request, which share what contexts they have in common."""
+    def join(self, held: Sequence[Held], new: int) -> list[Row]:
+        """The rows of one request, in the order of `held`. Rows share a context that is not shorter than `new`, the
+        tokens of its reply at the most."""
         roots = [one.context or one for one in held]
         rows: dict[int, Row] = {}
         for root in dict.fromkeys(roots):
             some = [i for i, other in enumerate(roots) if other is root]
-            rows |= zip(some, self._join(root, [held[i] for i in some]), strict=True)
+            for together in [some] if root.slots >= new else [[i] for i in some]:
+                rows |= zip(together, self._join(root, [held[i] for i in together]), strict=True)
         return [rows[i] for i in range(len(held))]
 
     def _join(self, root: Held, held: Sequence[Held]) -> list[Row]:
-        """Rows that share `root`, in a lane of their own."""
+        """Rows behind `root`, in one lane."""
         if not self._keys:
             self._keys = [k.new_zeros(0, k.shape[1], 0, k.shape[3]) for k, _ in root.layers]
             self._values = [v.new_zeros(0, v.shape[1], 0, v.shape[3]) for _, v in root.layers]
-        behind = [one for one in held if one is not root]
-        lane = _Lane(len(self._lanes), root.slots + sum(one.slots for one in behind), len(held))
-        self._reserve(len(self._lanes) + 1, max(lane.start, self.longest), len(self.rows) + len(held))
+        brought = [0 if one is root else one.slots - one.said for one in held]
+        lane = _Lane(len(self._lanes), root.slots + sum(brought), len(held))
+        end = lane.start + lane.turns * max(one.said for one in held)
+        self._reserve(len(self._lanes) + 1, max(end, self.longest), len(self.rows) + len(held))
         self._lanes.append(lane)
-        parts, joined = [root, *behind], []
-        for i, (k, v) in enumerate(zip(self._keys, self._values, strict=True)):
-            for buffer, which in ((k, 0), (v, 1)):
-                at = 0
-                for part in parts:
-                    buffer[lane.index, :, at : at + part.slots] = part.layers[i][which][0]
-                    at += part.slots
-                buffer[lane.index, :, at:] = 0
-        first = root.slots
-        for turn, one in enumerate(held):
-            kept, own = (root.slots, 0) if one is root else (one.kept, one.slots)
-            place = _Place(Row(len(self.rows), kept + own), lane, turn, kept, first, own)
+        for buffer in (*self._keys, *self._values):
+            buffer[lane.index] = 0
+        self._write(lane, range(root.slots), root.layers)
+        first, joined = root.slots, []
+        for turn, (one, own) in enumerate(zip(held, brought, strict=True)):
+            kept = root.slots if one is root else one.kept
+            place = _Place(Row(len(self.rows), kept + own + one.said), lane, turn, kept, first, own, one.said)
+            if one is not root:
+                self._write(lane, place.behind(), one.layers)
             first += own
             lane.places.append(place)
             self.rows.append(place.row)
@@ -176,6 +169,11 @@ class Lanes:
             joined.append(place.row)
         return joined
 
+    def _write(self, lane: _Lane, slots: Sequence[int], layers: LayerKV) -> None:
+        at: slice | list[int] = slice(slots.start, slots.stop) if isinstance(slots, range) else list(slots)
+        for k, v, (new_k, new_v) in zip(self._keys, self._values, layers, strict=True):
+            k[lane.index][:, at], v[lane.index][:, at] = new_k[0], new_v[0]
+
     def save(self, rows: Sequence[Row]) -> list[Held]:
         """What `join` takes to put the rows of one request back."""
         held: dict[Row, Held] = {}
@@ -183,8 +181,7 @@ class Lanes:
             places = [place for row in rows if (place := self._places[row]).lane is lane]
             context = Held(self._copy(lane, range(max(place.kept for place in places))))
             for place in places:
-                own = [*range(place.first, place.first + place.own), *place.slots(0, place.said)]
-                held[place.row] = Held(self._copy(lane, own), context, place.kept)
+                held[place.row] = Held(self._copy(lane, place.behind()), context, place.kept, place.said)
         return [held[row] for row in rows]
 
     def _copy(self, lane: _Lane, slots: Sequence[int]) -> LayerKV:
@@ -212,6 +209,8 @@ class Lanes:
         """The last lane takes the place of one that is empty."""
         last = self._lanes.pop()
         if last is lane:
+            if self._overflowed:  # a recorded step may read it
+                self._clean(lane, slice(None))
             return
         end = last.end
         for buffer in (*self._keys, *self._values):
@@ -229,10 +228,13 @@ class Lanes:
         dropped = place.rewind(slots)
         if brought:
             self._paint(place)
-        if self._overflowed and dropped:
-            at = torch.tensor(dropped)
-            for buffer in (*self._keys, *self._values):
-                buffer[place.lane.index, :, at.to(buffer.device)] = 0
+        if self._overflowed:
+            self._clean(place.lane, dropped)
+            self._clean(place.lane, slice(place.lane.end, None))  # also what was written for nobody
+
+    def _clean(self, lane: _Lane, slots: slice | list[int]) -> None:
+        for buffer in (*self._keys, *self._values):
+            buffer[lane.index][:, slots] = 0
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Feed `tokens[i]` to row i, to each as many; logits `[rows, tokens of a row, vocab]`. Every row is so many
@@ -287,32 +289,31 @@ class Lanes:
     def _feed(self, tokens: Sequence[Sequence[int]], lanes: int, width: int, even: bool) -> Feed:
         """What a step of so many lanes and slots is fed. `even`: each lane gets as many queries, some are nobody's."""
         count, most = len(tokens[0]), self._most
-        nobody = ([0] * count, [0] * count, [width - 1] * count)
-        fed: list[tuple[Sequence[int], Sequence[int], Sequence[int], int, int]] = []
+        fed: list[tuple[int, Row | None, list[int]]] = []
         lines: list[int] = []
         for index in range(lanes):
             places = self._lanes[index].places if index < len(self._lanes) else []
-            for place in places:
-                here = place.row.length
-                slots = place.slots(place.said, count)
-                fed.append((tokens[place.row.index], range(here, here + count), slots, index, place.row.index))
+            fed += [(index, place.row, place.slots(place.said, count)) for place in places]
             lines += range(index * most * count, (index * most + len(places)) * count)
             if even:
-                seen = places[0].row.index if places else 0
-                fed += [(*nobody, index, seen)] * (most - len(places))
-        ids, positions, slots_, lane_of, rows = (torch.tensor([*map(_plain, part)]) for part in zip(*fed, strict=True))
-        uneven = not even and len(lines) < lanes * most * count
+                # What is nobody's is what a row of the lane is fed, so it is as finite as that.
+                fed += [(index, places[0].row if places else None, [width - 1] * count)] * (most - len(places))
+        rows = [row for _, row, _ in fed]
+        starts = self._tensor([row.length if row else 0 for row in rows])
         return Feed(
-            ids.to(self._device),
-            positions.to(self._device),
-            slots_.to(self._device),
-            lane_of.to(self._device),
-            torch.tensor(lines, device=self._device) if uneven else None,
-            (lanes, most * count),
-            width,
-            self._table,
-            rows.to(self._device),
+            tokens=self._tensor([[*tokens[row.index]] if row else [0] * count for row in rows]),
+            positions=starts.unsqueeze(-1) + torch.arange(count, device=self._device),
+            slots=self._tensor([slots for _, _, slots in fed]),
+            lanes=self._tensor([index for index, _, _ in fed]),
+            lines=None if even or len(lines) == lanes * most * count else self._tensor(lines),
+            shape=(lanes, most * count),
+            width=width,
+            table=self._table,
+            rows=self._tensor([row.index if row else 0 for row in rows]),
         )
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
 
     def _replayed(self, record: Record, tokens: Sequence[Sequence[int]], width: int) -> Tensor:
         """A step as it was recorded for so many lanes and slots, or a bit more. The first of each kind is run,
@@ -330,6 +331,8 @@ class Lanes:
             return self._step(feed, self._keys, self._values)
 
         logits = run()
+        if not bool(logits.sum().isfinite()):
+            return logits  # nothing to compare with
         try:
             replay = record(run)
             good = agree(replay(), logits, self._keys[0].dtype)
@@ -375,10 +378,6 @@ class Lanes:
         self._table = self._table.new_zeros(max(rows, self._max_rows, len(self._table)), new_slots)
         for place in self._places.values():
             self._paint(place)
-
-
-def _plain(part: Sequence[int] | int) -> list[int] | int:
-    return part if isinstance(part, int) else list(part)
 
 
 def _power(number: int, least: int) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LayerKV = list[tuple["Tensor", "Tensor"]]
 Known = tuple["PromptIds", "Sequence[Sequence[tuple[Tensor, Tensor]]]"]
-"""A prompt that was computed, and each row's K/V by layers."""
+"""A prompt that was computed, and each row's K/V by layers, of a `reply` view what stands behind the context."""
 
 __all__ = ["Forward", "Prefill"]
 

@@ -10,11 +10,13 @@ from detox_guard.detoxifiers.base import lanes_of, most_beside
 from detox_guard.engine.runner import Computed, Room, RunnerLimits
 from detox_guard.engine.torch.forward_step import ForwardStep
 from detox_guard.engine.torch.graphs import recorder_for
-from detox_guard.engine.torch.lanes import Held, Lanes
+from detox_guard.engine.torch.held import Held
+from detox_guard.engine.torch.lanes import Lanes
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
 from detox_guard.engine.torch.static import static_step
+from detox_guard.errors import StepError
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import Bounds, PromptIds
     from detox_guard.engine.runner import Base, Row, Runner, Saved
-    from detox_guard.engine.torch.prefill import LayerKV
+    from detox_guard.engine.torch.held import LayerKV
     from detox_guard.models.backbone import Backbone
 
 __all__ = ["TorchRunner", "torch_runner"]
@@ -49,7 +51,7 @@ class TorchRunner:
         self.device: torch.device = self._forward.device
         with torch.inference_mode():
             step = None if backbone.spread else static_step(backbone.model)
-        # Only the short step does nothing that depends on its input but arithmetic, so only it is recorded.
+        # Only the short step can be recorded: it does nothing but arithmetic on its input.
         recorder = recorder_for(self.device) if bounds.cuda_graphs and step is not None else None
         self._lanes = Lanes(
             step or ForwardStep(self._forward), self.device, bounds.max_rows, bounds.max_cached_slots, recorder
@@ -83,10 +85,11 @@ class TorchRunner:
         ]
         return _Prefill(Prefill(self._forward, prompts, known), self._views)
 
-    def join(self, saved: Sequence[Saved]) -> list[Row]:
+    def join(self, saved: Sequence[Saved], new: int) -> list[Row]:
         held = [one for one in saved if isinstance(one, Held)]
-        assert len(held) == len(saved)
-        return self._lanes.join(held)
+        if len(held) != len(saved):
+            raise StepError("what was saved is of another runner")
+        return self._lanes.join(held, new)
 
     def save(self, rows: Sequence[Row]) -> list[Held]:
         return self._lanes.save(rows)
@@ -130,12 +133,12 @@ class _Prefill:
     def _held(self, rows: Sequence[LayerKV]) -> list[Held]:
         own = [[(_own(k), _own(v)) for k, v in layers] for layers in rows]
         generator = Held(own[0])
-        behind = [view.place == "reply" for view in self._views]
+        views = self._views if len(own) > 1 else ()
         return [
             generator,
             *(
-                Held(layers, generator, generator.slots) if shares else Held(layers)
-                for layers, shares in zip(own[1:], behind, strict=False)  # none if it is not steered
+                Held(layers, generator, generator.slots) if view.place == "reply" else Held(layers)
+                for layers, view in zip(own[1:], views, strict=True)
             ),
         ]
 

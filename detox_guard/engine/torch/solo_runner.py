@@ -68,7 +68,7 @@ class SoloRunner:
         # States cannot be cut, so nobody goes on from a base: `limits` says so.
         return _Prefill(SoloPrefill(self._reader, prompts))
 
-    def join(self, saved: Sequence[Saved]) -> list[Row]:
+    def join(self, saved: Sequence[Saved], new: int) -> list[Row]:
         return [self._join(one) for one in saved]
 
     def _join(self, saved: Saved) -> Row:

@@ -66,10 +66,12 @@ class _Layer:
 
 
 class StaticStep:
-    """The model as a `lanes.Step`. Raises what `_Unknown` names for a model it does not know.
+    """The model as a `feed.Step`. Raises what `_Unknown` names for a model it does not know.
 
     All methods expect `torch.inference_mode`.
     """
+
+    even = False
 
     def __init__(self, model: Any) -> None:
         config, kind = model.config, model.config.model_type
@@ -116,10 +118,8 @@ class StaticStep:
             rotates=bool(getattr(attention, "use_rope", True)),
         )
 
-    even = False
-
     def __call__(self, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """As `lanes.Step`. What a token does not see is not read, but must be finite."""
+        """As `feed.Step`. What a token does not see is not read, but must be finite."""
         (rows, count), (lanes, queries), width = feed.tokens.shape, feed.shape, feed.width
         shared = self.heads // self.kv_heads
         x = self._embed(feed.tokens)
@@ -196,22 +196,34 @@ def static_step(model: Any) -> StaticStep | None:
 
 
 def _as_the_model(step: StaticStep, model: Any) -> bool:
-    """Whether the last tokens of two rows, one longer than the other, get the logits that a whole pass gives them."""
-    lengths, last, device = (6, 4), 2, model.get_input_embeddings().weight.device
-    vocab = model.config.vocab_size
-    ids = (torch.arange(2 * (lengths[0] + last), device=device) * 37 + 5).view(2, -1) % vocab
+    """Whether the last two tokens of three rows get the logits that whole passes give them. The last two rows share a
+    context of four tokens, in the second lane; the first row is longer."""
+    device, vocab = model.get_input_embeddings().weight.device, model.config.vocab_size
+    ids = (torch.arange(24, device=device) * 37 + 5).view(3, 8) % vocab
+    ids[2, :4] = ids[1, :4]
     cache = DynamicCache()
     exact = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-    slots = torch.tensor([[length + i for i in range(last)] for length in lengths], device=device)
-    keys, values = ([getattr(layer, name).clone() for layer in cache.layers] for name in ("keys", "values"))
+    keys, values = ([getattr(layer, name)[:2].clone() for layer in cache.layers] for name in ("keys", "values"))
     for buffer in (*keys, *values):
-        for row, length in enumerate(lengths):
-            buffer[row, :, length:] = 0
-    lanes, width = torch.arange(2, device=device), ids.shape[1]
-    rows = lanes.unsqueeze(-1)
-    table = torch.ones(2, width, dtype=torch.bool, device=device)
-    feed = Feed(ids[rows, slots], slots, slots, lanes, None, (2, last), width, table, lanes)
-    return agree(step(feed, keys, values), exact[rows, slots], model.dtype)
+        buffer[0, :, 6:] = 0
+        buffer[1, :, 4:] = 0
+    positions = torch.tensor([[6, 7], [4, 5], [4, 5]], device=device)
+    table = torch.ones(3, 8, dtype=torch.bool, device=device)
+    table[1, [5, 7]] = False
+    table[2, [4, 6]] = False
+    rows = torch.arange(3, device=device)
+    feed = Feed(
+        tokens=ids[rows.unsqueeze(-1), positions],
+        positions=positions,
+        slots=torch.tensor([[6, 7], [4, 6], [5, 7]], device=device),
+        lanes=torch.tensor([0, 1, 1], device=device),
+        lines=torch.tensor([0, 1, 4, 5, 6, 7], device=device),
+        shape=(2, 4),
+        width=8,
+        table=table,
+        rows=rows,
+    )
+    return agree(step(feed, keys, values), exact[rows.unsqueeze(-1), positions], model.dtype)
 
 
 def _module(kind: str) -> str:
