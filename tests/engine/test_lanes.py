@@ -189,6 +189,36 @@ def test_what_is_no_number_stays_in_its_lane_and_goes_with_its_token(how: str) -
         assert lanes.decode([[3]] * 3).isfinite().all()
 
 
+def test_only_what_somebody_is_fed_decides_about_recordings() -> None:
+    """A recorded step is rounded up to lanes that are nobody's, where one that left may have kept what is no number."""
+    replays = []
+
+    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        out = run()
+
+        def replay() -> Tensor:
+            replays.append(out.copy_(run()))
+            out[3:] += 1.0
+            return out
+
+        return replay
+
+    backbone = make_tiny_backbone("llama", initializer_range=0.2)
+    step = static_step(backbone.model)
+    assert step is not None
+    lanes = Lanes(step, backbone.device, 16, 8192, record)
+    first, _, _, last = (lanes.join(_request(backbone.model, list(range(5, 15 + i)), []), 1)[0] for i in range(4))
+    backbone.model.get_input_embeddings().weight[400] = torch.nan
+    assert lanes.decode([[3], [3], [3], [400]])[3].isnan().all()
+    lanes.remove(first)  # the last lane takes its place
+    lanes.remove(last)
+    lanes.join(_request(backbone.model, [40, 41, 42], []), 1)
+    for _ in range(3):
+        assert lanes.decode([[3]] * 3).isfinite().all()
+    assert len(replays) == 3
+    assert all(one.isfinite().all() for one in replays)
+
+
 def test_memory_is_counted_by_what_is_shared() -> None:
     reply, front, system = (
         TokenPrefix((1,) * 10, place="reply", tail=7),
