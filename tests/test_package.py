@@ -29,6 +29,13 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_is_shown_as_code(page: Path) -> None:
+    """The site wants one word behind a fence, or none: what is marked `python` runs in the tests, `py` does not."""
+    fences = re.findall(r"^```.*$", page.read_text("utf-8"), re.MULTILINE)
+    assert [fence for fence in fences if not re.fullmatch(r"```\w*", fence)] == []
+
+
 def test_every_export_exists_and_nothing_else_is_promised() -> None:
     assert sorted(set(detox_guard.__all__)) == detox_guard.__all__ == dir(detox_guard)
     for name in detox_guard.__all__:
