@@ -39,7 +39,7 @@ def forced_nats(
     for begin in range(0, len(order), rows):
         alive = [i for i in order[begin : begin + rows] if replies[i]]
         longest = len(replies[order[begin]])
-        handles = list(runner.join([computed.rows[0]] * len(alive), longest))
+        handles = runner.join([computed.rows[0]] * len(alive), longest)
         logits = computed.logits[:1].expand(len(alive), -1)
         step = 0
         while alive:

@@ -34,8 +34,10 @@ class Queue:
 
     def admit(self, inside: Sequence[Request]) -> list[Request]:
         """Those who may join the requests that are inside: in arrival order, while there is room."""
-        rows = lanes = widest = 0
         admitted: list[Request] = []
+        if not self._waiting:
+            return admitted  # as in most steps
+        rows = lanes = widest = 0
         for request in inside:
             more, room = self._takes(request)
             rows, lanes, widest = rows + more, lanes + room.lanes, max(widest, room.slots)

@@ -24,9 +24,43 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RowCache", "RowLayer"]
+__all__ = ["OwnLayer", "RowCache", "RowLayer", "grown"]
 
 _MIN_SLOTS = 128
+
+
+def grown(
+    old: tuple[int, int], rows: int, slots: int, most: tuple[int, int], wished: tuple[int, int] = (0, 0)
+) -> tuple[int, int]:
+    """The capacity (rows, slots of each) that takes the place of `old`: for what is needed, with room to spare.
+
+    `wished`: a capacity to come near to. It is held to `most` (rows, slots in all), unless what is needed is more.
+    """
+    old_rows, old_slots = old
+    most_rows = min(most[0], most[1] // slots)
+    new_rows = old_rows if rows <= old_rows <= most_rows else max(rows, min(2 * old_rows, most_rows))
+    new_rows = max(new_rows, min(wished[0], most_rows))
+    # Growing by half again amortises the copy.
+    room = max(_MIN_SLOTS, slots * 3 // 2, old_slots if slots * 3 // 2 <= old_slots else 0, wished[1])
+    return new_rows, max(slots, min(room, most[1] // new_rows))
+
+
+class OwnLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer in memory of ours. Transformers makes nothing here, and only asks how much there is."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to make."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -185,12 +219,8 @@ class RowCache(Cache):  # type: ignore[misc]
         fits = rows <= old_rows and length <= self.end + right and self.end + right <= old_slots
         if fits:
             return
-        need = max(length, used + right)
-        most_rows = min(self._max_rows, self._max_slots // need)
-        new_rows = old_rows if rows <= old_rows <= most_rows else max(rows, min(2 * old_rows, most_rows))
-        # Growing by half again amortises the copy; moving left alone is enough while the batch uses little of it.
-        room = max(_MIN_SLOTS, need * 3 // 2, old_slots if need * 3 // 2 <= old_slots else 0)
-        new_slots = max(need, min(room, self._max_slots // new_rows))
+        need, most = max(length, used + right), (self._max_rows, self._max_slots)
+        new_rows, new_slots = grown(self.capacity, rows, need, most)
         end = max(length - right, used)
         for layer in self._slotted:
             for name in layer.buffers if layer.is_initialized else ():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
+
+from detox_guard.engine.torch.cache import OwnLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +36,12 @@ class ForwardStep:
         return logits.view(rows, count, -1)
 
 
-class _LaneLayer(CacheLayerMixin):  # type: ignore[misc]
+class _LaneLayer(OwnLayer):
     """One layer's buffers `[some, heads, some, dim]`, for one step."""
 
     def __init__(self, feed: Feed, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self._feed, self.keys, self.values = feed, keys, values
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to make."""
+        super().__init__(keys, values)
+        self._feed = feed
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         lanes, queries = self._feed.shape
@@ -57,9 +55,3 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self._feed.width - self._feed.shape[1]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._feed.width, 0
-
-    def get_max_length(self) -> int:
-        return -1

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from detox_guard.engine.runner import Row
+from detox_guard.engine.torch.cache import grown
 from detox_guard.engine.torch.feed import Feed, agree
 from detox_guard.engine.torch.held import Held
 from detox_guard.errors import StepError
@@ -46,8 +47,6 @@ __all__ = ["Lanes"]
 
 _log = logging.getLogger("detox_guard.engine")
 
-_MIN_SLOTS = 128
-"""The least slots of a lane."""
 _BUCKET = 256
 """The least slots that a step is recorded for."""
 
@@ -153,7 +152,7 @@ class Lanes:
         self._reserve(len(self._lanes) + 1, max(end, self.longest), len(self.rows) + len(held))
         self._lanes.append(lane)
         for buffer in (*self._keys, *self._values):
-            buffer[lane.index] = 0
+            buffer[lane.index, :, root.slots :] = 0
         self._write(lane, range(root.slots), root.layers)
         first, joined = root.slots, []
         for turn, (one, own) in enumerate(zip(held, brought, strict=True)):
@@ -170,7 +169,7 @@ class Lanes:
         return joined
 
     def _write(self, lane: _Lane, slots: Sequence[int], layers: LayerKV) -> None:
-        at: slice | list[int] = slice(slots.start, slots.stop) if isinstance(slots, range) else list(slots)
+        at = slice(slots.start, slots.stop) if isinstance(slots, range) else torch.tensor(slots, dtype=torch.long)
         for k, v, (new_k, new_v) in zip(self._keys, self._values, layers, strict=True):
             k[lane.index][:, at], v[lane.index][:, at] = new_k[0], new_v[0]
 
@@ -279,11 +278,11 @@ class Lanes:
 
     def _found(self, even: bool) -> list[int]:
         """Where in a step's feed each row is."""
-        found, at = [0] * len(self.rows), 0
+        found, at, most = [0] * len(self.rows), 0, self._most
         for lane in self._lanes:
             for i, place in enumerate(lane.places):
                 found[place.row.index] = at + i
-            at += self._most if even else len(lane.places)
+            at += most if even else len(lane.places)
         return found
 
     def _feed(self, tokens: Sequence[Sequence[int]], lanes: int, width: int, even: bool) -> Feed:
@@ -360,14 +359,9 @@ class Lanes:
         old_lanes, old_slots = self.capacity
         if lanes <= old_lanes and slots <= old_slots and rows <= len(self._table):
             return
-        most_lanes = min(self._max_rows, self._max_slots // slots)
-        new_lanes = old_lanes if lanes <= old_lanes <= most_lanes else max(lanes, min(2 * old_lanes, most_lanes))
-        # Growing by half again amortises the copy.
-        room = max(_MIN_SLOTS, slots * 3 // 2, old_slots if slots * 3 // 2 <= old_slots else 0)
-        if self._record is not None:
-            new_lanes = max(new_lanes, min(_power(lanes, 1), most_lanes))
-            room = max(room, _power(slots, _BUCKET))
-        new_slots = max(slots, min(room, self._max_slots // new_lanes))
+        wished = (0, 0) if self._record is None else (_power(lanes, 1), _power(slots, _BUCKET))
+        most = (self._max_rows, self._max_slots)
+        new_lanes, new_slots = grown(self.capacity, lanes, slots, most, wished)
         self._recorded.clear()
         used, width = len(self._lanes), self.longest
         for buffers in (self._keys, self._values):

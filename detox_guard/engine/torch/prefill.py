@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contexts
 from detox_guard.engine.base import shared
+from detox_guard.engine.torch.cache import OwnLayer
 from detox_guard.errors import StepError
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
     from detox_guard.detoxifiers.base import View
     from detox_guard.engine.base import PromptIds
+    from detox_guard.engine.torch.held import LayerKV
     from detox_guard.models.backbone import Backbone
 
-LayerKV = list[tuple["Tensor", "Tensor"]]
-Known = tuple["PromptIds", "Sequence[Sequence[tuple[Tensor, Tensor]]]"]
+Known = tuple["PromptIds", "Sequence[LayerKV]"]
 """A prompt that was computed, and each row's K/V by layers, of a `reply` view what stands behind the context."""
 
 __all__ = ["Forward", "Prefill"]
@@ -243,17 +244,8 @@ class Prefill:
             kv[i, v] = [(layer.own[0][at], layer.own[1][at]) for layer in cache.layers]
 
 
-class _BehindLayer(CacheLayerMixin):  # type: ignore[misc]
+class _BehindLayer(OwnLayer):
     """A layer with keys and values that were there before; what is computed behind them is kept apart, in `own`."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.own = (keys[:, :, :0], values[:, :, :0])
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to make."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.own = (key_states, value_states)
@@ -261,12 +253,6 @@ class _BehindLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[2])
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def layers_of(cache: DynamicCache) -> LayerKV:
