@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from concurrent.futures import as_completed
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from detox_guard import RequestCancelledError
 from langchain_core.runnables.config import get_config_list, get_executor_for_config
@@ -20,8 +19,13 @@ if TYPE_CHECKING:
     from detox_guard import Chunk, DecodingParams, DetoxiGen, Generation
     from langchain_core.runnables import RunnableConfig
 
+T = TypeVar("T")
+
 AT_ONCE = 256
 """Requests of one call under way together: well under the engine's queue, well over its batch."""
+
+_BREATH_S = 0.2
+"""The longest single wait for a result: Ctrl-C that comes right before a wait does not end it, and is met after it."""
 
 
 def stream(detoxigen: DetoxiGen, prompt: Any, params: DecodingParams) -> Generator[Chunk, None, None]:
@@ -73,6 +77,7 @@ def each(
     if len(inputs) == 1:
         yield one(0, inputs[0], configs[0])
         return
+    finished: queue.SimpleQueue[Future[tuple[int, Any]]] = queue.SimpleQueue()
     with get_executor_for_config(configs[0]) as pool, _Requests() as requests:
         token = _batch.set(requests)  # each thread runs in a copy of this context
         try:
@@ -80,11 +85,19 @@ def each(
         finally:
             _batch.reset(token)
         try:
-            for done in as_completed(futures):
-                yield done.result()
+            for future in futures:
+                future.add_done_callback(finished.put)
+            for _ in futures:
+                yield _next(finished).result()
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _next(finished: queue.SimpleQueue[Future[T]]) -> Future[T]:
+    while True:
+        with suppress(queue.Empty):
+            return finished.get(timeout=_BREATH_S)
 
 
 def wide(config: RunnableConfig | Sequence[RunnableConfig] | None, count: int) -> list[RunnableConfig]:

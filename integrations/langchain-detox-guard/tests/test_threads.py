@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,14 +30,24 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupt_at(active: int, detoxigen: ScriptedDetoxiGen) -> threading.Thread:
-    def wait() -> None:
-        detoxigen.wait_for(active)
-        os.kill(os.getpid(), signal.SIGINT)
+@contextmanager
+def interrupt_at(active: int, detoxigen: ScriptedDetoxiGen) -> Iterator[None]:
+    """Ctrl-C as soon as so many are under way; and again, should Python swallow it (in a weak reference's callback)."""
+    over = threading.Event()
 
-    thread = threading.Thread(target=wait)
+    def press() -> None:
+        detoxigen.wait_for(active)
+        while not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            over.wait(5)
+
+    thread = threading.Thread(target=press)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("around", ["model", "chain", "retry", "bound", "completed", "queued", "streamed"])
@@ -57,11 +68,8 @@ def test_an_interrupt_ends_a_batch_and_frees_its_seats(kind: Any, around: str) -
         else:
             runnable.batch(["a", "b", "c"], config, return_exceptions=apart)
 
-    with detoxigen.hold():
-        thread = interrupt_at(2 if around == "queued" else 3, detoxigen)
-        with pytest.raises(KeyboardInterrupt):
-            ask()
-        thread.join()
+    with detoxigen.hold(), interrupt_at(2 if around == "queued" else 3, detoxigen), pytest.raises(KeyboardInterrupt):
+        ask()
     assert detoxigen.active == 0
     assert len(detoxigen.calls) <= 3
 
