@@ -50,6 +50,14 @@ class Running(NamedTuple):
     """Virtual tokens can be fed. Not where layers look the token ids up once more."""
     first_position: int = 0
     """The position of a row's first token."""
+    windows: tuple[tuple[str, int | None], ...] = ()
+    """Where the engine's masks serve layers with windows: each layer's kind, and how many tokens back it sees, itself
+    among them (None: all). Each kind has a mask. Empty where all layers see everything."""
+
+    @property
+    def view_kinds(self) -> frozenset[Literal["embeddings", "tokens"]]:
+        """What a view may be made of."""
+        return frozenset({"embeddings", "tokens"} if self.takes_embeddings else {"tokens"})
 
 
 _ROW_LAYERS = {
@@ -57,6 +65,24 @@ _ROW_LAYERS = {
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
+_WINDOWED = {
+    "afmoe", "beam", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "exaone4", "exaone_moe", "flint",
+    "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa",
+    "kolibri1", "mimo_v2_flash", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "olmo3",
+    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "vaultgemma",
+}  # fmt: skip
+"""Types with windows that take a mask from outside, one for each kind of layer where there are several. Others make
+their own."""
+_THROUGH = {
+    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl",
+    "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe",
+    "glm_ocr", "glmga", "got_ocr2", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2",
+    "idefics3", "internvl", "janus", "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "minimax_m3_vl", "mistral3", "molmo2", "muse_glimmer", "muse_spark", "ovis2", "paddleocr_vl",
+    "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker",
+    "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava",
+}  # fmt: skip
+"""Types of text and images that hand masks and positions on to their text model as they are."""
 _ALONE = frozenset(
     {"llama4", "llama4_text", "roformer", "trocr", "ctrl", "git", "mllama_text_model", "minimax", "qwen4_exp_text"}
     | {"glm5_next_text"}
@@ -154,7 +180,18 @@ def running_of(model: PreTrainedModel) -> Running:
         stepwise=kind in _STEPWISE,
         takes_embeddings=_takes_embeddings(config, takes),
         first_position=int(text.pad_token_id or 0) + 1 if kind in _PAD_FIRST else 0,
+        windows=windows_of(text),
     )
+
+
+def windows_of(config: PreTrainedConfig) -> tuple[tuple[str, int | None], ...]:
+    """`Running.windows` of a text model's config: empty also where a kind of layer has several windows."""
+    from transformers import DynamicCache
+
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    kinds = getattr(config, "layer_types", None) or [str(window) for window in windows]
+    layers = tuple(zip(kinds, windows, strict=False))
+    return layers if any(windows) and len(set(layers)) == len(set(kinds)) else ()
 
 
 def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
@@ -166,10 +203,16 @@ def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
     names = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if text.model_type in _ALONE or not names <= _ROW_LAYERS:
         return "alone"
-    own = text is not config or text.model_type in _PAD_FIRST or getattr(text, "alibi", False)
+    own = (
+        (text is not config and config.model_type not in _THROUGH)
+        or text.model_type in _PAD_FIRST
+        or getattr(text, "alibi", False)
+    )
     if own or "position_ids" not in takes or "local" in getattr(text, "attention_layers", ()):
         return "rows"
-    return "padded" if names == {"DynamicLayer"} else "rows"
+    if names == {"DynamicLayer"}:
+        return "padded"
+    return "padded" if text.model_type in _WINDOWED and windows_of(text) else "rows"
 
 
 def _takes_embeddings(config: PreTrainedConfig, takes: Container[str]) -> bool:

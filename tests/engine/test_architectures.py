@@ -49,8 +49,10 @@ def test_every_row_is_that_of_a_whole_pass(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        ("gemma3", "rows"),  # a wrapper, run as it was loaded
-        ("qwen3_vl", "rows"),  # one that transformers does not count among the causal models
+        ("gpt_oss", "padded"),  # windows, and sinks
+        ("gemma3n_text", "rows"),  # windows, and layers that read the keys of others
+        ("gemma3", "padded"),  # a wrapper, run as it was loaded
+        ("qwen3_vl", "padded"),  # one that transformers does not count among the causal models
         ("bloom", "rows"),  # ALiBi
         ("mamba", "rows"),  # a recurrence that must be read token by token
         ("deepseek_v32", "rows"),  # sparse attention with an indexer's keys

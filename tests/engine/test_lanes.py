@@ -37,19 +37,35 @@ def _inference() -> Iterator[None]:
         yield
 
 
+ALTERNATING = {
+    "sliding_window": 5,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+SHAPES: dict[str, Any] = {
+    "static": ("llama",),
+    "static, windows": ("qwen3", ALTERNATING),
+    "recorded": ("llama",),
+    "recorded, windows": ("mistral", {"sliding_window": 5}),
+    "forward": ("llama",),
+    "forward, windows": ("gemma2", {"sliding_window": 5}),
+    "gpt2": ("gpt2",),
+}
+"""How a step is made, and of what model."""
+
+
 def _recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     out = run()
     return lambda: out.copy_(run())
 
 
 def _made(how: str) -> tuple[Backbone, Lanes]:
-    if how == "gpt2":
-        backbone = from_model(tiny_model(tiny_config("gpt2")), tiny_tokenizer(), id="tiny-gpt2")
-        return backbone, Lanes(ForwardStep(Forward(backbone, [])), backbone.device, 16, 8192)
-    backbone = make_tiny_backbone("llama", initializer_range=0.2)
-    step = ForwardStep(Forward(backbone, [])) if how == "forward" else static_step(backbone.model)
+    shape, *fields = SHAPES[how]
+    backbone = from_model(tiny_model(tiny_config(shape, **dict(*fields))), tiny_tokenizer(), id=f"tiny-{shape}")
+    own = how.startswith(("static", "recorded"))
+    step = static_step(backbone.model) if own else ForwardStep(Forward(backbone, []))
     assert step is not None
-    return backbone, Lanes(step, backbone.device, 16, 8192, _recorded if how == "recorded" else None)
+    return backbone, Lanes(step, backbone.device, 16, 8192, _recorded if how.startswith("recorded") else None)
 
 
 def _layers(model: Any, ids: list[int], first: int) -> list[tuple[Tensor, Tensor]]:
@@ -65,7 +81,7 @@ def _request(model: Any, context: list[int], behind: list[list[int]]) -> list[He
     return [root, *(Held(_layers(model, context + own, len(context)), root, root.slots) for own in behind)]
 
 
-@pytest.mark.parametrize("how", ["static", "recorded", "forward", "gpt2"])
+@pytest.mark.parametrize("how", SHAPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_those_of_whole_passes_whatever_they_do(how: str, seed: int) -> None:
     """Requests with none, one and two views join, step, are rewound, step aside, come back and leave."""

@@ -58,7 +58,7 @@ def test_what_is_shared_is_not_computed_again(kit: Kit, views: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", ["r", "fr", "fbSeT"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_what_goes_on_equals_the_oracle(kind: str, kinds: str) -> None:
     """Views of every place, one prompt behind the other: all but the first go on from another, or from part of it."""
     backbone = make_tiny_backbone(kind, initializer_range=0.2)

@@ -28,8 +28,10 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
     ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 6}),
     ("qwen2", FULL),
     ("qwen3", FULL),
+    ("qwen3", {}),  # every other layer has a window
     ("phi3", {"sliding_window": None}),
     (
         "phi3",

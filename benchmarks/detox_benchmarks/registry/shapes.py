@@ -82,11 +82,12 @@ _BERTS = (
 )  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in _BERTS},
-    **{kind: {"sliding_window": 8} for kind in ("mistral", "starcoder2", "mixtral", "phi3")},
+    **{kind: {"sliding_window": 8} for kind in ("mistral", "ministral3", "starcoder2", "mixtral", "phi3", "phimoe")},
     **{
         kind: {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "layer_types": _ALTERNATING}
         for kind in ("qwen2", "qwen2_moe", "qwen3")
     },
+    "qwen3_moe": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
     **{kind: {"head_dim": 8} for kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     **{kind: {"logit_scale": 1.0} for kind in ("cohere", "cohere2", "cohere2_moe")},

@@ -41,14 +41,17 @@ class Feed:
     width: int
     """All slots that are seen or written are below it."""
     table: Tensor
-    """`[some, slots]` bool: the slots that are a row's, also those that it has not come to yet, which lie behind."""
+    """`[some, slots]`: the position in a row of each slot that is the row's, also of those that it has not come to yet,
+    which lie behind; -1 for others."""
     rows: Tensor
     """`[rows]`: each row's place in the table."""
 
-    def seen(self) -> Tensor:
-        """`[rows, n, width]` bool: the slots that each token sees, its own among them."""
-        own = self.table[self.rows, : self.width].unsqueeze(1)
-        return own & (torch.arange(self.width, device=own.device) <= self.slots.unsqueeze(-1))
+    def seen(self, window: int | None = None) -> Tensor:
+        """`[rows, n, width]` bool: the slots that each token sees, its own among them, in a layer with that window."""
+        places = self.table[self.rows, : self.width].unsqueeze(1)
+        behind = torch.arange(self.width, device=places.device) <= self.slots.unsqueeze(-1)
+        nearest = 0 if window is None else (self.positions.unsqueeze(-1) - window + 1).clamp_min(0)
+        return behind & (places >= nearest)
 
     def spread(self, x: Tensor) -> Tensor:
         """`x` `[tokens, ...]` as queries `[lanes * queries, ...]`, zeros where a lane has fewer."""

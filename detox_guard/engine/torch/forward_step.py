@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache
 
+from detox_guard.engine.torch.attention import packed
 from detox_guard.engine.torch.cache import OwnLayer
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ class ForwardStep:
 
     def __call__(self, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         rows, count = feed.tokens.shape
-        mask = feed.seen().view(*feed.shape, feed.width).unsqueeze(1)
+
+        def seen(window: int | None) -> Tensor:
+            return feed.seen(window).view(*feed.shape, feed.width).unsqueeze(1)
+
         cache = Cache(layers=[_LaneLayer(feed, k, v) for k, v in zip(keys, values, strict=True)])
         ids, positions = feed.tokens.view(feed.shape), feed.positions.view(feed.shape)
-        logits = self._forward.run(cache, positions, ids=ids, mask=mask, last=feed.shape[1])
+        with packed():
+            logits = self._forward.run(cache, positions, ids=ids, seen=seen, last=feed.shape[1])
         return logits.view(rows, count, -1)
 
 

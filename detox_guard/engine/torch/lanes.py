@@ -120,7 +120,7 @@ class Lanes:
         self._places: dict[Row, _Place] = {}
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._table = torch.zeros(0, 0, dtype=torch.bool, device=device)
+        self._table = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._overflowed = False
         """A step gave what is no number, so what a rewind drops may hold some."""
         self._recorded: dict[tuple[int, ...], tuple[Feed, Replay]] = {}
@@ -347,12 +347,16 @@ class Lanes:
         return logits
 
     def _paint(self, place: _Place) -> None:
-        """Write down which slots are a row's."""
+        """Write down which slots are a row's, and where in the row."""
         line = self._table[place.row.index]
-        line.zero_()
-        line[: place.kept] = True
-        line[place.first : place.first + place.own] = True
-        line[place.lane.start + place.turn :: place.lane.turns] = True
+        line.fill_(-1)
+        begin = place.lane.start + place.turn
+        for slots, before in (
+            (line[: place.kept], 0),
+            (line[place.first : place.first + place.own], place.kept),
+            (line[begin :: place.lane.turns], place.kept + place.own),
+        ):
+            slots.copy_(torch.arange(before, before + len(slots)))
 
     def _reserve(self, lanes: int, slots: int, rows: int = 0) -> None:
         """Room for so many lanes of up to so many slots, and for so many rows."""

@@ -8,6 +8,7 @@ view reads the prompt's K/V where the generator's row has them, and holds only w
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from detox_guard.engine.torch.held import LayerKV
     from detox_guard.models.backbone import Backbone
 
+Seen = Callable[[int | None], "Tensor"]
+"""The mask `[rows, 1, q, slots]` bool of layers that see so many tokens back, or all (None)."""
 Known = tuple["PromptIds", "Sequence[LayerKV]"]
 """A prompt that was computed, and each row's K/V by layers, of a `reply` view what stands behind the context."""
 
@@ -49,6 +52,7 @@ class Forward:
             else view
             for view in views
         ]
+        self._windows = dict(backbone.running.windows) or {"": None}
         # `eager` attention adds its mask to the scores; `sdpa` takes a boolean one.
         self._additive = getattr(self.model.config, "_attn_implementation", "sdpa") == "eager"
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -72,18 +76,15 @@ class Forward:
         *,
         ids: Tensor | None = None,
         embeds: Tensor | None = None,
-        mask: Tensor | None = None,
+        seen: Seen | None = None,
         last: int = 1,
     ) -> Tensor:
-        """One forward pass; float32 logits `[rows, last, vocab]` of the last columns. `mask` is `[rows, 1, q, slots]`
-        bool."""
-        if mask is not None and self._additive:
-            dtype = next(self.model.parameters()).dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        """One forward pass; float32 logits `[rows, last, vocab]` of the last columns. Without `seen` there is one row,
+        and the model makes its own masks."""
         out = self.model(
             input_ids=ids,
             inputs_embeds=embeds,
-            attention_mask=None if mask is None else mask.to(self.device),
+            attention_mask=None if seen is None else self._mask(seen),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -91,6 +92,17 @@ class Forward:
         )
         # A copy, so that callers may write to it and the full-width logits are freed.
         return out.logits[:, -last:].to(torch.float32, copy=True)  # type: ignore[no-any-return]
+
+    def _mask(self, seen: Seen) -> Tensor | dict[str, Tensor]:
+        """What the model takes: one mask for all layers, or one for each kind of layer."""
+        masks = {kind: self._form(seen(window)) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _form(self, mask: Tensor) -> Tensor:
+        if self._additive:
+            dtype = next(self.model.parameters()).dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask.to(self.device)
 
 
 class Prefill:
@@ -162,20 +174,9 @@ class Prefill:
     def advance(self, tokens: int) -> bool:
         """Compute up to `tokens` more columns; True when the prompts are in."""
         lo, hi = self.done_tokens, min(self.total, self.done_tokens + tokens)
-        device = self.forward.device
-        columns = torch.arange(lo, hi, device=device)
-        positions = (self._prefix_lens.unsqueeze(-1) + columns - self._pads.unsqueeze(-1)).clamp_min(0)
-        slots = torch.arange(self._prefix + hi, device=device)
-        valid = torch.where(
-            slots < self._prefix,
-            slots >= self._prefix - self._prefix_lens.unsqueeze(-1),
-            slots - self._prefix >= self._pads.unsqueeze(-1),
-        )
-        here = slots == (columns + self._prefix).unsqueeze(-1)
-        causal = slots <= (columns + self._prefix).unsqueeze(-1)
-        # A padding query still attends to itself, or its softmax would be 0/0 and the NaN would spread.
-        mask = (valid.unsqueeze(1) & causal | here).unsqueeze(1)
-        self._logits = self.forward.run(self._cache, positions, ids=self._ids[:, lo:hi], mask=mask)[:, 0]
+        places = _places(self._prefix, self._prefix_lens, self._pads, hi)
+        positions, seen = _fed(places, self._prefix + lo)
+        self._logits = self.forward.run(self._cache, positions, ids=self._ids[:, lo:hi], seen=seen)[:, 0]
         self.done_tokens = hi
         return hi == self.total
 
@@ -230,14 +231,9 @@ class Prefill:
                 for layer in range(len(kv[asked[0], -1]))
             ]
         )
-        # Padding stands left of the context, and between it and what is added.
-        columns, slots = torch.arange(new, device=device), torch.arange(longest + new, device=device)
-        gap = (new - added).unsqueeze(-1)
-        positions = (lengths.unsqueeze(-1) + columns - gap).clamp_min(0)
-        valid = torch.where(slots < longest, slots >= longest - lengths.unsqueeze(-1), slots - longest >= gap)
-        here = slots == (longest + columns).unsqueeze(-1)
-        causal = slots <= (longest + columns).unsqueeze(-1)
-        out = self.forward.run(cache, positions, mask=(valid.unsqueeze(1) & causal | here).unsqueeze(1), **inputs)
+        gap = new - added
+        positions, seen = _fed(_places(longest, lengths, gap, new), longest)
+        out = self.forward.run(cache, positions, seen=seen, **inputs)
         for row, i in enumerate(asked):
             logits[i, v] = out[row, 0]
             at = slice(row, row + 1), slice(None), slice(int(gap[row]), None)
@@ -253,6 +249,30 @@ class _BehindLayer(OwnLayer):
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[2])
+
+
+def _places(edge: int, before: Tensor, gap: Tensor, new: int) -> Tensor:
+    """Each slot's position in its row `[rows, edge + new]`, -1 for padding. What a row had before, so many slots, ends
+    at `edge`; so many slots behind it are padding again."""
+    slots = torch.arange(edge + new, device=before.device)
+    place = slots - (edge - before).unsqueeze(-1)
+    gap = gap.unsqueeze(-1)
+    return torch.where(slots < edge, place, torch.where(slots - edge < gap, -1, place - gap)).clamp_min(-1)
+
+
+def _fed(places: Tensor, first: int) -> tuple[Tensor, Seen]:
+    """For the tokens in the slots from `first` on: their positions, and what they see."""
+    fed = places[:, first:]
+
+    def seen(window: int | None) -> Tensor:
+        slots = torch.arange(places.shape[1], device=places.device)
+        own = slots[first:].unsqueeze(-1)
+        nearest = torch.zeros_like(fed) if window is None else (fed - window + 1).clamp_min(0)
+        mask = (slots <= own) & (places.unsqueeze(1) >= nearest.unsqueeze(-1))
+        # A padding query still attends to itself, or its softmax would be 0/0 and the NaN would spread.
+        return (mask | (slots == own)).unsqueeze(1)
+
+    return fed.clamp_min(0), seen
 
 
 def layers_of(cache: DynamicCache) -> LayerKV:

@@ -1,6 +1,6 @@
 """Running a backbone that makes its own masks: one row's tokens behind its past, or one token a row. Knows no requests.
 
-Used where padding and hand-made masks would not be exact: windows, chunks, recurrences, ALiBi, caches of other kinds.
+Used where padding and hand-made masks would not be exact: chunks, recurrences, ALiBi, caches of other kinds.
 Rows that can be batched are (a 2-D mask says what is padding; each model turns it into masks of its own); where that is
 not exact either, each row has a pass of its own.
 """

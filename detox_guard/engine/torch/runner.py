@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detox_guard.detoxifiers.base import lanes_of, most_beside
+from detox_guard.detoxifiers.base import EmbeddingPrefix, lanes_of, most_beside
 from detox_guard.engine.runner import Computed, Room, RunnerLimits
 from detox_guard.engine.torch.forward_step import ForwardStep
 from detox_guard.engine.torch.graphs import recorder_for
@@ -16,7 +16,7 @@ from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.prefill import Forward, Prefill
 from detox_guard.engine.torch.solo_runner import SoloRunner
 from detox_guard.engine.torch.static import static_step
-from detox_guard.errors import StepError
+from detox_guard.errors import StepError, UnsupportedBackboneError
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ AT_ONCE = 8
 
 
 def torch_runner(backbone: Backbone, views: Sequence[View], bounds: Bounds) -> Runner:
-    """The runner that is exact for this backbone."""
+    """The runner that is exact for this backbone. Raises `UnsupportedBackboneError` for a view that it cannot take."""
+    if not backbone.running.takes_embeddings and any(isinstance(view, EmbeddingPrefix) for view in views):
+        raise UnsupportedBackboneError(
+            f"{backbone.id}: every layer looks its token ids up, and virtual tokens have none",
+            hint="Steer it by a text instead of a soft prompt.",
+        )
     return (TorchRunner if backbone.running.layout == "padded" else SoloRunner)(backbone, views, bounds)
 
 
@@ -61,7 +66,7 @@ class TorchRunner:
         self.limits = RunnerLimits(
             backbone.vocab_size,
             backbone.max_positions,
-            frozenset({"embeddings", "tokens"}),
+            backbone.running.view_kinds,
             continues=True,
             at_once=AT_ONCE,
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from detox_guard.detoxifiers.base import EmbeddingPrefix, most_beside
+from detox_guard.detoxifiers.base import most_beside
 from detox_guard.engine.runner import Computed, Room, RunnerLimits, rows_for
 from detox_guard.engine.torch.alone import AloneRows
 from detox_guard.engine.torch.packing import can_pack, pack_linears
 from detox_guard.engine.torch.reader import Reader
 from detox_guard.engine.torch.solo import SoloPrefill
 from detox_guard.engine.torch.states import Past, StateCache
-from detox_guard.errors import UnsupportedBackboneError
 from detox_guard.models.quantization import INT4
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from detox_guard.detoxifiers.base import View
-    from detox_guard.engine.base import Bounds, PromptIds, ViewKind
+    from detox_guard.engine.base import Bounds, PromptIds
     from detox_guard.engine.runner import Base, Row, Saved
     from detox_guard.models.backbone import Backbone
 
@@ -32,11 +31,6 @@ class SoloRunner:
     """Runs a backbone and its views (a `Runner`), each prompt alone; rows share a pass where its layout lets them."""
 
     def __init__(self, backbone: Backbone, views: Sequence[View], bounds: Bounds) -> None:
-        if not backbone.running.takes_embeddings and any(isinstance(view, EmbeddingPrefix) for view in views):
-            raise UnsupportedBackboneError(
-                f"{backbone.id}: every layer looks its token ids up, and virtual tokens have none",
-                hint="Steer it by a text instead of a soft prompt.",
-            )
         if bounds.pack_weights and can_pack(backbone.model):
             pack_linears(backbone.model, smallest=backbone.quantization == INT4)
         self._reader = Reader(backbone, views)
@@ -49,10 +43,7 @@ class SoloRunner:
         self.device: torch.device = self._reader.device
         self.weights = tuple(view.weight for view in views)
         self._beside = most_beside(views)
-        kinds: frozenset[ViewKind] = frozenset({"tokens"})
-        if backbone.running.takes_embeddings:
-            kinds |= {"embeddings"}
-        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, kinds)
+        self.limits = RunnerLimits(backbone.vocab_size, backbone.max_positions, backbone.running.view_kinds)
 
     @property
     def rows(self) -> int:

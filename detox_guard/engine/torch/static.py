@@ -21,6 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from detox_guard.engine.torch.feed import Feed, agree
+from detox_guard.models.checks import windows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
@@ -63,6 +64,8 @@ class _Layer:
     mlp: nn.Module
     scaling: float
     rotates: bool
+    window: int | None
+    """How many tokens back it sees, itself among them; None: all."""
 
 
 class StaticStep:
@@ -93,9 +96,11 @@ class StaticStep:
         self._scale = float(getattr(config, "embedding_multiplier", 1.0))
         self._share = float(getattr(config, "residual_multiplier", 1.0))
         self._divide = float(getattr(config, "logits_scaling", 1.0))
-        self._layers = [self._layer(layer, kind) for layer in inner.layers[: config.num_hidden_layers]]
+        layers = inner.layers[: config.num_hidden_layers]
+        windows = [window for _, window in windows_of(config)] or [None] * len(layers)
+        self._layers = [self._layer(layer, kind, seen) for layer, seen in zip(layers, windows, strict=True)]
 
-    def _layer(self, layer: Any, kind: str) -> _Layer:
+    def _layer(self, layer: Any, kind: str, window: int | None) -> _Layer:
         names = _FAMILIES[kind]
         _whole(layer, kind, {"self_attn", "mlp"} | {name for name in names if name}, _IDLE)
         attention = layer.self_attn
@@ -116,6 +121,7 @@ class StaticStep:
             mlp=layer.mlp,
             scaling=float(attention.scaling),
             rotates=bool(getattr(attention, "use_rope", True)),
+            window=window,
         )
 
     def __call__(self, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -128,10 +134,7 @@ class StaticStep:
         cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, feed.positions))
         half = cos.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        seen = feed.seen().flatten(0, 1)
-        mask = feed.spread(torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf")))
-        # One line a query of a key's head: token by token, and of each token the heads that share it.
-        mask = mask.unsqueeze(1).expand(-1, shared, -1).reshape(lanes, 1, queries * shared, width)
+        masks = {window: self._mask(feed, window, x.dtype) for window in {layer.window for layer in self._layers}}
         at = feed.lanes.unsqueeze(-1)
         for layer, k, v in zip(self._layers, keys, values, strict=True):
             before, behind, before_mlp, behind_mlp = layer.norms
@@ -146,7 +149,7 @@ class StaticStep:
                 query.transpose(1, 2).reshape(lanes, self.kv_heads, queries * shared, self.head_dim),
                 k[:lanes, :, :width],
                 v[:lanes, :, :width],
-                attn_mask=mask,
+                attn_mask=masks[layer.window],
                 scale=layer.scaling,
             )
             found = found.reshape(lanes, self.kv_heads, queries, shared * self.head_dim).transpose(1, 2)
@@ -157,6 +160,15 @@ class StaticStep:
         if self._divide != 1:
             logits = logits / self._divide
         return logits.float()  # type: ignore[no-any-return]
+
+    def _mask(self, feed: Feed, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`[lanes, 1, queries of a key's head, slots]`, to be added: token by token, and of each token the heads that
+        share a key."""
+        (lanes, queries), shared = feed.shape, self.heads // self.kv_heads
+        seen = feed.seen(window).flatten(0, 1)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        mask = feed.spread(mask).unsqueeze(1).expand(-1, shared, -1)
+        return mask.reshape(lanes, 1, queries * shared, feed.width)
 
     def _project(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys `[rows, n, heads + kv heads, head dim]`, values `[rows, n, kv heads, head dim]`."""
@@ -208,9 +220,9 @@ def _as_the_model(step: StaticStep, model: Any) -> bool:
         buffer[0, :, 6:] = 0
         buffer[1, :, 4:] = 0
     positions = torch.tensor([[6, 7], [4, 5], [4, 5]], device=device)
-    table = torch.ones(3, 8, dtype=torch.bool, device=device)
-    table[1, [5, 7]] = False
-    table[2, [4, 6]] = False
+    # The rows that share a lane take turns behind its fourth slot.
+    turns = [[*range(8)], [0, 1, 2, 3, 4, -1, 5, -1], [0, 1, 2, 3, -1, 4, -1, 5]]
+    table = torch.tensor(turns, device=device)
     rows = torch.arange(3, device=device)
     feed = Feed(
         tokens=ids[rows.unsqueeze(-1), positions],
