@@ -68,8 +68,9 @@ _ROW_LAYERS = {
 _WINDOWED = {
     "afmoe", "beam", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "exaone4", "exaone_moe", "flint",
     "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa",
-    "kolibri1", "mimo_v2_flash", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "olmo3",
-    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "vaultgemma",
+    "kolibri1", "mimo_v2_flash", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder",
+    "muse_glimmer_text", "muse_spark_text", "olmo3", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "starcoder2", "vaultgemma",
 }  # fmt: skip
 """Types with windows that take a mask from outside, one for each kind of layer where there are several. Others make
 their own."""
@@ -175,12 +176,13 @@ def running_of(model: PreTrainedModel) -> Running:
     config, takes = model.config, inspect.signature(model.forward).parameters
     text = config.get_text_config(decoder=True)
     kind = str(text.model_type)
+    layout = _layout(config, takes)
     return Running(
-        layout=_layout(config, takes),
+        layout=layout,
         stepwise=kind in _STEPWISE,
         takes_embeddings=_takes_embeddings(config, takes),
         first_position=int(text.pad_token_id or 0) + 1 if kind in _PAD_FIRST else 0,
-        windows=windows_of(text),
+        windows=windows_of(text) if layout == "padded" else (),
     )
 
 

@@ -52,6 +52,8 @@ def test_every_row_is_that_of_a_whole_pass(kind: str) -> None:
         ("gpt_oss", "padded"),  # windows, and sinks
         ("gemma3n_text", "rows"),  # windows, and layers that read the keys of others
         ("gemma3", "padded"),  # a wrapper, run as it was loaded
+        ("gemma4", "padded"),  # one whose layers look token ids up
+        ("qwen2_5_vl", "padded"),  # one with positions of three kinds
         ("qwen3_vl", "padded"),  # one that transformers does not count among the causal models
         ("bloom", "rows"),  # ALiBi
         ("mamba", "rows"),  # a recurrence that must be read token by token

@@ -42,6 +42,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 0], **FULL}),
     ("olmo2", {}),
+    ("olmo3", {}),
+    ("ministral", {}),
+    ("gemma3_text", {}),
     ("gemma", {}),
     (
         "granite",

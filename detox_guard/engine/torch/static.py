@@ -36,7 +36,10 @@ _BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _BEHIND = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _FAMILIES = {
     "llama": _BEFORE, "mistral": _BEFORE, "qwen2": _BEFORE, "qwen3": _BEFORE, "phi3": _BEFORE, "smollm3": _BEFORE,
-    "granite": _BEFORE, "gemma": _BEFORE, "olmo2": _BEHIND,
+    "granite": _BEFORE, "gemma": _BEFORE, "ministral": _BEFORE, "olmo2": _BEHIND, "olmo3": _BEHIND,
+    "gemma3_text": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
 }  # fmt: skip
 """transformers' types, and each layer's norms: before and behind the attention, before and behind the rest."""
 _IDLE = {"resid_attn_dropout", "resid_mlp_dropout"}
@@ -63,7 +66,8 @@ class _Layer:
     out: nn.Module
     mlp: nn.Module
     scaling: float
-    rotates: bool
+    turn: str | None
+    """How it is rotated: as layers of this kind are; "" where all are rotated alike, None where it is not."""
     window: int | None
     """How many tokens back it sees, itself among them; None: all."""
 
@@ -84,8 +88,9 @@ class StaticStep:
         _whole(model, kind, {"model", "lm_head"})
         _whole(inner, kind, {"embed_tokens", "layers", "norm", "rotary_emb"})
         _whole(inner.rotary_emb, kind, set())
-        if inner.rotary_emb.rope_type in _MOVING_ROPES:
-            raise _Unknown(f"its positions are scaled by {inner.rotary_emb.rope_type}")
+        ropes = inner.rotary_emb.rope_type
+        if moving := _MOVING_ROPES.intersection(ropes.values() if isinstance(ropes, dict) else [ropes]):
+            raise _Unknown(f"its positions are scaled by {moving.pop()}")
         if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
             raise _Unknown("it caps its scores")
         self.heads: int = config.num_attention_heads
@@ -98,9 +103,10 @@ class StaticStep:
         self._divide = float(getattr(config, "logits_scaling", 1.0))
         layers = inner.layers[: config.num_hidden_layers]
         windows = [window for _, window in windows_of(config)] or [None] * len(layers)
-        self._layers = [self._layer(layer, kind, seen) for layer, seen in zip(layers, windows, strict=True)]
+        turns = config.layer_types if isinstance(ropes, dict) else [""] * len(layers)
+        self._layers = [self._layer(layer, kind, *how) for layer, *how in zip(layers, windows, turns, strict=True)]
 
-    def _layer(self, layer: Any, kind: str, window: int | None) -> _Layer:
+    def _layer(self, layer: Any, kind: str, window: int | None, turn: str) -> _Layer:
         names = _FAMILIES[kind]
         _whole(layer, kind, {"self_attn", "mlp"} | {name for name in names if name}, _IDLE)
         attention = layer.self_attn
@@ -120,7 +126,7 @@ class StaticStep:
             out=attention.o_proj,
             mlp=layer.mlp,
             scaling=float(attention.scaling),
-            rotates=bool(getattr(attention, "use_rope", True)),
+            turn=turn if getattr(attention, "use_rope", True) else None,
             window=window,
         )
 
@@ -131,16 +137,14 @@ class StaticStep:
         x = self._embed(feed.tokens)
         if self._scale != 1:
             x = x * self._scale
-        cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, feed.positions))
-        half = cos.shape[-1] // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        turns = {turn: self._turn(x, feed.positions, turn) for turn in {layer.turn for layer in self._layers}}
         masks = {window: self._mask(feed, window, x.dtype) for window in {layer.window for layer in self._layers}}
         at = feed.lanes.unsqueeze(-1)
         for layer, k, v in zip(self._layers, keys, values, strict=True):
             before, behind, before_mlp, behind_mlp = layer.norms
             both, value = self._project(layer, x if before is None else before(x))
-            if layer.rotates:
-                both = _rotated(both, cos, sin)
+            if (turned := turns[layer.turn]) is not None:
+                both = _rotated(both, *turned)
             query, key = both[:, :, : self.heads], both[:, :, self.heads :]
             k[at, :, feed.slots] = key
             v[at, :, feed.slots] = value
@@ -160,6 +164,14 @@ class StaticStep:
         if self._divide != 1:
             logits = logits / self._divide
         return logits.float()  # type: ignore[no-any-return]
+
+    def _turn(self, x: Tensor, positions: Tensor, turn: str | None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines `[rows, n, 1, dim]`, the first half of the sines negated."""
+        if turn is None:
+            return None
+        cos, sin = (part.to(x.dtype).unsqueeze(2) for part in self._rotary(x, positions, *filter(None, [turn])))
+        half = cos.shape[-1] // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
     def _mask(self, feed: Feed, window: int | None, dtype: torch.dtype) -> Tensor:
         """`[lanes, 1, queries of a key's head, slots]`, to be added: token by token, and of each token the heads that
@@ -239,7 +251,8 @@ def _as_the_model(step: StaticStep, model: Any) -> bool:
 
 
 def _module(kind: str) -> str:
-    return f"transformers.models.{kind}.modeling_{kind}"
+    family = kind.removesuffix("_text")
+    return f"transformers.models.{family}.modeling_{family}"
 
 
 def _whole(module: Any, kind: str, parts: Set[str], maybe: Set[str] = frozenset()) -> None:
