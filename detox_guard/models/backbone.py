@@ -15,6 +15,7 @@ from detox_guard.errors import BackboneError, InvalidParamsError, NotPicklableEr
 from detox_guard.models.adapters import kind_of, unwrapped
 from detox_guard.models.checks import (
     Running,
+    attention_of,
     check_config,
     learned_positions,
     max_positions,
@@ -129,7 +130,7 @@ def from_model(
     model = text_part(model)
     config = model.config
     check_config(config, type(model), name)
-    attention = getattr(config, "_attn_implementation", None)
+    attention = attention_of(config)
     if attention not in (None, "eager", "sdpa"):
         raise UnsupportedBackboneError(
             f"{name}: attn_implementation {attention!r} takes no mask of the engine's kind",

@@ -24,6 +24,7 @@ __all__ = [
     "REFUSED",
     "Layout",
     "Running",
+    "attention_of",
     "auto_class",
     "causal_class",
     "check_config",
@@ -32,6 +33,7 @@ __all__ = [
     "probe",
     "running_of",
     "text_part",
+    "windows_of",
 ]
 
 Layout = Literal["padded", "rows", "alone", "recompute"]
@@ -65,15 +67,16 @@ _ROW_LAYERS = {
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
 }  # fmt: skip
 """transformers' kinds of cache layer that a batch of rows can hold."""
-_WINDOWED = {
-    "afmoe", "beam", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "exaone4", "exaone_moe", "flint",
-    "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa",
-    "kolibri1", "mimo_v2_flash", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder",
-    "muse_glimmer_text", "muse_spark_text", "olmo3", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "starcoder2", "vaultgemma",
+_MASK_A_KIND = {
+    "afmoe", "beam", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "dots1", "exaone4", "exaone_moe",
+    "flint", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa",
+    "granitemoe_swa", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "ministral", "modernbert-decoder",
+    "muse_glimmer_text", "muse_spark_text", "olmo3", "qwen2", "qwen2_moe", "qwen3", "vaultgemma",
 }  # fmt: skip
-"""Types with windows that take a mask from outside, one for each kind of layer where there are several. Others make
-their own."""
+"""Types with windows that take a mask from outside for each kind of layer."""
+_ONE_MASK = frozenset({"mistral", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2", "qwen3_moe"})
+"""Types with one window in all layers, whatever `layer_types` says, that take a mask from outside. Other types with
+windows make their own."""
 _THROUGH = {
     "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl",
     "deepseek_vl_hybrid", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe",
@@ -186,10 +189,17 @@ def running_of(model: PreTrainedModel) -> Running:
     )
 
 
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention that the text model runs: a wrapper may have another one for its images."""
+    return getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+
+
 def windows_of(config: PreTrainedConfig) -> tuple[tuple[str, int | None], ...]:
     """`Running.windows` of a text model's config: empty also where a kind of layer has several windows."""
     from transformers import DynamicCache
 
+    if config.model_type in _ONE_MASK:
+        return (("", config.sliding_window),) * config.num_hidden_layers if config.sliding_window else ()
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     kinds = getattr(config, "layer_types", None) or [str(window) for window in windows]
     layers = tuple(zip(kinds, windows, strict=False))
@@ -212,9 +222,10 @@ def _layout(config: PreTrainedConfig, takes: Container[str]) -> Layout:
     )
     if own or "position_ids" not in takes or "local" in getattr(text, "attention_layers", ()):
         return "rows"
-    if names == {"DynamicLayer"}:
+    if names == {"DynamicLayer"} and (text.model_type in _MASK_A_KIND or not getattr(text, "sliding_window", None)):
         return "padded"
-    return "padded" if text.model_type in _WINDOWED and windows_of(text) else "rows"
+    takes_masks = text.model_type in _ONE_MASK or (text.model_type in _MASK_A_KIND and windows_of(text))
+    return "padded" if takes_masks else "rows"
 
 
 def _takes_embeddings(config: PreTrainedConfig, takes: Container[str]) -> bool:

@@ -63,12 +63,36 @@ def test_every_row_is_that_of_a_whole_pass(kind: str) -> None:
         ("minimax", "alone"),
         ("deepseek_v4", "alone"),  # token ids only, its own cache
         ("openai-gpt", "recompute"),
+        ("blt", "recompute"),  # token ids only
     ],
 )
 def test_each_way_to_run_a_model(kind: str, layout: Layout) -> None:
     backbone = tiny(kind)
     assert backbone.running.layout == layout
     assert largest_error(backbone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("layers", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3_moe", "dots1"])
+def test_windows_are_those_that_the_model_has_whatever_its_config_says_of_layers(kind: str, layers: str) -> None:
+    """Mistral's layers all have the window; those of DOTS have one where the config says so."""
+    kinds = ["full_attention", layers] * 2
+    backbone = tiny(kind, sliding_window=8, use_sliding_window=True, layer_types=kinds)
+    assert backbone.running.layout == "padded"
+    assert largest_error(backbone) <= TOLERANCE
+
+
+def test_a_wrapper_is_run_as_its_text_model_attends() -> None:
+    """gpt-oss has no `sdpa`, so a wrapper that has one takes another kind of mask than its text model."""
+    text = tiny_config("gpt_oss").to_dict()
+    backbone = from_model(tiny_model(tiny_config("internvl", text_config=text)), tiny_tokenizer(), id="tiny")
+    config = backbone.model.config
+    assert (config._attn_implementation, config.text_config._attn_implementation) == ("sdpa", "eager")
+    assert largest_error(backbone) <= TOLERANCE
+    other = tiny_model(tiny_config("gemma3"))
+    other.set_attn_implementation({"text_config": "flex_attention"})
+    with pytest.raises(UnsupportedBackboneError, match="flex_attention"):
+        from_model(other, tiny_tokenizer(), id="tiny")
 
 
 @pytest.mark.parametrize("kind", ["olmo3", "falcon_h1", "lfm2", "bloom"])

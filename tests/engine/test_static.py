@@ -12,6 +12,7 @@ from detox_benchmarks.registry.shapes import tiny_config, tiny_model, tiny_token
 from tiny import make_tiny_backbone, make_tiny_config, make_tiny_model
 from transformers import DynamicCache
 
+from detox_guard.engine.torch import static
 from detox_guard.engine.torch.held import Held
 from detox_guard.engine.torch.lanes import Lanes
 from detox_guard.engine.torch.static import StaticStep, static_step
@@ -195,6 +196,24 @@ def test_other_models_are_left_to_transformers(kind: str, fields: dict[str, Any]
     model = tiny_model(tiny_config(kind, **fields))
     assert static_step(model) is None
     assert largest_error(from_model(model, tiny_tokenizer(), id=kind)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [4, 64, 300])
+@pytest.mark.parametrize("wrong", ["no window", "longer by one", "shorter by one", "every layer"])
+def test_a_step_that_sees_another_window_is_not_taken(window: int, wrong: str, monkeypatch: Any, caplog: Any) -> None:
+    model = tiny_model(tiny_config("qwen3", sliding_window=window))
+    assert static_step(model) is not None
+    right = static.windows_of(model.config)
+    told = {
+        "no window": (),
+        "longer by one": [(kind, seen and seen + 1) for kind, seen in right],
+        "shorter by one": [(kind, seen and seen - 1) for kind, seen in right],
+        "every layer": [(kind, window) for kind, _ in right],
+    }[wrong]
+    monkeypatch.setattr(static, "windows_of", lambda _: told)
+    with caplog.at_level(logging.WARNING):
+        assert static_step(model) is None
+    assert "something else" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ class Lanes:
             (line[place.first : place.first + place.own], place.kept),
             (line[begin :: place.lane.turns], place.kept + place.own),
         ):
-            slots.copy_(torch.arange(before, before + len(slots)))
+            slots.copy_(torch.arange(before, before + len(slots), device=line.device))
 
     def _reserve(self, lanes: int, slots: int, rows: int = 0) -> None:
         """Room for so many lanes of up to so many slots, and for so many rows."""
@@ -373,7 +373,7 @@ class Lanes:
                 buffers[i] = old.new_zeros(new_lanes, old.shape[1], new_slots, old.shape[3])
                 buffers[i][:used, :, :width] = old[:used, :, :width]
         self.capacity = (new_lanes, new_slots)
-        self._table = self._table.new_zeros(max(rows, self._max_rows, len(self._table)), new_slots)
+        self._table = self._table.new_full((max(rows, self._max_rows, len(self._table)), new_slots), -1)
         for place in self._places.values():
             self._paint(place)
 

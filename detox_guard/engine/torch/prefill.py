@@ -20,6 +20,7 @@ from detox_guard.detoxifiers.base import EmbeddingPrefix, ids_behind, own_contex
 from detox_guard.engine.base import shared
 from detox_guard.engine.torch.cache import OwnLayer
 from detox_guard.errors import StepError
+from detox_guard.models.checks import attention_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ class Forward:
         ]
         self._windows = dict(backbone.running.windows) or {"": None}
         # `eager` attention adds its mask to the scores; `sdpa` takes a boolean one.
-        self._additive = getattr(self.model.config, "_attn_implementation", "sdpa") == "eager"
+        self._additive = attention_of(self.model.config) == "eager"
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._keeps = keeps
         self.prefixes: dict[int, LayerKV] = {}

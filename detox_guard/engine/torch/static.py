@@ -50,6 +50,10 @@ _MOVING_ROPES = {"dynamic", "longrope"}
 """Rotations that depend on how long the longest row is."""
 
 
+_LONGEST = 16_384
+"""The longest window that is tried out: it takes one token behind as many slots."""
+
+
 class _Unknown(Exception):
     """Why a model is not served."""
 
@@ -104,6 +108,12 @@ class StaticStep:
         layers = inner.layers[: config.num_hidden_layers]
         windows = [window for _, window in windows_of(config)] or [None] * len(layers)
         turns = config.layer_types if isinstance(ropes, dict) else [""] * len(layers)
+        if not len(layers) == len(windows) == len(turns):
+            raise _Unknown(f"{len(layers)} layers of {len(turns)} kinds")
+        self.window = int(getattr(config, "sliding_window", None) or 0)
+        """The window that the config names, whichever layers have it; 0: none."""
+        if self.window > _LONGEST:
+            raise _Unknown(f"a window of {self.window} tokens is too long to try out")
         self._layers = [self._layer(layer, kind, *how) for layer, *how in zip(layers, windows, turns, strict=True)]
 
     def _layer(self, layer: Any, kind: str, window: int | None, turn: str) -> _Layer:
@@ -201,7 +211,7 @@ class StaticStep:
 def static_step(model: Any) -> StaticStep | None:
     """The step of this model; None for one that is not known, and, with a warning, where it computes something else.
 
-    Expects `torch.inference_mode`. Runs one pass over a few tokens.
+    Expects `torch.inference_mode`. Runs one pass over a few tokens, and one of a token behind a window's slots.
     """
     try:
         step = StaticStep(model)
@@ -209,7 +219,7 @@ def static_step(model: Any) -> StaticStep | None:
         _log.debug("decoding by transformers' forward: %s", error)
         return None
     try:
-        good = _as_the_model(step, model)
+        good = _as_the_model(step, model) and (not step.window or _sees_as_the_model(step, model))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         _log.warning("decoding by transformers' forward, which is slower: the short way failed: %s", error)
         return None
@@ -248,6 +258,29 @@ def _as_the_model(step: StaticStep, model: Any) -> bool:
         rows=rows,
     )
     return agree(step(feed, keys, values), exact[rows.unsqueeze(-1), positions], model.dtype)
+
+
+def _sees_as_the_model(step: StaticStep, model: Any) -> bool:
+    """Whether a token behind one window and a bit sees as far as the model's own mask lets it.
+
+    What it sees there is made up: nothing, but for the values on both sides of the window's edge.
+    """
+    device, config, slots = model.get_input_embeddings().weight.device, model.config, step.window + 2
+    shape = (1, step.kv_heads, slots, step.head_dim)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        values = torch.zeros(shape, dtype=model.dtype, device=device)
+        edge = torch.linspace(-1, 1, 3 * step.head_dim, device=device).roll(7 * i).view(3, -1)
+        values[:, :, 1:4] = edge * step.window
+        layers.append((torch.zeros_like(values), values))
+    cache = DynamicCache(layers)
+    tokens, at = torch.tensor([[5]], device=device), torch.tensor([[slots]], device=device)
+    exact = model(input_ids=tokens, position_ids=at, past_key_values=cache, use_cache=True).logits
+    k, v = ([getattr(layer, name).clone() for layer in cache.layers] for name in ("keys", "values"))
+    row = torch.zeros(1, dtype=torch.long, device=device)
+    table = torch.arange(slots + 1, device=device).unsqueeze(0)
+    feed = Feed(tokens, at, at, row, None, (1, 1), slots + 1, table, row)
+    return agree(step(feed, k, v), exact, model.dtype)
 
 
 def _module(kind: str) -> str:
