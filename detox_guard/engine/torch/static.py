@@ -24,7 +24,7 @@ from detox_guard.engine.torch.feed import Feed, agree
 from detox_guard.models.checks import windows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Set
+    from collections.abc import Callable, Iterator, Sequence, Set
 
     from torch import Tensor
 
@@ -265,18 +265,19 @@ def _sees_as_the_model(step: StaticStep, model: Any) -> bool:
 
     What it sees there is made up: nothing, but for the values on both sides of the window's edge.
     """
-    device, config, slots = model.get_input_embeddings().weight.device, model.config, step.window + 2
-    shape = (1, step.kv_heads, slots, step.head_dim)
-    layers = []
-    for i in range(config.num_hidden_layers):
-        values = torch.zeros(shape, dtype=model.dtype, device=device)
-        edge = torch.linspace(-1, 1, 3 * step.head_dim, device=device).roll(7 * i).view(3, -1)
-        values[:, :, 1:4] = edge * step.window
-        layers.append((torch.zeros_like(values), values))
-    cache = DynamicCache(layers)
+    device, slots = model.get_input_embeddings().weight.device, step.window + 2
+
+    def made_up() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(model.config.num_hidden_layers):
+            values = torch.zeros(1, step.kv_heads, slots, step.head_dim, dtype=model.dtype, device=device)
+            edge = torch.linspace(-1, 1, 3 * step.head_dim, device=device).roll(7 * i).view(3, -1)
+            values[:, :, 1:4] = edge * step.window
+            yield torch.zeros_like(values), values
+
+    cache = DynamicCache(made_up())
     tokens, at = torch.tensor([[5]], device=device), torch.tensor([[slots]], device=device)
     exact = model(input_ids=tokens, position_ids=at, past_key_values=cache, use_cache=True).logits
-    k, v = ([getattr(layer, name).clone() for layer in cache.layers] for name in ("keys", "values"))
+    k, v = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
     row = torch.zeros(1, dtype=torch.long, device=device)
     table = torch.arange(slots + 1, device=device).unsqueeze(0)
     feed = Feed(tokens, at, at, row, None, (1, 1), slots + 1, table, row)
